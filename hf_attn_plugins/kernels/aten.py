@@ -1,0 +1,236 @@
+"""PyTorch's own fused attention operators, those that return the lse, for every mask they can be composed for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_attn_plugins.masks import Mask
+from hf_attn_plugins.partial import Partial, lse_dtype, merge
+
+_OPS = torch.ops.aten
+FEW_ROWS = 16  # up to here one call with an additive (B, 1, 1, S) mask beats one call per row of the batch
+
+
+def supported(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float
+) -> str | None:
+    """None when `aten` can do this call, else the reason why it cannot."""
+    rows, num_keys = query.shape[2], key.shape[2]
+    if softcap is not None:
+        return "softcap"
+    if dropout:
+        return "dropout"
+    if mask.query_segments is not None or mask.predicate is not None or mask.prefix:
+        return "segments, a prefix or a predicate in the mask"
+    if mask.window != (None, None):
+        return "a sliding window shorter than the sequence"
+    if mask.bias is not None:
+        return _bias_unsupported(query, mask)
+    if mask.key_padding is not None and torch.compiler.is_compiling():
+        return "padding lengths, which cannot be read while compiling"
+    if mask.causal:
+        if not isinstance(mask.offset, int | None):
+            return "an offset held in a tensor"
+        if mask.start(rows, num_keys) + rows > num_keys:
+            return "a causal offset beyond the last key"
+    return None
+
+
+def _bias_unsupported(query: Tensor, mask: Mask) -> str | None:
+    assert mask.bias is not None
+    if mask.bias.requires_grad:
+        return "a float mask that needs a gradient"
+    if mask.causal or mask.key_padding is not None:
+        return "a mask tensor on top of a structured mask"
+    return "a mask tensor off the CPU" if query.device.type != "cpu" else None
+
+
+def aten(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, softcap: float | None, dropout: float
+) -> Partial:
+    """See `kernels.attend`. Masks are taken apart into square causal and full pieces, which are merged."""
+    reason = supported(query, key, value, mask, softcap, dropout)
+    if reason is not None:
+        raise NotImplementedError(f"kernel 'aten' cannot do {reason}: use kernel=None, or 'cpu_tiled' on a CPU.")
+    rows, num_keys = query.shape[2], key.shape[2]
+    if rows == 0 or num_keys == 0 or query.shape[0] == 0:
+        return Partial.empty(query, value.shape[-1])
+    if mask.bias is not None:
+        return _biased(query, key, value, mask.bias, scale)
+    if mask.key_padding is not None:
+        return _padded(query, key, value, mask, scale)
+    if not mask.causal:
+        return _full(query, key, value, scale)
+    start = mask.start(rows, num_keys)
+    if start < 0:  # rows before the first key
+        head = Partial.empty(query[:, :, :-start], value.shape[-1])
+        tail = aten(query[:, :, -start:], key, value, mask.replace(offset=0), scale, None, 0.0)
+        return Partial(torch.cat([head.out, tail.out], 2), torch.cat([head.lse, tail.lse], 2))
+    square = _flash(query, key[:, :, start:], value[:, :, start:], True, scale)
+    if start == 0:
+        return square
+    return merge([_full(query, key[:, :, :start], value[:, :, :start], scale), square])
+
+
+def _full(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Partial:
+    batch, heads, rows, head_dim = query.shape
+    groups = heads // key.shape[1]
+    if groups == 1 or rows > FEW_ROWS:
+        return _flash(query, key, value, False, scale)
+    # A group's heads share their keys, and without a causal mask heads are as good as rows.
+    folded = _flash(query.reshape(batch, key.shape[1], groups * rows, head_dim), key, value, False, scale)
+    return Partial(folded.out.reshape(batch, heads, rows, -1), folded.lse.reshape(batch, heads, rows))
+
+
+def _padded(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Partial:
+    padding = mask.key_padding
+    assert padding is not None
+    rows, num_keys = query.shape[2], key.shape[2]
+    real = padding.expand(query.shape[0], num_keys)
+    ends = (real * torch.arange(1, num_keys + 1, device=real.device)).amax(-1).tolist()
+    counts = real.sum(-1).tolist()
+    contiguous = all(bool(real[b, end - n : end].all()) for b, (end, n) in enumerate(zip(ends, counts, strict=True)))
+    if not contiguous or (rows <= FEW_ROWS and not mask.causal):
+        bias = torch.where(real, 0.0, -torch.inf).to(query.dtype)[:, None, None]
+        if mask.causal:
+            t, s = torch.arange(rows, device=real.device), torch.arange(num_keys, device=real.device)
+            bias = bias.masked_fill(~mask.replace(key_padding=None).visible(t, s, mask.start(rows, num_keys)), -torch.inf)
+        return _biased(query, key, value, bias, scale)
+    pieces = []
+    plain = mask.replace(key_padding=None)
+    for b, (end, count) in enumerate(zip(ends, counts, strict=True)):
+        one = slice(b, b + 1)
+        pieces.append(_run_of_keys(query[one], key[one], value[one], plain, end - count, end, scale))
+    return Partial(torch.cat([piece.out for piece in pieces]), torch.cat([piece.lse for piece in pieces]))
+
+
+def _run_of_keys(q: Tensor, k: Tensor, v: Tensor, mask: Mask, first: int, end: int, scale: float) -> Partial:
+    """One row of the batch whose real keys are first..end: rows beyond them see all of them when causal."""
+    if not mask.causal:
+        return aten(q, k[:, :, first:end], v[:, :, first:end], mask, scale, None, 0.0)
+    rows, start = q.shape[2], mask.start(q.shape[2], k.shape[2])
+    inside = min(rows, max(0, end - start))
+    causal = mask.replace(offset=start - first)
+    stop = min(end, start + inside)
+    pieces = [aten(q[:, :, :inside], k[:, :, first:stop], v[:, :, first:stop], causal, scale, None, 0.0)]
+    if inside < rows:
+        pieces.append(_full(q[:, :, inside:], k[:, :, first:end], v[:, :, first:end], scale))
+    return Partial(torch.cat([piece.out for piece in pieces], 2), torch.cat([piece.lse for piece in pieces], 2))
+
+
+def _biased(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Partial:
+    bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+    if bias.dtype == torch.bool:
+        seen = bias
+        bias = torch.where(bias, 0.0, -torch.inf).to(query.dtype)
+    else:
+        seen = bias > -torch.inf
+    part = _flash(query, key, value, False, scale, bias.to(query.dtype))
+    # The fused op reports lse 0 for rows that see nothing.
+    return Partial(part.out, part.lse.masked_fill(~seen.any(-1), -torch.inf))
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, bias: Tensor | None = None
+) -> Partial:
+    """One fused call: all keys, or a square causal mask; head dims are padded with zeros to the same size."""
+    head_dim, head_dim_v = query.shape[-1], value.shape[-1]
+    if head_dim != head_dim_v:
+        width = max(head_dim, head_dim_v)
+        query, key, value = (F.pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
+    op: Any = _FlashCPU if query.device.type == "cpu" else _FlashCUDA
+    out, lse = op.apply(query, key, value, is_causal, scale, bias)
+    return Partial(out[..., :head_dim_v], lse)
+
+
+class _FlashCPU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        out, lse = _OPS._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale
+        )
+        ctx.save_for_backward(query, key, value, out, lse, bias)
+        ctx.options = (is_causal, scale)
+        return out, lse.to(lse_dtype(query))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse, bias = ctx.saved_tensors
+        is_causal, scale = ctx.options
+        width = value.shape[-1]
+        grad_out, query, key, value, out = _lse_as_column(grads, query, key, value, out)
+        d_query, d_key, d_value = _OPS._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_out, query, key, value, out, lse, 0.0, is_causal, attn_mask=bias, scale=scale
+        )
+        return d_query[..., :width], d_key[..., :width], d_value[..., :width], None, None, None
+
+
+def _lse_as_column(
+    grads: tuple[Tensor | None, ...], query: Tensor, key: Tensor, value: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Smuggle the lse's gradient through an operator that only takes the gradient of out.
+
+    The operators compute delta = sum(grad_out * out) and dS = P * (grad_out value^T - delta); the lse asks for
+    delta - grad_lse. Extra columns that are 0 in value, 1 in grad_out and -grad_lse in out change nothing else.
+    """
+    grad_out, grad_lse = grads
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    if grad_lse is None:
+        return grad_out.contiguous(), query, key, value, out
+    extra = 8  # keeps rows aligned for the kernels
+    query, key, value, grad_out, out = (F.pad(x, (0, extra)) for x in (query, key, value, grad_out, out))
+    # Two columns, high and low part, keep the lse's gradient exact to float32 in low-precision tensors.
+    high = grad_lse.to(out.dtype)
+    out[..., -2], out[..., -1] = -high, -(grad_lse - high.to(grad_lse.dtype)).to(out.dtype)
+    grad_out[..., -2:] = 1
+    return grad_out, query, key, value, out
+
+
+class _FlashCUDA(torch.autograd.Function):
+    """The CUDA twins: flash attention in half precision, the memory-efficient kernel otherwise."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(ctx.groups, 1) if ctx.groups > 1 else x for x in (key, value))
+        ctx.half = query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0
+        if ctx.half:
+            out, lse, *rest = _OPS._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, False, scale=scale)
+            ctx.rest = rest[:6]
+        else:
+            out, lse, *ctx.rest = _OPS._scaled_dot_product_efficient_attention(
+                query, key, value, None, True, 0.0, is_causal, scale=scale
+            )
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.options = (is_causal, scale)
+        return out, lse[..., : query.shape[2]].to(lse_dtype(query))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        is_causal, scale = ctx.options
+        width = value.shape[-1]
+        grad_out, query, key, value, out = _lse_as_column(grads, query, key, value, out)
+        if ctx.half:
+            cum_q, cum_k, max_q, max_k, seed, offset = ctx.rest
+            d_query, d_key, d_value = _OPS._scaled_dot_product_flash_attention_backward(
+                grad_out, query, key, value, out, lse, cum_q, cum_k, max_q, max_k, 0.0, is_causal, seed, offset, scale=scale
+            )
+        else:
+            seed, offset = ctx.rest
+            d_query, d_key, d_value, _ = _OPS._scaled_dot_product_efficient_attention_backward(
+                grad_out, query, key, value, None, out, lse, seed, offset, 0.0, [True, True, True, False], is_causal, scale=scale
+            )
+        if ctx.groups > 1:
+            d_key, d_value = (x.unflatten(1, (-1, ctx.groups)).sum(2) for x in (d_key, d_value))
+        return d_query[..., :width], d_key[..., :width], d_value[..., :width], None, None, None

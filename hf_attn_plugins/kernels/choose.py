@@ -1,0 +1,64 @@
+"""Which kernel runs: the one place where capability and shape decide."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hf_attn_plugins.masks import Mask
+from hf_attn_plugins.partial import Partial
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Mask, float, float | None, float], Partial]
+
+# name -> module of this package that holds a function of that name; modules are imported on first use.
+KERNELS = {"reference": "reference", "aten": "aten", "cpu_tiled": "cpu"}
+
+# Measured with `hf-attn bench choose` (eval/results/choose.md): below these sizes the tiles' bookkeeping costs more
+# than bf16 products save.
+MIN_TILED_ROWS = 256
+MIN_TILED_KEYS = 512
+
+
+def load(name: str) -> Kernel:
+    """The kernel called `name`, its module imported now."""
+    return getattr(importlib.import_module(f"{__package__}.{KERNELS[name]}"), name)
+
+
+@functools.cache
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has bfloat16 matrix instructions (AVX512-BF16 or AMX, or Arm's BF16)."""
+    has = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() or getattr(
+        torch.cpu, "_is_amx_tile_supported", lambda: False
+    )()
+    return bool(has or ("bf16" in _arm_features()))
+
+
+def _arm_features() -> str:
+    if os.uname().machine != "aarch64":
+        return ""
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="ignore") as cpuinfo:
+            return next((line for line in cpuinfo if line.startswith("Features")), "")
+    except OSError:
+        return ""
+
+
+def choose(query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float) -> str:
+    """Name of the kernel for one call: PyTorch's fused op wherever it can do the job and tiles do not pay."""
+    from hf_attn_plugins.kernels.aten import supported
+
+    if supported(query, key, value, mask, softcap, dropout) is not None:
+        return "cpu_tiled"
+    tiles_pay = (
+        query.device.type == "cpu"
+        and query.dtype == torch.bfloat16
+        and query.shape[2] >= MIN_TILED_ROWS
+        and key.shape[2] >= MIN_TILED_KEYS
+        and cpu_multiplies_bf16()
+    )
+    return "cpu_tiled" if tiles_pay else "aten"

@@ -1,0 +1,266 @@
+"""Tiles in plain PyTorch: FlashAttention's loop, shaped for CPUs that multiply bfloat16 faster than float32.
+
+A fused CPU kernel spends its time on the elementwise work between the two products, so that work is cut down here:
+
+* The running maximum is subtracted *inside* the product: the query carries a column -m and every key a column 1, so
+  the scores arrive shifted, and rounded to bfloat16 after the shift, where the large weights have the most digits.
+* m need not be the maximum, only near it. It is taken from the first keys a row sees and replaced when a tile's
+  row sums show that it was left far behind (then, and only then, sums and outputs are rescaled).
+* What remains per score is one exp2 and one sum over bfloat16.
+
+Heads that share keys are rows of one product; all heads of a chunk are one batched product. Dtypes other than bfloat16,
+softcap and float masks take the ordinary online softmax in float32 (float64 for float64).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_attn_plugins.kernels.tiles import KeyTile, TileMap
+from hf_attn_plugins.masks import Mask
+from hf_attn_plugins.partial import Partial, lse_dtype
+
+LOG2_E = math.log2(math.e)
+ROW_TILE, KEY_TILE = 512, 512  # rows of one product (all heads of a group together), keys of one tile
+SCORES = 2**21  # scores held at a time, over all heads of a chunk
+FIRST_KEYS = 128  # keys that the first guess of a row's maximum looks at
+
+
+def cpu_tiled(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, softcap: float | None, dropout: float
+) -> Partial:
+    """See `kernels.attend`. Memory besides inputs, output and copies of key and value: `SCORES` numbers."""
+    if torch.compiler.is_compiling():
+        from hf_attn_plugins.kernels.cpu_op import tiled_op
+
+        return tiled_op(query, key, value, mask, scale, softcap, dropout)
+    seed = int(torch.randint(2**62, ())) if dropout else 0
+    return Partial(*_Tiled.apply(query, key, value, mask.bias, mask, scale, softcap, dropout, seed))
+
+
+class _Tiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *options: Any) -> Any:
+        ctx.set_materialize_grads(False)
+        out, lse = forward(query, key, value, *options)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.options = options
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        from hf_attn_plugins.kernels.cpu_backward import backward
+
+        grad_out, grad_lse = grads
+        needs_bias = ctx.needs_input_grad[3]
+        return (*backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.options, needs_bias), *[None] * 5)
+
+
+def chunks(query: Tensor, key: Tensor, mask: Mask) -> list[tuple[int, slice, slice, TileMap]]:
+    """Split a call into (batch index, query heads, key heads, tiles) so that a chunk's scores fit `SCORES`."""
+    batch, heads, rows, _ = query.shape
+    kv_heads, num_keys = key.shape[1:3]
+    groups = heads // kv_heads
+    row_tile = max(1, min(rows, max(64, ROW_TILE // groups)))
+    at_once = max(1, min(kv_heads, SCORES // (groups * row_tile * min(KEY_TILE, max(1, num_keys)))))
+    work = []
+    for b in range(batch):
+        tiles = TileMap(mask.slice_batch(b), rows, num_keys, row_tile, KEY_TILE)
+        for h in range(0, kv_heads, at_once):
+            end = min(h + at_once, kv_heads)
+            work.append((b, slice(h * groups, end * groups), slice(h, end), tiles))
+    return work
+
+
+def is_fast(query: Tensor, mask: Mask, softcap: float | None) -> bool:
+    """Whether scores may stay in bfloat16: nothing has to be done to them but exponentiation."""
+    has_float_bias = mask.bias is not None and mask.bias.is_floating_point()
+    return query.dtype == torch.bfloat16 and softcap is None and not has_float_bias
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, softcap: float | None, dropout: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """out (B, Hq, T, Dv) and lse (B, Hq, T); see `cpu_tiled`. `seed` starts the dropout's generator."""
+    out, lse = Partial.empty(query, value.shape[-1])
+    if out.numel() == 0 or key.shape[2] == 0:
+        return out, lse
+    rows_of: Any = _FastRows if is_fast(query, mask, softcap) else _Rows
+    for b, heads, kv_heads, tiles in chunks(query, key, mask):
+        loop = rows_of(query[b, heads], key[b, kv_heads], value[b, kv_heads], tiles, scale, softcap, b, heads)
+        for index, (t0, t1) in enumerate(tiles.row_tiles):
+            key_tiles = tiles.keys_of(index)
+            if key_tiles:
+                generators = [dropout_generator(seed, b, heads, index, tile) for tile in key_tiles] if dropout else []
+                tile_out, tile_lse = loop.run(index, key_tiles, dropout, generators)
+                out[b, heads, t0:t1], lse[b, heads, t0:t1] = tile_out, tile_lse
+    return out, lse
+
+
+def dropout_generator(seed: int, b: int, heads: slice, index: int, tile: KeyTile) -> torch.Generator:
+    """The generator of one tile's dropout mask: the same in forward and backward, whatever the order of tiles."""
+    generator = torch.Generator()
+    generator.manual_seed(hash((seed, b, heads.start, index, tile.begin)) & (2**63 - 1))
+    return generator
+
+
+def keep_mask(scores: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
+    """0 for dropped weights, 1 / (1 - p) for kept ones, in the shape and dtype of `scores`."""
+    return torch.empty_like(scores).bernoulli_(1.0 - dropout, generator=generator).div_(1.0 - dropout)
+
+
+def hidden(tiles: TileMap, t0: int, t1: int, tile: KeyTile, heads: slice, groups: int) -> Tensor:
+    """True for hidden pairs of a tile, broadcastable to (kv heads, groups, rows, keys)."""
+    mask, device = tiles.mask, _device(tiles.mask)
+    rows = torch.arange(t0, t1, device=device)
+    keys = torch.arange(tile.begin, tile.end, device=device)
+    unseen = ~mask.visible(rows, keys, tiles.start)[0]
+    return per_head(unseen, heads, groups)
+
+
+def per_head(tensor: Tensor, heads: slice, groups: int) -> Tensor:
+    """(H or 1, rows, keys) as (kv heads or 1, groups or 1, rows, keys) for the heads of a chunk."""
+    return tensor.unsqueeze(0) if tensor.shape[0] == 1 else tensor[heads].unflatten(0, (-1, groups))
+
+
+def _device(mask: Mask) -> torch.device | None:
+    held = (mask.key_padding, mask.query_segments, mask.bias)
+    return next((tensor.device for tensor in held if tensor is not None), None)
+
+
+class _Rows:
+    """Online softmax over the key tiles of one row tile, for one chunk of heads, in float32 or float64."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tiles: TileMap,
+        scale: float,
+        softcap: float | None,
+        b: int,
+        heads: slice,
+    ) -> None:
+        self.query, self.key, self.value = query, key, value
+        self.tiles, self.scale, self.softcap, self.heads = tiles, scale, softcap, heads
+        self.kv_heads, self.groups = key.shape[0], query.shape[0] // key.shape[0]
+        self.wide = lse_dtype(query)
+
+    def scores(self, index: int, tile: KeyTile) -> Tensor:
+        """(kv heads, groups * rows, keys) scaled, capped, biased and masked scores in `self.wide`."""
+        t0, t1 = self.tiles.row_tiles[index]
+        rows = self.query[:, t0:t1].reshape(self.kv_heads, -1, self.query.shape[-1])
+        scores = torch.bmm(rows, self.key[:, tile.begin : tile.end].mT).to(self.wide).mul_(self.scale)
+        if self.softcap is not None:
+            scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
+        view = scores.view(self.kv_heads, self.groups, t1 - t0, -1)
+        bias = self.tiles.mask.bias
+        if bias is not None and bias.is_floating_point():
+            rows_, keys_ = torch.arange(t0, t1), torch.arange(tile.begin, tile.end)
+            view += per_head(self.tiles.mask.bias_tile(rows_, keys_)[0].to(self.wide), self.heads, self.groups)
+        if tile.edge:
+            view.masked_fill_(hidden(self.tiles, t0, t1, tile, self.heads, self.groups), -torch.inf)
+        return scores
+
+    def run(
+        self, index: int, key_tiles: list[KeyTile], dropout: float, generators: list[torch.Generator]
+    ) -> tuple[Tensor, Tensor]:
+        """out (heads, rows, Dv) and lse (heads, rows) of row tile `index`."""
+        t0, t1 = self.tiles.row_tiles[index]
+        size = (self.kv_heads, self.groups * (t1 - t0))
+        acc = self.query.new_zeros(*size, self.value.shape[-1], dtype=self.wide)
+        total = self.query.new_zeros(size, dtype=self.wide)
+        top = self.query.new_full(size, -torch.inf, dtype=self.wide)
+        for j, tile in enumerate(key_tiles):
+            scores = self.scores(index, tile)
+            new_top = torch.maximum(top, scores.amax(-1))
+            shift = new_top.clamp_min(torch.finfo(self.wide).min)
+            fade = (top - shift).exp()
+            weights = scores.sub_(shift.unsqueeze(-1)).exp_()
+            total.mul_(fade).add_(weights.sum(-1))
+            if dropout:
+                weights.mul_(keep_mask(weights, dropout, generators[j]))
+            seen = torch.bmm(weights.to(self.value.dtype), self.value[:, tile.begin : tile.end])
+            acc.mul_(fade.unsqueeze(-1)).add_(seen)
+            top = new_top
+        out = acc.div_(torch.where(total > 0, total, 1).unsqueeze(-1))
+        lse = total.log().add_(top.clamp_min(torch.finfo(self.wide).min))
+        lse.masked_fill_(total == 0, -torch.inf)
+        return out.view(-1, t1 - t0, out.shape[-1]), lse.view(-1, t1 - t0)
+
+
+class _FastRows(_Rows):
+    """The same for bfloat16, with the shift folded into the product (see the head of this file)."""
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, tiles: TileMap, *rest: Any) -> None:
+        super().__init__(query, key, value, tiles, *rest)
+        ones = key.new_ones(self.kv_heads, 1, KEY_TILE)
+        # One contiguous (heads, D + 1, keys) and (heads, keys, Dv) block a tile: batched products copy strided inputs.
+        self.key_blocks = [torch.cat([key[:, s:e].mT, ones[..., : e - s]], 1) for s, e in tiles.key_tiles]
+        self.value_blocks = [value[:, s:e].contiguous() for s, e in tiles.key_tiles]
+        most_rows = self.groups * tiles.row_tile
+        self.rows = query.new_empty(self.kv_heads, most_rows, query.shape[-1] + 1)
+        self.weights = query.new_empty(self.kv_heads * most_rows * min(KEY_TILE, tiles.num_keys))
+        self.tile_out = query.new_empty(self.kv_heads, most_rows, value.shape[-1])
+
+    def shifted(self, rows: Tensor, index: int, tile: KeyTile, keys: int | None = None) -> Tensor:
+        """log2-scores minus the shift column of `rows`, masked, of the tile's first `keys` keys."""
+        t0, t1 = self.tiles.row_tiles[index]
+        width = tile.end - tile.begin if keys is None else keys
+        scores = self.weights[: rows.shape[0] * rows.shape[1] * width].view(*rows.shape[:2], width)
+        torch.bmm(rows, self.key_blocks[tile.begin // KEY_TILE][..., :width], out=scores)
+        if tile.edge:
+            view = scores.view(self.kv_heads, self.groups, t1 - t0, width)
+            part = tile._replace(end=tile.begin + width)
+            view.masked_fill_(hidden(self.tiles, t0, t1, part, self.heads, self.groups), -torch.inf)
+        return scores
+
+    def new_shift(self, rows: Tensor, index: int, tile: KeyTile, keys: int | None, top: Tensor) -> Tensor:
+        """Raise `top` to the tile's largest scores and write it into the shift column of `rows`."""
+        rows[..., -1] = 0
+        top = torch.maximum(top, self.shifted(rows, index, tile, keys).amax(-1))
+        rows[..., -1] = torch.where(top == -torch.inf, 0.0, -top)
+        return top
+
+    def run(
+        self, index: int, key_tiles: list[KeyTile], dropout: float, generators: list[torch.Generator]
+    ) -> tuple[Tensor, Tensor]:
+        t0, t1 = self.tiles.row_tiles[index]
+        count, head_dim = self.groups * (t1 - t0), self.query.shape[-1]
+        rows = self.rows[:, :count]
+        torch.mul(
+            self.query[:, t0:t1].reshape(self.kv_heads, count, head_dim), self.scale * LOG2_E, out=rows[..., :head_dim]
+        )
+        acc = self.query.new_zeros(self.kv_heads, count, self.value.shape[-1], dtype=torch.float32)
+        total = self.query.new_zeros(self.kv_heads, count, dtype=torch.float32)
+        top = self.query.new_full(total.shape, -torch.inf, dtype=torch.float32)
+        for j, tile in enumerate(key_tiles):
+            width = tile.end - tile.begin
+            if j == 0:
+                top = self.new_shift(rows, index, tile, None if tile.edge else min(FIRST_KEYS, width), top)
+            weights = self.shifted(rows, index, tile).exp2_()
+            sums = weights.sum(-1)
+            # A weight far above 1, or rows whose first key is in this tile: move the shift, then do the tile again.
+            if bool(sums.amax() > 4 * width) or (j and bool((top == -torch.inf).any())):
+                new_top = self.new_shift(rows, index, tile, None, top)
+                fade = torch.where(new_top == top, 1.0, (top - new_top).exp2())
+                acc.mul_(fade.unsqueeze(-1))
+                total.mul_(fade)
+                top = new_top
+                weights = self.shifted(rows, index, tile).exp2_()
+                sums = weights.sum(-1)
+            total.add_(sums)
+            if dropout:
+                weights.mul_(keep_mask(weights, dropout, generators[j]))
+            tile_out = self.tile_out[:, :count]
+            torch.bmm(weights, self.value_blocks[tile.begin // KEY_TILE][:, :width], out=tile_out)
+            acc.add_(tile_out)
+        out = acc.div_(torch.where(total > 0, total, 1).unsqueeze(-1))
+        lse = total.log2().add_(top).div_(LOG2_E)
+        lse.masked_fill_(total == 0, -torch.inf)
+        return out.view(-1, t1 - t0, out.shape[-1]), lse.view(-1, t1 - t0)

@@ -1,0 +1,198 @@
+"""What may be attended, as a small structure instead of a T x S tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Window = tuple[int | None, int | None]
+Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Which of S keys each of T query rows may attend to.
+
+    Row t stands at position `t + offset` on the key axis. Key s is visible to it when all of these hold:
+
+    * `causal`: s <= t + offset; `window` (left, right): t + offset - left <= s <= t + offset + right; both are
+      overruled for s < `prefix` (a prefix that every row sees);
+    * `key_padding`[b, s] is True; `query_segments`[b, t] == `key_segments`[b, s];
+    * `predicate`(b, h, t + offset, s) is True; `bias` is True (bool) or added to the scaled score (float).
+
+    Attributes:
+        causal: whether a row sees only keys at or before its own position.
+        window: (left, right) counts of keys on either side of a row's own position, None for no bound.
+        offset: position of row 0 on the key axis, an int or a 0-dim integer tensor (static caches); None means S - T,
+            which aligns the last row with the last key.
+        prefix: number of leading keys that every row sees whatever its position.
+        key_padding: (B, S) bool, True for real keys; padding may be on either side, or anywhere.
+        query_segments, key_segments: (B, T) and (B, S) integers; a row sees only keys of its own segment.
+        predicate: index function as in Transformers' masking utilities, evaluated on tiles only.
+        bias: bool or float, broadcastable to (B, H, T, S); the last resort.
+    """
+
+    causal: bool = False
+    window: Window = (None, None)
+    offset: int | Tensor | None = None
+    prefix: int = 0
+    key_padding: Tensor | None = None
+    query_segments: Tensor | None = None
+    key_segments: Tensor | None = None
+    predicate: Predicate | None = None
+    bias: Tensor | None = None
+
+    def replace(self, **changes: object) -> Mask:
+        """A copy with the named fields changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+    def start(self, num_rows: int, num_keys: int) -> int:
+        """Position of row 0 on the key axis as an int (reads a tensor offset, which waits for its device)."""
+        if self.offset is None:
+            return num_keys - num_rows
+        return int(self.offset)
+
+    def only_positions(self) -> bool:
+        """True when nothing but `causal`, `window`, `offset` and `prefix` decides."""
+        return (
+            self.key_padding is None and self.query_segments is None and self.predicate is None and self.bias is None
+        )
+
+    def trimmed(self, num_rows: int, num_keys: int) -> tuple[Mask, slice]:
+        """Drop the bounds that do not bind and the keys no row can reach by its position.
+
+        Returns:
+            The simpler mask and the slice of keys it is about; masks with a tensor offset or a prefix stay as they are.
+        """
+        if isinstance(self.offset, Tensor) or self.prefix or not (self.causal or self.window != (None, None)):
+            return self, slice(0, num_keys)
+        start, (left, right) = self.start(num_rows, num_keys), self.window
+        last = start + num_rows - 1
+        first_key = 0 if left is None else min(max(0, start - left), num_keys)
+        end = num_keys
+        if self.causal:
+            end = max(first_key, min(end, last + 1))
+        if right is not None:
+            end = max(first_key, min(end, last + right + 1))
+        if left is not None and last - left <= first_key:
+            left = None
+        if right is not None and start + right >= end - 1:
+            right = None
+        causal = self.causal and start < end - 1
+        keys = slice(first_key, end)
+        mask = self._slice_keys(keys)
+        offset = start - first_key if causal or (left, right) != (None, None) or self.predicate is not None else None
+        return mask.replace(causal=causal, window=(left, right), offset=offset), keys
+
+    def _slice_keys(self, keys: slice) -> Mask:
+        predicate, bias = self.predicate, self.bias
+        if predicate is not None and keys.start:
+            whole, shift = predicate, keys.start
+
+            def predicate(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+                return whole(b, h, q + shift, k + shift)
+
+        if bias is not None and bias.ndim and bias.shape[-1] > 1:
+            bias = bias[..., keys]
+        padding, segments = self.key_padding, self.key_segments
+        return self.replace(
+            key_padding=None if padding is None else padding[:, keys],
+            key_segments=None if segments is None else segments[:, keys],
+            predicate=predicate,
+            bias=bias,
+        )
+
+    def slice_batch(self, index: int) -> Mask:
+        """The mask of one row of the batch, every tensor keeping a batch dimension of size 1."""
+
+        def row(tensor: Tensor | None) -> Tensor | None:
+            return tensor if tensor is None or tensor.shape[0] == 1 else tensor[index : index + 1]
+
+        predicate = self.predicate
+        if predicate is not None:
+            whole = predicate
+
+            def predicate(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+                return whole(b + index, h, q, k)
+
+        return self.replace(
+            key_padding=row(self.key_padding),
+            query_segments=row(self.query_segments),
+            key_segments=row(self.key_segments),
+            predicate=predicate,
+            bias=None if self.bias is None else row(self.bias.reshape((1,) * (4 - self.bias.ndim) + self.bias.shape)),
+        )
+
+    def visible(self, rows: Tensor, keys: Tensor, start: int | Tensor, batch: int = 1) -> Tensor:
+        """Visibility of a tile, float biases left aside.
+
+        Args:
+            rows, keys: 1-d integer tensors, indices of rows and of keys.
+            start: position of row 0 on the key axis.
+            batch: rows of the batch that `predicate` is asked for.
+
+        Returns:
+            bool, broadcastable to (B, H, len(rows), len(keys)).
+        """
+        position, key = (rows + start).unsqueeze(-1), keys.unsqueeze(0)
+        seen = torch.ones(len(rows), len(keys), dtype=torch.bool, device=rows.device)
+        left, right = self.window
+        if self.causal:
+            seen = seen & (key <= position)
+        if left is not None:
+            seen = seen & (key >= position - left)
+        if right is not None:
+            seen = seen & (key <= position + right)
+        if self.prefix:
+            seen = seen | (key < self.prefix)
+        seen = seen[None, None]
+        if self.key_padding is not None:
+            seen = seen & self.key_padding[:, None, None, keys]
+        if self.query_segments is not None and self.key_segments is not None:
+            same = self.query_segments[:, rows].unsqueeze(-1) == self.key_segments[:, keys].unsqueeze(-2)
+            seen = seen & same.unsqueeze(1)
+        if self.predicate is not None:
+            b = torch.arange(batch, device=keys.device).view(-1, 1, 1, 1)
+            seen = seen & self.predicate(b, torch.zeros_like(b[:1]), position[None, None], key[None, None])
+        if self.bias is not None and self.bias.dtype == torch.bool:
+            seen = seen & self.bias_tile(rows, keys)
+        return seen
+
+    def bias_tile(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """The part of `bias` for these rows and keys, dimensions of size 1 kept."""
+        assert self.bias is not None
+        bias = self.bias.reshape((1,) * (4 - self.bias.ndim) + self.bias.shape)
+        if bias.shape[2] > 1:
+            bias = bias[:, :, rows]
+        return bias[..., keys] if bias.shape[3] > 1 else bias
+
+
+def window_of(window: int | Window | None) -> Window:
+    """Normalise a window: an int w means "the last w keys, oneself included", as in Transformers' sliding_window.
+
+    Raises:
+        ValueError: a window smaller than one key, or of another form.
+    """
+    if window is None:
+        return (None, None)
+    if isinstance(window, int):
+        if window < 1:
+            raise ValueError(f"window={window}: a sliding window holds at least 1 key; pass None for no window.")
+        return (window - 1, None)
+    if len(window) != 2 or any(side is not None and side < 0 for side in window):
+        raise ValueError(f"window={window}: pass an int, or (left, right) with counts >= 0 or None on either side.")
+    return (window[0], window[1])
+
+
+def padding_from_lengths(lengths: Tensor, num_keys: int, side: str = "right") -> Tensor:
+    """(B, S) key padding from (B,) counts of real keys, padded on the `side` "left" or "right"."""
+    if side not in ("left", "right"):
+        raise ValueError(f"side={side!r}: padding is on the 'left' or on the 'right'.")
+    index = torch.arange(num_keys, device=lengths.device)
+    if side == "left":
+        return index >= num_keys - lengths.unsqueeze(-1)
+    return index < lengths.unsqueeze(-1)

@@ -1,0 +1,40 @@
+"""One frozen dataclass of options per plugin: validated here, stored as a plain dict in `config.hf_attn_plugins`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Options:
+    """Base of the options; subclasses are dataclasses whose fields all have defaults."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The options that differ from their defaults, as JSON-ready values."""
+        fields = dataclasses.fields(self)
+        return {f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default}
+
+    def _positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name}={value!r}: a whole number of at least 1 is needed, or None for the default.")
+
+
+@dataclass(frozen=True)
+class TiledOptions(Options):
+    """Options of `tiled_attention`.
+
+    Attributes:
+        kernel: a kernel by name (see `kernels.KERNELS`), or None to choose by device, dtype and shape.
+    """
+
+    kernel: str | None = None
+
+    def __post_init__(self) -> None:
+        from hf_attn_plugins.kernels import KERNELS
+
+        if self.kernel is not None and self.kernel not in KERNELS:
+            raise ValueError(f"kernel={self.kernel!r} is unknown: choose one of {', '.join(KERNELS)}, or None.")

@@ -1,0 +1,73 @@
+"""Partial results of attention and their exact merge: the arithmetic every method of this package stands on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Partial(NamedTuple):
+    """Attention over some of a row's keys.
+
+    Attributes:
+        out: (B, H, T, Dv), any float dtype: the softmax-weighted mean of the values seen; 0 where no key was seen.
+        lse: (B, H, T), float32 (float64 for float64 input), natural log of the sum of exp(scores); -inf where no key
+            was seen.
+    """
+
+    out: Tensor
+    lse: Tensor
+
+    @classmethod
+    def empty(cls, query: Tensor, head_dim_v: int) -> Partial:
+        """The neutral element of `merge` for rows of `query` (B, H, T, D): out 0, lse -inf."""
+        out = query.new_zeros(*query.shape[:-1], head_dim_v)
+        return cls(out, query.new_full(query.shape[:-1], -torch.inf, dtype=lse_dtype(query)))
+
+
+def lse_dtype(tensor: Tensor) -> torch.dtype:
+    """float64 for float64 tensors, else float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def merge(partials: Iterable[Partial]) -> Partial:
+    """Merge partial results over disjoint sets of keys into the result over their union, in any order.
+
+    With M = max_i lse_i and w_i = exp(lse_i - M): out = sum w_i out_i / sum w_i and lse = M + log sum w_i (the lse
+    combination of FlashAttention, arXiv 2205.14135, section 3.1, in the form that cannot overflow). Pieces without
+    keys change nothing; rows where every piece is empty give out 0 and lse -inf. Differentiable in every out and lse.
+
+    Args:
+        partials: at least one `Partial`, all of the same shapes; out of any float dtype (merged in float32, or float64
+            if any piece is), lse float32 or float64.
+
+    Returns:
+        The merged `Partial`; out in the dtype of the first piece.
+
+    Raises:
+        ValueError: no partial was given, or their shapes differ.
+    """
+    pieces = list(partials)
+    if not pieces:
+        raise ValueError("merge() got no partials: pass at least one Partial (Partial.empty(...) is the neutral one).")
+    shapes = {(tuple(piece.out.shape), tuple(piece.lse.shape)) for piece in pieces}
+    if len(shapes) > 1:
+        raise ValueError(f"merge() needs partials of one shape, got (out, lse) shapes {sorted(shapes)}.")
+    if len(pieces) == 1:
+        return pieces[0]
+    wide = torch.float64 if any(piece.lse.dtype == torch.float64 for piece in pieces) else torch.float32
+    lses = torch.stack([piece.lse.to(wide) for piece in pieces])
+    # The maximum is a constant shift: its gradient cancels exactly, so it is kept out of the graph, and clamped so that
+    # rows which no piece saw give exp(-inf) = 0 instead of exp(-inf + inf) = NaN.
+    shift = lses.detach().amax(0).clamp_min(torch.finfo(wide).min)
+    weights = (lses - shift).exp()
+    total = weights.sum(0)
+    seen = total > 0
+    share = weights / torch.where(seen, total, 1).unsqueeze(0)
+    # Summed one by one rather than stacked: the pieces are the large tensors here.
+    out = sum(w.unsqueeze(-1) * piece.out.to(wide) for w, piece in zip(share.unbind(0), pieces, strict=True))
+    lse = torch.where(seen, shift + torch.where(seen, total, 1).log(), -torch.inf)
+    return Partial(out.to(pieces[0].out.dtype), lse)  # type: ignore[union-attr]

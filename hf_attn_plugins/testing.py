@@ -1,0 +1,136 @@
+"""Oracles and the error rule: what the tests, the evaluation and users compare with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def allowed_error(low: Tensor, ref: Tensor, factor: float = 2.0) -> float:
+    """The largest error that counts as right: `factor` times that of plain low precision, plus one rounding.
+
+    Args:
+        low: the same mathematics done the plain way in the dtype under test.
+        ref: float64 (or float32) reference of the same shape.
+        factor: 2, or 3 for gradients and softcap.
+
+    Source: the tolerance of flash-attention's tests, with the rounding term measured in the dtype under test.
+    """
+    rounded = ref.to(low.dtype)
+    rounding = ((rounded + 0.3 - 0.3) - rounded).abs().max().item() if ref.numel() else 0.0
+    plain = (low.to(ref.dtype) - ref).abs().max().item() if ref.numel() else 0.0
+    return factor * plain + 2.0 * rounding
+
+
+def assert_close_to_reference(out: Tensor, low: Tensor, ref: Tensor, factor: float = 2.0, name: str = "out") -> None:
+    """Assert the error rule: max|out - ref| <= `allowed_error(low, ref, factor)`, and that `out` is finite.
+
+    Raises:
+        AssertionError: with both errors and the place of the worst element.
+    """
+    assert out.shape == ref.shape, f"{name}: shape {tuple(out.shape)}, the reference has {tuple(ref.shape)}"
+    if not ref.numel():
+        return
+    error = (out.to(ref.dtype) - ref).abs()
+    limit = allowed_error(low, ref, factor)
+    worst = int(error.nan_to_num(torch.inf).argmax())
+    where = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), error.shape))
+    assert bool((error <= limit).all()), f"{name}: error {error.flatten()[worst]:.3e} > {limit:.3e} at {where}"
+
+
+def dense_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention straight from the definition, with a visibility matrix written out: the independent oracle.
+
+    Args:
+        query, key, value: as in `kernels.attend`.
+        visible: bool, broadcastable to (B, Hq, T, S).
+
+    Returns:
+        out (B, Hq, T, Dv), zero where a row sees nothing, and lse (B, Hq, T), -inf there.
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = (torch.stack([x] * groups, 2).flatten(1, 2) for x in (key, value))
+    scores = torch.einsum("bhtd,bhsd->bhts", query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if bias is not None:
+        scores = scores + bias
+    visible = visible.expand(scores.shape)
+    lowest = torch.where(visible, scores, torch.finfo(scores.dtype).min).amax(-1, keepdim=True).detach()
+    numerator = torch.where(visible, (torch.where(visible, scores, lowest) - lowest).exp(), 0)
+    total = numerator.sum(-1, keepdim=True)
+    out = torch.einsum("bhts,bhsd->bhtd", numerator / total.clamp_min(torch.finfo(scores.dtype).tiny), value)
+    return out, torch.where(total[..., 0] > 0, lowest[..., 0] + total[..., 0].log(), -torch.inf)
+
+
+def visibility(
+    rows: int,
+    keys: int,
+    *,
+    is_causal: bool = False,
+    window: tuple[int | None, int | None] = (None, None),
+    offset: int | None = None,
+    prefix: int = 0,
+    key_padding: Tensor | None = None,
+    query_segments: Tensor | None = None,
+    key_segments: Tensor | None = None,
+) -> Tensor:
+    """The visibility matrix (B or 1, 1, T, S) of a mask's fields, pair by pair in Python: slow and plain."""
+    start = keys - rows if offset is None else offset
+    batch = max([1, *(len(x) for x in (key_padding, query_segments) if x is not None)])
+    seen = torch.zeros(batch, 1, rows, keys, dtype=torch.bool)
+    left, right = window
+    for b in range(batch):
+        for t in range(rows):
+            for s in range(keys):
+                position = t + start
+                near = (left is None or s >= position - left) and (right is None or s <= position + right)
+                here = (near and (not is_causal or s <= position)) or s < prefix
+                if key_padding is not None:
+                    here = here and bool(key_padding[b, s])
+                if query_segments is not None and key_segments is not None:
+                    here = here and bool(query_segments[b, t] == key_segments[b, s])
+                seen[b, 0, t, s] = here
+    return seen
+
+
+def sharp_inputs(
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    rows: int,
+    keys: int,
+    head_dim: int,
+    head_dim_v: int | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    sharpness: float = 3.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random query, key and value whose softmax is sharp: near-uniform weights hide a wrong scale or head order."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    query, key = (sharpness * draw(batch, h, n, head_dim) for h, n in ((heads, rows), (kv_heads, keys)))
+    value = draw(batch, kv_heads, keys, head_dim_v or head_dim)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+__all__ = [
+    "allowed_error",
+    "assert_close_to_reference",
+    "dense_attention",
+    "sharp_inputs",
+    "visibility",
+]

@@ -17,7 +17,8 @@ from hf_attn_plugins.tiled.walkthrough import (
     softmax_gradient,
     unnormalised_backward,
 )
-from tests.tiled.test_plan import plans
+
+from .test_plan import plans
 
 
 def oracle(query, key, value, scale, seen):

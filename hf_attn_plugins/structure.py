@@ -154,6 +154,8 @@ def _parse(function: Callable[..., Tensor], q_length: int, kv_length: int, kv_of
 
 
 def _cells(function: Callable[..., Any]) -> dict[str, Any] | None:
+    if torch.compiler.is_compiling():  # closures cannot be inspected while tracing
+        return None
     closure, code = getattr(function, "__closure__", None), getattr(function, "__code__", None)
     if closure is None or code is None or not function.__module__.startswith("transformers."):
         return None

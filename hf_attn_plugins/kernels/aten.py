@@ -143,9 +143,21 @@ def _flash(
     if head_dim != head_dim_v:
         width = max(head_dim, head_dim_v)
         query, key, value = (F.pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
-    op: Any = _FlashCPU if query.device.type == "cpu" else _FlashCUDA
-    out, lse = op.apply(query, key, value, is_causal, scale, bias)
-    return Partial(out[..., :head_dim_v], lse)
+    if query.device.type != "cpu":
+        out, lse = _FlashCUDA.apply(query, key, value, is_causal, scale, bias)
+    elif torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        out, lse = _FlashCPU.apply(query, key, value, is_causal, scale, bias)
+    else:
+        out, lse = _flash_cpu(query, key, value, is_causal, scale, bias)
+    return Partial(out if head_dim == head_dim_v else out[..., :head_dim_v], lse)
+
+
+def _flash_cpu(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return _OPS._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale
+    )
 
 
 class _FlashCPU(torch.autograd.Function):
@@ -154,12 +166,10 @@ class _FlashCPU(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        out, lse = _OPS._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale
-        )
+        out, lse = _flash_cpu(query, key, value, is_causal, scale, bias)
         ctx.save_for_backward(query, key, value, out, lse, bias)
         ctx.options = (is_causal, scale)
-        return out, lse.to(lse_dtype(query))
+        return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -16,9 +16,9 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Mask, float, float | None, float], Pa
 
 KERNELS = ("reference", "aten", "cpu_tiled")
 
-# Measured with `hf-attn bench choose` (eval/results/choose.md): below these sizes the tiles' bookkeeping costs more
+# Measured with `hf-attn bench tiled` (eval/results/tiled.md): below these sizes the tiles' bookkeeping costs more
 # than bf16 products save.
-MIN_TILED_ROWS = 256
+MIN_TILED_ROWS = 512
 MIN_TILED_KEYS = 512
 
 

@@ -26,6 +26,7 @@ from hf_attn_plugins.partial import Partial, lse_dtype
 
 LOG2_E = math.log2(math.e)
 ROW_TILE, KEY_TILE = 512, 512  # rows of one product (all heads of a group together), keys of one tile
+SHORT = 2048  # rows from which on causal tiles have full size
 SCORES = 2**22  # scores held at a time, over all heads of a chunk (8 MiB in bfloat16)
 FIRST_KEYS = 128  # keys that the first guess of a row's maximum looks at
 
@@ -65,7 +66,8 @@ def chunks(query: Tensor, key: Tensor, mask: Mask) -> list[tuple[int, slice, sli
     batch, heads, rows, _ = query.shape
     kv_heads, num_keys = key.shape[1:3]
     groups = heads // kv_heads
-    row_tile = max(1, min(rows, ROW_TILE))
+    # A short causal sequence has few tiles besides its diagonal ones, half of which are wasted: make them smaller.
+    row_tile = max(1, min(rows, ROW_TILE if rows >= SHORT or not mask.causal else ROW_TILE // 2))
     at_once = max(1, min(kv_heads, SCORES // (groups * row_tile * min(KEY_TILE, max(1, num_keys)))))
     work = []
     for b in range(batch):

@@ -63,9 +63,7 @@ class Mask:
 
     def only_positions(self) -> bool:
         """True when nothing but `causal`, `window`, `offset` and `prefix` decides."""
-        return (
-            self.key_padding is None and self.query_segments is None and self.predicate is None and self.bias is None
-        )
+        return self.key_padding is None and self.query_segments is None and self.predicate is None and self.bias is None
 
     def trimmed(self, num_rows: int, num_keys: int) -> tuple[Mask, slice]:
         """Drop the bounds that do not bind and the keys no row can reach by its position.

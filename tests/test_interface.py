@@ -73,7 +73,13 @@ GENERATE = {
 def generate(model, ids, mask, **how):
     torch.manual_seed(0)
     return model.generate(
-        ids, attention_mask=mask, max_new_tokens=9, min_new_tokens=9, output_logits=True, return_dict_in_generate=True, **how
+        ids,
+        attention_mask=mask,
+        max_new_tokens=9,
+        min_new_tokens=9,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **how,
     )
 
 
@@ -126,7 +132,10 @@ def test_encoders(plugin, name, side):
 @pytest.mark.parametrize("how", ["greedy", "beam", "static cache"])
 def test_encoder_decoders(plugin, how):
     ids, mask = padded_batch()
-    for name, inputs in (("t5", dict(inputs=ids, attention_mask=mask)), ("whisper", dict(input_features=torch.randn(3, 8, 60)))):
+    for name, inputs in (
+        ("t5", dict(inputs=ids, attention_mask=mask)),
+        ("whisper", dict(input_features=torch.randn(3, 8, 60))),
+    ):
         model = build(name)
         expected = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, **GENERATE[how])
         with hap.use(model, plugin):
@@ -178,7 +187,9 @@ def test_training_step(plugin, name, checkpointing):
     assert set(got) == set(expected)
     scale = max(float(g.abs().max()) for g in expected.values())
     for key, gradient in expected.items():
-        torch.testing.assert_close(got[key], gradient, atol=2e-3 * scale, rtol=1e-2, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(
+            got[key], gradient, atol=2e-3 * scale, rtol=1e-2, msg=lambda m, key=key: f"{key}: {m}"
+        )
 
 
 def test_attention_dropout_reaches_the_plugin(plugin):
@@ -220,7 +231,13 @@ def test_packed_sequences_by_boundaries(plugin):
     expected = logits(model, ids[:, 6:])
     with hap.use(model, plugin):
         got = logits(
-            model, ids, position_ids=position_ids, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=11, max_length_k=11
+            model,
+            ids,
+            position_ids=position_ids,
+            cu_seq_lens_q=bounds,
+            cu_seq_lens_k=bounds,
+            max_length_q=11,
+            max_length_k=11,
         )
     torch.testing.assert_close(got[:, 6:], expected, **CLOSE)
 

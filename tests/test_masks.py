@@ -26,7 +26,9 @@ def cases(draw):
     if draw(st.booleans()):
         fields["key_padding"] = torch.tensor([draw(st.lists(st.booleans(), min_size=keys, max_size=keys))])
     if draw(st.booleans()):
-        fields["query_segments"] = torch.tensor([sorted(draw(st.lists(st.integers(0, 3), min_size=rows, max_size=rows)))])
+        fields["query_segments"] = torch.tensor(
+            [sorted(draw(st.lists(st.integers(0, 3), min_size=rows, max_size=rows)))]
+        )
         fields["key_segments"] = torch.tensor([sorted(draw(st.lists(st.integers(0, 3), min_size=keys, max_size=keys)))])
     return rows, keys, fields
 
@@ -81,7 +83,12 @@ def test_causal_tiles_stop_at_the_diagonal():
 
 
 def test_windows_and_padding_skip_tiles():
-    assert [len(TileMap(Mask(causal=True, window=(7, None)), 64, 64, 16, 16).keys_of(i)) for i in range(4)] == [1, 2, 2, 2]
+    assert [len(TileMap(Mask(causal=True, window=(7, None)), 64, 64, 16, 16).keys_of(i)) for i in range(4)] == [
+        1,
+        2,
+        2,
+        2,
+    ]
     padding = padding_from_lengths(torch.tensor([20]), 64, "left")
     assert TileMap(Mask(causal=True, key_padding=padding), 64, 64, 16, 16).keys_of(1) == []
 

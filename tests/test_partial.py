@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +19,7 @@ def pieces_of(query, key, value, cuts, visible=None):
     bounds = [0, *cuts, key.shape[2]]
     return [
         Partial(*dense_attention(query, key[:, :, a:b], value[:, :, a:b], visible[..., a:b]))
-        for a, b in zip(bounds, bounds[1:])
+        for a, b in itertools.pairwise(bounds)
     ]
 
 

@@ -18,8 +18,12 @@ def state(model):
 
 
 def llava():
-    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=24, patch_size=4)
-    config = hf.LlavaConfig(vision_config=hf.CLIPVisionConfig(**vision), text_config=hf.LlamaConfig(**SMALL), image_token_index=96)
+    vision = dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=24, patch_size=4
+    )
+    config = hf.LlavaConfig(
+        vision_config=hf.CLIPVisionConfig(**vision), text_config=hf.LlamaConfig(**SMALL), image_token_index=96
+    )
     return hf.LlavaForConditionalGeneration(config).eval()
 
 
@@ -105,9 +109,15 @@ def test_check_accepts_what_works(name, plugin):
 
 def never_asking():
     bloom = hf.BloomForCausalLM(hf.BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4))
-    codegen = hf.CodeGenForCausalLM(hf.CodeGenConfig(vocab_size=97, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_ctx=64, n_positions=64))
+    codegen = hf.CodeGenForCausalLM(
+        hf.CodeGenConfig(vocab_size=97, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_ctx=64, n_positions=64)
+    )
     mpt = hf.MptForCausalLM(hf.MptConfig(vocab_size=97, d_model=32, n_layers=2, n_heads=4))
-    xglm = hf.XGLMForCausalLM(hf.XGLMConfig(vocab_size=97, d_model=32, ffn_dim=48, num_layers=2, attention_heads=4, max_position_embeddings=64))
+    xglm = hf.XGLMForCausalLM(
+        hf.XGLMConfig(
+            vocab_size=97, d_model=32, ffn_dim=48, num_layers=2, attention_heads=4, max_position_embeddings=64
+        )
+    )
     return {"bloom": bloom, "codegen": codegen, "mpt": mpt, "xglm": xglm}  # fmt: skip
 
 

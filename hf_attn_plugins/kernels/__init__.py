@@ -107,6 +107,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> None:
             "cast them first (hf_attn_plugins.interface does so under autocast)."
         )
     if not query.device == key.device == value.device:
-        raise ValueError(f"query, key and value are on {query.device}, {key.device} and {value.device}: use one device.")
+        raise ValueError(
+            f"query, key and value are on {query.device}, {key.device} and {value.device}: use one device."
+        )
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout={dropout}: a probability in [0, 1) is needed.")

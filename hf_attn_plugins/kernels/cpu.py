@@ -57,8 +57,11 @@ class _Tiled(torch.autograd.Function):
         from hf_attn_plugins.kernels.cpu_backward import backward
 
         grad_out, grad_lse = grads
+        query, key, value, out, lse = ctx.saved_tensors
+        mask, scale, softcap, dropout, seed = ctx.options
         needs_bias = ctx.needs_input_grad[3]
-        return (*backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.options, needs_bias), *[None] * 5)
+        inputs = (query, key, value, out, lse, mask, scale, softcap, dropout, seed, needs_bias)
+        return (*backward(grad_out, grad_lse, *inputs), *[None] * 5)
 
 
 def chunks(query: Tensor, key: Tensor, mask: Mask) -> list[tuple[int, slice, slice, TileMap]]:
@@ -85,7 +88,14 @@ def is_fast(query: Tensor, mask: Mask, softcap: float | None) -> bool:
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, softcap: float | None, dropout: float, seed: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask,
+    scale: float,
+    softcap: float | None,
+    dropout: float,
+    seed: int,
 ) -> tuple[Tensor, Tensor]:
     """out (B, Hq, T, Dv) and lse (B, Hq, T); see `cpu_tiled`. `seed` starts the dropout's generator."""
     out, lse = Partial.empty(query, value.shape[-1])

@@ -1,0 +1,143 @@
+"""Star Attention in one forward: the plan of every row of the batch, computed in few kernel calls and merged.
+
+A prompt of n blocks takes three calls, whatever n is: all whole blocks as one batch of causal squares, all rows behind
+the first block against the anchor's keys, and the query against everything; a ragged last block adds a fourth. Work is
+thus proportional to the attended pairs. The anchor's keys are those of the first block: no block computes them again.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hf_attn_plugins.kernels import attend
+from hf_attn_plugins.masks import Mask, Window
+from hf_attn_plugins.options import StarOptions
+from hf_attn_plugins.partial import Partial, merge
+from hf_attn_plugins.star.pattern import masked, prompts_of
+from hf_attn_plugins.star.plan import Plan, plan_for
+
+
+class Kernel(Protocol):
+    """`kernels.attend` with scale, softcap, dropout and kernel already given."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, mask: Mask) -> Partial: ...
+
+
+class PlanOf(Protocol):
+    """`plan_for` with the sizes of the options already given."""
+
+    def __call__(self, length: int) -> Plan: ...
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask,
+    *,
+    scale: float,
+    softcap: float | None,
+    dropout: float,
+    options: StarOptions,
+) -> Partial:
+    """Causal attention by the plan of `options`: star for a prompt into an empty cache, dense for whatever comes later.
+
+    Args:
+        query: (B, Hq, T, D); key, value: (B, Hkv, S, D) and (B, Hkv, S, Dv), everything the cache returned.
+        mask: a causal `Mask`. Blocks are counted from each row's first real token; windows, segments, predicates and
+            biases are intersected with the plan. Padding rows give out 0 and lse -inf.
+        scale, softcap, dropout: as in `kernels.attend`.
+        options: block, anchor and query sizes; those that are None follow from each row's length.
+
+    Raises:
+        NotImplementedError: the mask has a prefix that every row sees: a bidirectional prefix would change the anchor's
+            keys from block to block.
+
+    Source: Star Attention, arXiv 2411.17116, with the anchor's keys reused (its hidden states are those of block 1).
+    """
+    kernel: Kernel = partial(attend, scale=scale, softcap=softcap, dropout=dropout, kernel=options.kernel)
+    rows, num_keys = query.shape[2], key.shape[2]
+    if rows < 2 or mask.start(rows, num_keys) > 0:
+        return kernel(query, key, value, mask=mask)
+    if mask.prefix:
+        raise NotImplementedError(
+            f"star_attention got a bidirectional prefix of {mask.prefix} tokens, which has no causal anchor: "
+            "use tiled_attention for this model."
+        )
+    plan_of = partial(plan_for, **options.sizes())
+    if mask.predicate is not None or mask.bias is not None:
+        return kernel(query, key, value, mask=masked(mask, rows, options))
+    if mask.key_padding is None and mask.query_segments is None:
+        return prompt(query, key[:, :, :rows], value[:, :, :rows], plan_of(rows), mask.window, kernel)
+    # Lengths cannot be read into a plan while a graph is traced.
+    apart = None if torch.compiler.is_compiling() else ragged(query, key, value, mask, plan_of, kernel)
+    return apart or kernel(query, key, value, mask=masked(mask, rows, options))
+
+
+def prompt(query: Tensor, key: Tensor, value: Tensor, plan: Plan, window: Window, kernel: Kernel) -> Partial:
+    """Rows that all follow one plan over keys of the same tokens; `window` bounds each of them as well."""
+    causal = Mask(causal=True, window=window)
+    if plan.is_dense:
+        return kernel(query, key, value, mask=causal)
+    block, anchor, context = plan.block_size, len(plan.anchor), plan.context
+    whole = context // block * block
+    pieces = [whole_blocks(*(x[:, :, :whole] for x in (query, key, value)), block, causal, kernel)]
+    if whole < context:
+        pieces.append(kernel(*(x[:, :, whole:context] for x in (query, key, value)), mask=causal))
+    own = join(pieces)
+    if anchor:
+        # The rows behind the first block, at their true distance from the anchor, which a window may cut off.
+        far = Mask(window=window, offset=block)
+        reached = kernel(query[:, :, block:context], key[:, :, :anchor], value[:, :, :anchor], mask=far)
+        later = merge([Partial(own.out[:, :, block:], own.lse[:, :, block:]), reached])
+        own = join([Partial(own.out[:, :, :block], own.lse[:, :, :block]), later])
+    if not plan.query:
+        return own
+    return join([own, kernel(query[:, :, context:], key, value, mask=causal)])
+
+
+def whole_blocks(query: Tensor, key: Tensor, value: Tensor, block: int, causal: Mask, kernel: Kernel) -> Partial:
+    """Each block on its own: blocks become rows of the batch, as views where the batch holds one prompt."""
+    batch, _, length, _ = query.shape
+
+    def batched(tensor: Tensor) -> Tensor:
+        return tensor.unflatten(2, (length // block, block)).transpose(1, 2).flatten(0, 1)
+
+    part = kernel(batched(query), batched(key), batched(value), mask=causal)
+    out, lse = (tensor.unflatten(0, (batch, length // block)).transpose(1, 2).flatten(2, 3) for tensor in part)
+    return Partial(out, lse)
+
+
+def join(parts: list[Partial]) -> Partial:
+    """Partials of consecutive rows as one."""
+    if len(parts) == 1:
+        return parts[0]
+    return Partial(torch.cat([part.out for part in parts], 2), torch.cat([part.lse for part in parts], 2))
+
+
+def ragged(query: Tensor, key: Tensor, value: Tensor, mask: Mask, plan_of: PlanOf, kernel: Kernel) -> Partial | None:
+    """A padded or packed batch: prompts of equal place and length together, each group by its own plan.
+
+    Returns None where padding lies between real tokens, so that no prompt is a run of keys.
+    """
+    batch, rows = query.shape[0], query.shape[2]
+    spans = prompts_of(mask, batch, rows)
+    if spans is None:
+        return None
+    groups = defaultdict(list)
+    for member, first, end in spans:
+        groups[first, end].append(member)
+    if list(groups) == [(0, rows)] and len(spans) == batch:
+        return prompt(query, key[:, :, :rows], value[:, :, :rows], plan_of(rows), mask.window, kernel)
+    out, lse = Partial.empty(query, value.shape[-1])
+    for (first, end), members in groups.items():
+        index = torch.tensor(members, device=query.device)
+        chosen = (x[:, :, first:end].index_select(0, index) for x in (query, key, value))
+        part = prompt(*chosen, plan_of(end - first), mask.window, kernel)
+        out[index, :, first:end], lse[index, :, first:end] = part
+    return Partial(out, lse)

@@ -62,7 +62,8 @@ def attention(
     """
     kernel: Kernel = partial(attend, scale=scale, softcap=softcap, dropout=dropout, kernel=options.kernel)
     rows, num_keys = query.shape[2], key.shape[2]
-    if rows < 2 or mask.start(rows, num_keys) > 0:
+    unknown_start = torch.compiler.is_compiling() and isinstance(mask.offset, Tensor)
+    if rows < 2 or (not unknown_start and mask.start(rows, num_keys) > 0):
         return kernel(query, key, value, mask=mask)
     if mask.prefix:
         raise NotImplementedError(
@@ -70,7 +71,7 @@ def attention(
             "use tiled_attention for this model."
         )
     plan_of = partial(plan_for, **options.sizes())
-    if mask.predicate is not None or mask.bias is not None:
+    if mask.predicate is not None or mask.bias is not None or unknown_start:
         return kernel(query, key, value, mask=masked(mask, rows, options))
     if mask.key_padding is None and mask.query_segments is None:
         return prompt(query, key[:, :, :rows], value[:, :, :rows], plan_of(rows), mask.window, kernel)
@@ -86,9 +87,10 @@ def prompt(query: Tensor, key: Tensor, value: Tensor, plan: Plan, window: Window
         return kernel(query, key, value, mask=causal)
     block, anchor, context = plan.block_size, len(plan.anchor), plan.context
     whole = context // block * block
-    pieces = [whole_blocks(*(x[:, :, :whole] for x in (query, key, value)), block, causal, kernel)]
+    pieces = [whole_blocks(query[:, :, :whole], key[:, :, :whole], value[:, :, :whole], block, causal, kernel)]
     if whole < context:
-        pieces.append(kernel(*(x[:, :, whole:context] for x in (query, key, value)), mask=causal))
+        rest = slice(whole, context)
+        pieces.append(kernel(query[:, :, rest], key[:, :, rest], value[:, :, rest], mask=causal))
     own = join(pieces)
     if anchor:
         # The rows behind the first block, at their true distance from the anchor, which a window may cut off.
@@ -137,7 +139,7 @@ def ragged(query: Tensor, key: Tensor, value: Tensor, mask: Mask, plan_of: PlanO
     out, lse = Partial.empty(query, value.shape[-1])
     for (first, end), members in groups.items():
         index = torch.tensor(members, device=query.device)
-        chosen = (x[:, :, first:end].index_select(0, index) for x in (query, key, value))
-        part = prompt(*chosen, plan_of(end - first), mask.window, kernel)
+        own_query, own_key, own_value = (x[:, :, first:end].index_select(0, index) for x in (query, key, value))
+        part = prompt(own_query, own_key, own_value, plan_of(end - first), mask.window, kernel)
         out[index, :, first:end], lse[index, :, first:end] = part
     return Partial(out, lse)

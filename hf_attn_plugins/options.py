@@ -68,7 +68,3 @@ class StarOptions(Options):
         check_anchor(self.anchor_size, self.block_size)
         if self.kernel is not None and self.kernel not in KERNELS:
             raise ValueError(f"kernel={self.kernel!r} is unknown: choose one of {', '.join(KERNELS)}, or None.")
-
-    def sizes(self) -> dict[str, int | None]:
-        """The three sizes, as `star.plan.plan_for` takes them."""
-        return {"block_size": self.block_size, "anchor_size": self.anchor_size, "query_size": self.query_size}

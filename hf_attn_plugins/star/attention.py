@@ -8,6 +8,7 @@ thus proportional to the attended pairs. The anchor's keys are those of the firs
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
@@ -26,12 +27,6 @@ class Kernel(Protocol):
     """`kernels.attend` with scale, softcap, dropout and kernel already given."""
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, mask: Mask) -> Partial: ...
-
-
-class PlanOf(Protocol):
-    """`plan_for` with the sizes of the options already given."""
-
-    def __call__(self, length: int) -> Plan: ...
 
 
 def attention(
@@ -70,7 +65,10 @@ def attention(
             f"star_attention got a bidirectional prefix of {mask.prefix} tokens, which has no causal anchor: "
             "use tiled_attention for this model."
         )
-    plan_of = partial(plan_for, **options.sizes())
+
+    def plan_of(length: int) -> Plan:
+        return plan_for(length, options.block_size, options.anchor_size, options.query_size)
+
     if mask.predicate is not None or mask.bias is not None or unknown_start:
         return kernel(query, key, value, mask=masked(mask, rows, options))
     if mask.key_padding is None and mask.query_segments is None:
@@ -122,7 +120,9 @@ def join(parts: list[Partial]) -> Partial:
     return Partial(torch.cat([part.out for part in parts], 2), torch.cat([part.lse for part in parts], 2))
 
 
-def ragged(query: Tensor, key: Tensor, value: Tensor, mask: Mask, plan_of: PlanOf, kernel: Kernel) -> Partial | None:
+def ragged(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, plan_of: Callable[[int], Plan], kernel: Kernel
+) -> Partial | None:
     """A padded or packed batch: prompts of equal place and length together, each group by its own plan.
 
     Returns None where padding lies between real tokens, so that no prompt is a run of keys.

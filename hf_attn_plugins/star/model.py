@@ -139,6 +139,7 @@ def frozen_rope(model: nn.Module, length: int) -> Iterator[None]:
     Every block, and the questions after them, must be rotated alike, whatever the positions of one call.
     """
     held = []
+    module: Any
     for module in model.modules():
         kind: Any = getattr(module, "rope_type", None)
         moving = _moving(kind)

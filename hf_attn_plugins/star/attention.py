@@ -1,8 +1,10 @@
-"""Star Attention in one forward: the plan of every row of the batch, computed in few kernel calls and merged.
+"""Star Attention in one forward: the plan of every row of the batch, computed in few kernel calls.
 
-A prompt of n blocks takes three calls, whatever n is: all whole blocks as one batch of causal squares, all rows behind
-the first block against the anchor's keys, and the query against everything; a ragged last block adds a fourth. Work is
-thus proportional to the attended pairs. The anchor's keys are those of the first block: no block computes them again.
+A prompt of n blocks takes three calls, whatever n is: the first block, all later whole blocks as one batch, each over
+the anchor's keys and its own, and the query over everything; a ragged last block adds a fourth. Work is proportional to
+the attended pairs. The anchor's keys are those of the first block, nothing computes them again. They are copied before
+each block's own keys, which saves a second pass over the rows: merging two partial results of as few keys as blocks have
+costs more than the attention to the anchor itself (`windowed` has to do so).
 """
 
 from __future__ import annotations
@@ -83,33 +85,67 @@ def prompt(query: Tensor, key: Tensor, value: Tensor, plan: Plan, window: Window
     causal = Mask(causal=True, window=window)
     if plan.is_dense:
         return kernel(query, key, value, mask=causal)
-    block, anchor, context = plan.block_size, len(plan.anchor), plan.context
-    whole = context // block * block
-    pieces = [whole_blocks(query[:, :, :whole], key[:, :, :whole], value[:, :, :whole], block, causal, kernel)]
+    binds = window[0] is not None and window[0] < plan.length - 1
+    parts = (windowed if binds else blocks)(query, key, value, plan, causal, kernel)
+    if plan.query:
+        rows = slice(plan.context, None)
+        parts.append(kernel(query[:, :, rows], key, value, mask=causal))
+    return join(parts)
+
+
+def blocks(query: Tensor, key: Tensor, value: Tensor, plan: Plan, causal: Mask, kernel: Kernel) -> list[Partial]:
+    """The context's rows: the first block, the later whole ones, the ragged one."""
+    size, anchor, context = plan.block_size, plan.anchor_size, plan.context
+    whole = context // size * size
+
+    def block_rows(tensor: Tensor) -> Tensor:
+        return batched(tensor[:, :, size:whole], size)
+
+    def block_keys(tensor: Tensor) -> Tensor:
+        own = block_rows(tensor)
+        if not anchor:
+            return own
+        count = len(own) // len(tensor)
+        shared = tensor[:, None, :, :anchor].expand(-1, count, -1, -1, -1).flatten(0, 1)
+        return torch.cat([shared, own], 2)
+
+    def ragged_keys(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor[:, :, :anchor], tensor[:, :, whole:context]], 2)
+
+    parts = [kernel(query[:, :, :size], key[:, :, :size], value[:, :, :size], mask=causal)]
+    if size < whole:
+        later = kernel(block_rows(query), block_keys(key), block_keys(value), mask=causal)
+        parts.append(unbatched(later, len(query)))
+    if whole < context:
+        parts.append(kernel(query[:, :, whole:context], ragged_keys(key), ragged_keys(value), mask=causal))
+    return parts
+
+
+def windowed(query: Tensor, key: Tensor, value: Tensor, plan: Plan, causal: Mask, kernel: Kernel) -> list[Partial]:
+    """The same under a window, for which the anchor has to stay at its true distance: two passes, merged."""
+    size, anchor, context = plan.block_size, plan.anchor_size, plan.context
+    whole = context // size * size
+    own = [unbatched(kernel(*(batched(x[:, :, :whole], size) for x in (query, key, value)), mask=causal), len(query))]
     if whole < context:
         rest = slice(whole, context)
-        pieces.append(kernel(query[:, :, rest], key[:, :, rest], value[:, :, rest], mask=causal))
-    own = join(pieces)
-    if anchor:
-        # The rows behind the first block, at their true distance from the anchor, which a window may cut off.
-        far = Mask(window=window, offset=block)
-        reached = kernel(query[:, :, block:context], key[:, :, :anchor], value[:, :, :anchor], mask=far)
-        later = merge([Partial(own.out[:, :, block:], own.lse[:, :, block:]), reached])
-        own = join([Partial(own.out[:, :, :block], own.lse[:, :, :block]), later])
-    if not plan.query:
-        return own
-    return join([own, kernel(query[:, :, context:], key, value, mask=causal)])
+        own.append(kernel(query[:, :, rest], key[:, :, rest], value[:, :, rest], mask=causal))
+    near = join(own)
+    if not anchor:
+        return [near]
+    far = Mask(window=causal.window, offset=size)
+    reached = kernel(query[:, :, size:context], key[:, :, :anchor], value[:, :, :anchor], mask=far)
+    first, later = (Partial(near.out[:, :, rows], near.lse[:, :, rows]) for rows in (slice(size), slice(size, None)))
+    return [first, merge([later, reached])]
 
 
-def whole_blocks(query: Tensor, key: Tensor, value: Tensor, block: int, causal: Mask, kernel: Kernel) -> Partial:
-    """Each block on its own: blocks become rows of the batch, as views where the batch holds one prompt."""
-    batch, _, length, _ = query.shape
+def batched(tensor: Tensor, size: int) -> Tensor:
+    """(B, H, n * size, D) as (B * n, H, size, D): blocks become rows of the batch, a view where B is 1."""
+    return tensor.unflatten(2, (-1, size)).transpose(1, 2).flatten(0, 1)
 
-    def batched(tensor: Tensor) -> Tensor:
-        return tensor.unflatten(2, (length // block, block)).transpose(1, 2).flatten(0, 1)
 
-    part = kernel(batched(query), batched(key), batched(value), mask=causal)
-    out, lse = (tensor.unflatten(0, (batch, length // block)).transpose(1, 2).flatten(2, 3) for tensor in part)
+def unbatched(part: Partial, batch: int) -> Partial:
+    """The inverse of `batched` for a partial of `batch` prompts."""
+    out, lse = (tensor.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3) for tensor in part)
     return Partial(out, lse)
 
 

@@ -214,20 +214,22 @@ def test_work_is_proportional_to_the_attended_pairs(monkeypatch: pytest.MonkeyPa
     assert sum(pairs) == plan_for(1000, 64, 16, 100).attended_pairs()
 
 
-def test_keys_are_views(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One prompt's blocks and the anchor are read in place."""
+def test_only_the_anchor_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first block and the query read keys in place; later blocks need them behind the anchor's."""
     from hf_attn_plugins.star import attention as module
 
-    storages = set()
+    seen = []
 
     def watching(query: Tensor, key: Tensor, value: Tensor, *, mask: Mask, **_: object) -> Partial:
-        storages.add((key.untyped_storage().data_ptr(), value.untyped_storage().data_ptr()))
+        seen.append((key.untyped_storage().data_ptr(), key.shape[0] * key.shape[2]))
         return Partial.empty(query, value.shape[-1])
 
     monkeypatch.setattr(module, "attend", watching)
-    query, key, value = sharp_inputs(1, 2, 1, 100, 100, 4)
-    star(query, key, value, Mask(causal=True), StarOptions(16, 8, 10))
-    assert storages == {(key.untyped_storage().data_ptr(), value.untyped_storage().data_ptr())}
+    query, key, value = sharp_inputs(1, 2, 1, 106, 106, 4)
+    for anchor, copied in ((8, [5 * (8 + 16)]), (0, [])):
+        seen.clear()
+        star(query, key, value, Mask(causal=True), StarOptions(16, anchor, 10))
+        assert [size for place, size in seen if place != key.untyped_storage().data_ptr()] == copied
 
 
 @pytest.mark.parametrize("sizes", [(None, None, None), (None, 300, 7), (512, None, None), (None, 5000, 0)])

@@ -3,21 +3,21 @@
 A prompt of n blocks takes three calls, whatever n is: the first block, all later whole blocks as one batch, each over
 the anchor's keys and its own, and the query over everything; a ragged last block adds a fourth. Work is proportional to
 the attended pairs. The anchor's keys are those of the first block, nothing computes them again. They are copied before
-each block's own keys, which saves a second pass over the rows: merging two partial results of as few keys as blocks have
-costs more than the attention to the anchor itself (`windowed` has to do so).
+each block's own keys, which saves a second pass over the rows: with so few keys, merging two partial results costs more
+than the attention to the anchor itself (`windowed` has to do so).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from functools import partial
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hf_attn_plugins.kernels import attend
+from hf_attn_plugins.kernels.choose import choose
 from hf_attn_plugins.masks import Mask, Window
 from hf_attn_plugins.options import StarOptions
 from hf_attn_plugins.partial import Partial, merge
@@ -25,10 +25,31 @@ from hf_attn_plugins.star.pattern import masked, prompts_of
 from hf_attn_plugins.star.plan import Plan, plan_for
 
 
-class Kernel(Protocol):
-    """`kernels.attend` with scale, softcap, dropout and kernel already given."""
+@dataclass(frozen=True)
+class Kernel:
+    """`kernels.attend` with everything but tensors and mask given."""
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, mask: Mask) -> Partial: ...
+    scale: float
+    softcap: float | None
+    dropout: float
+    name: str | None
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, mask: Mask) -> Partial:
+        return attend(
+            query,
+            key,
+            value,
+            mask=mask,
+            scale=self.scale,
+            softcap=self.softcap,
+            dropout=self.dropout,
+            kernel=self.name,
+        )
+
+    def chosen_for(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Kernel:
+        """The same with the kernel that suits a whole prompt: its pieces look too short for it one by one."""
+        name = self.name or choose(query, key, value, mask, self.softcap, self.dropout)
+        return Kernel(self.scale, self.softcap, self.dropout, name)
 
 
 def attention(
@@ -57,7 +78,7 @@ def attention(
 
     Source: Star Attention, arXiv 2411.17116, with the anchor's keys reused (its hidden states are those of block 1).
     """
-    kernel: Kernel = partial(attend, scale=scale, softcap=softcap, dropout=dropout, kernel=options.kernel)
+    kernel = Kernel(scale, softcap, dropout, options.kernel)
     rows, num_keys = query.shape[2], key.shape[2]
     unknown_start = torch.compiler.is_compiling() and isinstance(mask.offset, Tensor)
     if rows < 2 or (not unknown_start and mask.start(rows, num_keys) > 0):
@@ -85,6 +106,7 @@ def prompt(query: Tensor, key: Tensor, value: Tensor, plan: Plan, window: Window
     causal = Mask(causal=True, window=window)
     if plan.is_dense:
         return kernel(query, key, value, mask=causal)
+    kernel = kernel.chosen_for(query, key, value, causal)
     binds = window[0] is not None and window[0] < plan.length - 1
     parts = (windowed if binds else blocks)(query, key, value, plan, causal, kernel)
     if plan.query:

@@ -18,7 +18,7 @@ COMMANDS: Table = {
         "tiled": ("hf_attn_plugins.tiled.command", "FlashAttention's tiles, step by step, drawn or animated"),
     },
     "bench": {
-        "star": ("hf_attn_plugins.star.bench", "what Star's sizes cost in agreement and save in time, on a model"),
+        "star": ("hf_attn_plugins.commands.bench_star", "what Star's sizes cost in agreement and save in time, on a model"),
         "tiled": ("hf_attn_plugins.commands.bench_tiled", "the tiles against PyTorch's attention, call by call"),
     },
     "run": ("hf_attn_plugins.commands.run", "any Python command with the plugins registered: hf-attn run -- CMD ..."),

@@ -11,9 +11,9 @@ from hf_attn_plugins.star.plan import Plan
 INTRODUCTION = """What Star Attention costs and saves on a real model with real prose. Rows are block, anchor and
 query sizes in tokens; `default` is what `star_attention` does when no size is given, `1024, 0, 128` has no anchor."""
 
-AGREEMENT = """`KL` (nats, mean), `top-1` and `perplexity` (a ratio) compare the last {scored} tokens of {texts} texts of
-{length} tokens with SDPA in the same dtype. `NLL` is the mean negative log-likelihood of a five-digit number hidden in
-the prose, over {depths} depths; `exact` counts the prompts where greedy decoding gives it. `dense` is
+AGREEMENT = """`KL` (nats, mean), `top-1` and `perplexity` (a ratio) compare the last {scored} tokens of {texts} texts
+of {length} tokens with SDPA in the same dtype. `NLL` is the mean negative log-likelihood of a five-digit number hidden
+in the prose, over {depths} depths; `exact` counts the prompts where greedy decoding gives it. `dense` is
 `tiled_attention`."""
 
 SPEED = """Ratios are medians over {rounds} rounds of (seconds of the other / seconds of this row) within a round; above

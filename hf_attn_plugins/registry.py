@@ -59,6 +59,14 @@ PLUGINS: dict[str, Plugin] = {
             entry="hf_attn_plugins.tiled:attention",
             options="TiledOptions",
         ),
+        Plugin(
+            name="star_attention",
+            summary="Star Attention: blocks and an anchor for the context, everything for the last tokens and for answers",
+            exact=False,
+            source="Star Attention, arXiv 2411.17116",
+            entry="hf_attn_plugins.star.attention:attention",
+            options="StarOptions",
+        ),
     )
 }
 

@@ -38,3 +38,31 @@ class TiledOptions(Options):
 
         if self.kernel is not None and self.kernel not in KERNELS:
             raise ValueError(f"kernel={self.kernel!r} is unknown: choose one of {', '.join(KERNELS)}, or None.")
+
+
+@dataclass(frozen=True)
+class CQSOptions(Options):
+    """Options of `cqs_attention`.
+
+    Attributes:
+        workers: number of workers W, or None to choose it from the length (`cqs.plugin.default_workers`).
+        interest_set: difference cover of Z_W for these workers, or None for the smallest known; needs `workers`.
+        min_length: prefills shorter than this, and all decoding, go straight to tiled attention.
+        kernel: a kernel by name (see `kernels.KERNELS`), or None to choose by device, dtype and shape.
+    """
+
+    workers: int | None = None
+    interest_set: tuple[int, ...] | None = None
+    min_length: int = 1024
+    kernel: str | None = None
+
+    def __post_init__(self) -> None:
+        from hf_attn_plugins.cqs import covers
+
+        self._positive("workers", "min_length")
+        TiledOptions(self.kernel)
+        if self.interest_set is not None:
+            if self.workers is None:
+                raise ValueError(f"interest_set={self.interest_set} needs workers, the number it is a cover for.")
+            # A list when it comes from a config file; a tuple can be hashed, which lets plans be kept.
+            object.__setattr__(self, "interest_set", covers.check(self.interest_set, self.workers))

@@ -36,6 +36,7 @@ def work(
     softcap: float | None = None,
     dropout: float = 0.0,
     kernel: str | None = None,
+    only: Range | None = None,
 ) -> WorkerResult:
     """Compute one leaf. Needs nothing from other workers; may be run anywhere, again, and in any order.
 
@@ -46,12 +47,15 @@ def work(
         query, key, value: hold at least the leaf's ranges of (B, Hq, N, D), (B, Hkv, N, D) and (B, Hkv, N, Dv).
         mask: over all N x N positions, its offset 0 or None.
         scale, softcap, dropout, kernel: as in `kernels.attend`.
+        only: one of the leaf's ranges, to compute the rows of this range alone.
     """
     mask = Mask() if mask is None else mask
     key, value = key.gather(leaf.ranges), value.gather(leaf.ranges)
     rows, partials = [], []
     # A prefix is seen from before it, so that its blocks above the diagonal count although the rest is causal.
     for piece in leaf.pieces(mask.causal and not mask.prefix):
+        if only not in (None, piece.rows):
+            continue
         queries = query.take((piece.rows,))
         found = [
             attend(

@@ -45,7 +45,7 @@ class CQSOptions(Options):
     """Options of `cqs_attention`.
 
     Attributes:
-        workers: number of workers W, or None to choose it from the length (`cqs.plugin.default_workers`).
+        workers: number of workers W, or None to choose it from the length (`cqs.scheduler.default_workers`).
         interest_set: difference cover of Z_W for these workers, or None for the smallest known; needs `workers`.
         min_length: prefills shorter than this, and all decoding, go straight to tiled attention.
         kernel: a kernel by name (see `kernels.KERNELS`), or None to choose by device, dtype and shape.

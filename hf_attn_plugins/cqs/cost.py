@@ -12,6 +12,7 @@ from hf_attn_plugins.cqs.scheduler import Plan, plan
 
 MERGE_BLOCK = 4 * 2**20  # bytes of accumulated rows that are merged at a time
 MERGE_COPIES = 6  # such blocks alive while merging
+WORKSPACE = 64 * 2**20  # what `kernels.cpu` may hold in scores, the most of all kernels
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 

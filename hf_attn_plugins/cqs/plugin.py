@@ -7,16 +7,12 @@ import functools
 import torch
 from torch import Tensor
 
-from hf_attn_plugins.cqs import covers
 from hf_attn_plugins.cqs.forkjoin import attention as by_plan
-from hf_attn_plugins.cqs.scheduler import Plan, plan
+from hf_attn_plugins.cqs.scheduler import Plan, default_workers, plan
 from hf_attn_plugins.kernels import attend
 from hf_attn_plugins.masks import Mask
 from hf_attn_plugins.options import CQSOptions
 from hf_attn_plugins.partial import Partial
-
-GROUP = 1024  # tokens a group should have at least: smaller ones make kernel calls too small to be worth their start
-MOST_WORKERS = 31
 
 
 def attention(
@@ -56,11 +52,6 @@ def attention(
         dropout=dropout,
         kernel=options.kernel,
     )
-
-
-def default_workers(num_tokens: int) -> int:
-    """The largest Singer size up to 31 that leaves `GROUP` tokens to a group, but at least 7."""
-    return max(size for size in covers.singer_sizes(MOST_WORKERS) if size == 7 or num_tokens >= size * GROUP)
 
 
 def _is_prefill(mask: Mask, rows: int, num_keys: int) -> bool:

@@ -7,8 +7,12 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from hf_attn_plugins.cqs import covers
 from hf_attn_plugins.cqs.division import Division, Pair, group_range
 from hf_attn_plugins.cqs.leaf import Leaf
+
+LEAST_GROUP = 1024  # tokens; smaller groups make kernel calls too small to be worth their start
+MOST_WORKERS = 31
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,12 @@ def plan(
         raise ValueError(f"num_workers={num_workers} needs one interest set, or None, per level; got {interest_set}.")
     levels = (Division.of(w, None if s is None else tuple(s)) for w, s in zip(counts, sets, strict=True))
     return Plan(num_tokens, tuple(levels))
+
+
+def default_workers(num_tokens: int) -> int:
+    """The number of workers to take on one device: the largest Singer size from 7 to 31 with large enough groups."""
+    sizes = covers.singer_sizes(MOST_WORKERS)
+    return max(size for size in sizes if size == sizes[0] or num_tokens >= size * LEAST_GROUP)
 
 
 def _both_ways(blocks: list[Pair], groups: list[range]) -> list[Pair]:

@@ -20,7 +20,6 @@ from hf_attn_plugins.partial import Partial, merge
 
 FUSED_WORKSPACE = 8 * 2**20  # what PyTorch's fused operators allocate, plus `PER_THREAD` for each thread
 PER_THREAD = 2**20
-TILED_WORKSPACE = 64 * 2**20  # what `kernels.cpu` holds in scores
 
 
 def stream(
@@ -97,7 +96,7 @@ def workspace_bytes(dtype: torch.dtype, mask: Mask, softcap: float | None, dropo
     fused = plain and softcap is None and not dropout and dtype != torch.bfloat16
     if kernel == "aten" or (kernel is None and fused):
         return FUSED_WORKSPACE + PER_THREAD * torch.get_num_threads()
-    return TILED_WORKSPACE
+    return cost.WORKSPACE
 
 
 def _merge_into(total: Tensor, lse: Tensor, partial: Partial, begin: int, first: int, end: int) -> None:

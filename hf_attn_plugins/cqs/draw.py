@@ -41,7 +41,8 @@ def draw(plan: Plan, path: str | os.PathLike[str]) -> None:
     lengths.bar(range(plan.num_workers), plan.lengths, color="tab:blue")
     lengths.axhline(plan.num_tokens, color="tab:red", label="whole sequence")
     lengths.set(xlabel="worker", ylabel="tokens", title="Subsequence lengths")
-    lengths.legend()
+    lengths.set_ylim(0, 1.15 * max(1, plan.num_tokens))
+    lengths.legend(loc="upper right")
     figure.savefig(path, dpi=100)
 
 

@@ -29,11 +29,13 @@ def attention(
     """Exact attention; see `kernels.attend`.
 
     Divided among workers for the prefill of an empty cache and for training, from `options.min_length` tokens on;
-    decoding, later turns and shorter calls run as tiled attention. One device gains no speed from the division: what it
-    gains is that each worker holds a part of the keys only, and can be run again by itself.
+    decoding, later turns and shorter calls run as tiled attention, and so does everything under `torch.compile`, where
+    each worker would only lengthen the graph. One device gains no speed from the division: what it gains is that each
+    worker holds a part of the keys only, and can be run again by itself.
     """
     rows, num_keys = query.shape[2], key.shape[2]
-    if rows < options.min_length or not _is_prefill(mask, rows, num_keys):
+    compiling = torch.compiler.is_compiling()
+    if compiling or rows < options.min_length or not _is_prefill(mask, rows, num_keys):
         return attend(
             query, key, value, mask=mask, scale=scale, softcap=softcap, dropout=dropout, kernel=options.kernel
         )
@@ -55,8 +57,6 @@ def attention(
 
 
 def _is_prefill(mask: Mask, rows: int, num_keys: int) -> bool:
-    if isinstance(mask.offset, Tensor) and torch.compiler.is_compiling():
-        return False  # reading the position would wait for the device and split the graph
     return mask.causal and not mask.prefix and num_keys >= rows and mask.start(rows, num_keys) == 0
 
 

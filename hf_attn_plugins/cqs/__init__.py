@@ -1,7 +1,7 @@
 """CQS attention: exact attention by independent workers, for any number of workers and any length.
 
-`plan` (the Scheduler) divides all pairs of positions among workers by cyclic quorum sets, `work` (a Worker) computes one
-share, `Tiler` merges the shares; `attention` does all three. Source: IEEE Access 13 (2025) 35527.
+`plan` (the Scheduler) divides all pairs of positions among workers by cyclic quorum sets, `work` (a Worker) computes
+one share, `Tiler` merges the shares; `attention` does all three. Source: IEEE Access 13 (2025) 35527.
 """
 
 from __future__ import annotations

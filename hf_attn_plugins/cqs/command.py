@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=_numbers, help="number of workers W, or one per level like 7,7; default: by length or budget"
     )
-    parser.add_argument("--interest-set", type=_numbers, help="difference cover of Z_W, like 0,1,5; default: the smallest")
+    parser.add_argument(
+        "--interest-set", type=_numbers, help="difference cover of Z_W, like 0,1,5; default: the smallest"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the demonstration's random Q, K, V")
     parser.add_argument("--dim", type=int, default=5, help="numbers per row of the demonstration's Q, K, V")
     parser.add_argument("--draw", metavar="FILE.png", help="write the partition and the lengths as a picture")

@@ -1,4 +1,4 @@
-"""Interest sets: difference covers of Z_W, from a verified table, Singer's and Wichmann's constructions, or the user."""
+"""Interest sets: difference covers of Z_W, from a verified table, Singer's or Wichmann's construction, or the user."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The seed's demonstration: Scheduler, Workers and Tiler with every number shown, checked against plain softmax.
 
-Written in NumPy with the paper's own formulas (P = exp(Q K^T) without scaling or shift, S its row sums, O = P V), so that
-it can be followed by hand, and so that it does not lean on the code that it explains.
+Written in NumPy with the paper's own formulas (P = exp(Q K^T) without scaling or shift, S its row sums, O = P V), so
+that it can be followed by hand, and does not lean on the code that it explains.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class Division:
         return kept
 
     def distilled(self, worker: int) -> list[Pair]:
-        """The pairs this worker keeps; a pair W / 2 apart comes up twice, and the first half of the workers keeps it."""
+        """The pairs this worker keeps; those W / 2 apart come up twice and stay with the first half of the workers."""
         pairs = self.undistilled(worker)
         return [pairs[p] for p, half in self._kept if not half or 2 * worker < self.num_workers]
 

@@ -37,7 +37,9 @@ def draw(plan: Plan, path: str | os.PathLike[str]) -> None:
         figure.colorbar(mesh, ax=matrix, label="worker")
     matrix.invert_yaxis()
     matrix.set(aspect="equal", xlabel="key position", ylabel="query position")
-    matrix.set_title(f"Pairs by worker: N = {plan.num_tokens}, W = {plan.num_workers}, set {list(plan.interest_set)[:8]}")
+    matrix.set_title(
+        f"Pairs by worker: N = {plan.num_tokens}, W = {plan.num_workers}, set {list(plan.interest_set)[:8]}"
+    )
     lengths.bar(range(plan.num_workers), plan.lengths, color="tab:blue")
     lengths.axhline(plan.num_tokens, color="tab:red", label="whole sequence")
     lengths.set(xlabel="worker", ylabel="tokens", title="Subsequence lengths")

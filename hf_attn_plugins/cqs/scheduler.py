@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from hf_attn_plugins.cqs import covers
@@ -87,8 +87,8 @@ class Plan:
     def tasks(self, worker: int) -> list[Pair]:
         """All token pairs the worker computes, its diagonal block first; for demonstration, O(N^2 / W) pairs."""
         groups = self.token_groups
-        pairs = list(itertools.product(groups[worker], repeat=2))
-        return pairs + _both_ways(self.levels[0].distilled(worker), groups)
+        own = [(a, b) for a in groups[worker] for b in groups[worker]]
+        return own + _both_ways(self.levels[0].distilled(worker), groups)
 
     def bans(self, worker: int) -> list[Pair]:
         """All token pairs of its material that the worker must not compute; their order means nothing."""
@@ -97,7 +97,8 @@ class Plan:
         blocks = set(itertools.combinations_with_replacement(own, 2)) - {(worker, worker), *division.distilled(worker)}
         banned: list[Pair] = []
         for a, b in blocks:
-            banned += itertools.product(groups[a], repeat=2) if a == b else _both_ways([(a, b)], groups)
+            diagonal = [(s, t) for s in groups[a] for t in groups[a]]
+            banned += diagonal if a == b else _both_ways([(a, b)], groups)
         return banned
 
     def local_bans(self, worker: int) -> list[Pair]:
@@ -162,5 +163,5 @@ def _both_ways(blocks: list[Pair], groups: list[range]) -> list[Pair]:
     return [pair for a, b in blocks for s in groups[a] for t in groups[b] for pair in ((s, t), (t, s))]
 
 
-def _divider(division: Division):  # type: ignore[no-untyped-def]
+def _divider(division: Division) -> Callable[[Leaf], Iterator[Leaf]]:
     return lambda leaf: leaf.divide(division)

@@ -20,8 +20,8 @@ class Source:
     """Ranges of tokens of a (B, H, N, D) array that is not loaded as a whole.
 
     Args:
-        array: a tensor (in memory, or mapped by `torch.from_file`), a NumPy array (`numpy.memmap`), or a slice object of
-            a safetensors file (`safetensors.safe_open(path, "pt").get_slice(name)`).
+        array: a tensor (in memory, or mapped by `torch.from_file`), a NumPy array (`numpy.memmap`), or a slice object
+            of a safetensors file (`safetensors.safe_open(path, "pt").get_slice(name)`).
 
     Raises:
         ValueError: something else, or not 4-d.

@@ -72,9 +72,17 @@ def stream(
             for rows in leaf.ranges:
                 queries = sources[0].read((rows,), device)
                 result = work(
-                    leaf, queries, keys, values, mask=mask, scale=scale, softcap=softcap, dropout=dropout, kernel=kernel,
+                    leaf,
+                    queries,
+                    keys,
+                    values,
+                    mask=mask,
+                    scale=scale,
+                    softcap=softcap,
+                    dropout=dropout,
+                    kernel=kernel,
                     only=rows,
-                )  # fmt: skip
+                )
                 for (begin, end), partial in zip(result.rows, result.partials, strict=True):
                     for first in range(begin, end, block):
                         _merge_into(total, lse, partial, begin, first, min(end, first + block))

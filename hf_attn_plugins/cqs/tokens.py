@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -23,11 +24,13 @@ class Tokens:
             joins the pieces' gradients once instead of writing zeros around each of them.
     """
 
-    def __init__(self, tensor: Tensor, ranges: Sequence[Range] | None = None, cuts: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, tensor: Tensor, ranges: Sequence[Range] | None = None, cuts: Sequence[int] | None = None
+    ) -> None:
         self.tensor = tensor
         self.ranges = joined(list(ranges)) if ranges is not None else ((0, tensor.shape[TOKENS]),)
         self._cuts = cuts
-        self._parts = tensor.split([b - a for a, b in zip(cuts, cuts[1:])], TOKENS) if cuts else None
+        self._parts = tensor.split([b - a for a, b in itertools.pairwise(cuts)], TOKENS) if cuts else None
 
     def take(self, ranges: Sequence[Range]) -> Tensor:
         """The tokens of ascending ranges, one after another: a view where they are neighbours, else a copy."""

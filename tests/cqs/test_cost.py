@@ -11,7 +11,15 @@ LLAMA = cost.Shape(heads=32, kv_heads=8, head_dim=128, head_dim_v=128)
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("512MiB", 2**29), ("8 GB", 8 * 10**9), ("1.5gib", 3 * 2**29), ("1024", 1024), (7, 7), ("3 B", 3), ("2TiB", 2**41)],
+    [
+        ("512MiB", 2**29),
+        ("8 GB", 8 * 10**9),
+        ("1.5gib", 3 * 2**29),
+        ("1024", 1024),
+        (7, 7),
+        ("3 B", 3),
+        ("2TiB", 2**41),
+    ],
 )
 def test_amounts_of_memory(text: str, count: int) -> None:
     assert cost.parse_bytes(text) == count
@@ -32,7 +40,7 @@ def test_formatting() -> None:
     [(4, 2.0, 1.5, 0.75), (7, 1.14, 1.71, 0.49), (8, 1.5, 1.75, 0.44), (13, 0.92, 1.85, 0.28), (31, 0.65, 1.94, 0.13)],
 )
 def test_bytes_between_devices(workers: int, cqs_moves: float, ring: float, ulysses: float) -> None:
-    """In units of one tensor, the lse aside: 4 (m - 1) / W for CQS, 2 (W - 1) / W for ring, 4 (W - 1) / W^2 for Ulysses."""
+    """In units of one tensor: 4 (m - 1) / W for CQS, 2 (W - 1) / W for ring, 4 (W - 1) / W^2 for Ulysses."""
     tokens = 1000 * workers
     shape = cost.Shape(heads=1, kv_heads=1, head_dim=1000, head_dim_v=1000, itemsize=4)
     found = cost.across_devices(cqs.plan(tokens, workers), shape)

@@ -8,9 +8,9 @@ from hf_attn_plugins.cqs import covers
 
 # Smallest possible sizes for 1 .. 150 workers (Luk and Wong 1997; OEIS A283297; exhaustive search beyond), as run ends.
 OPTIMAL = [
-    (1, 1), (3, 2), (7, 3), (13, 4), (19, 5), (20, 6), (21, 5), (28, 6), (30, 7), (31, 6), (37, 7), (38, 8), (39, 7), (51, 8),
-    (56, 9), (57, 8), (65, 9), (72, 10), (73, 9), (79, 10), (90, 11), (91, 10), (93, 11), (94, 12), (95, 11), (113, 12),
-    (116, 13), (117, 12), (131, 13), (132, 14), (133, 12), (150, 14),
+    (1, 1), (3, 2), (7, 3), (13, 4), (19, 5), (20, 6), (21, 5), (28, 6), (30, 7), (31, 6), (37, 7), (38, 8), (39, 7),
+    (51, 8), (56, 9), (57, 8), (65, 9), (72, 10), (73, 9), (79, 10), (90, 11), (91, 10), (93, 11), (94, 12), (95, 11),
+    (113, 12), (116, 13), (117, 12), (131, 13), (132, 14), (133, 12), (150, 14),
 ]  # fmt: skip
 
 
@@ -31,7 +31,9 @@ def test_table_holds_covers_of_the_smallest_size() -> None:
             assert len(chosen) == size, workers
 
 
-@pytest.mark.parametrize(("order", "workers"), [(2, 7), (3, 13), (4, 21), (5, 31), (7, 57), (8, 73), (9, 91), (16, 273)])
+@pytest.mark.parametrize(
+    ("order", "workers"), [(2, 7), (3, 13), (4, 21), (5, 31), (7, 57), (8, 73), (9, 91), (16, 273)]
+)
 def test_singer_sets_are_perfect(order: int, workers: int) -> None:
     chosen = covers.singer(workers)
     assert chosen is not None and len(chosen) == order + 1 and chosen[:2] == (0, 1)

@@ -67,7 +67,9 @@ def test_seed_option_draws_other_numbers(capsys: pytest.CaptureFixture[str]) -> 
     assert one == same != other
 
 
-@pytest.mark.parametrize("arguments", [["--length", "0", "--workers", "3"], ["--length", "1"], ["--length", "2", "--workers", "8"]])
+@pytest.mark.parametrize(
+    "arguments", [["--length", "0", "--workers", "3"], ["--length", "1"], ["--length", "2", "--workers", "8"]]
+)
 def test_tiny_lengths(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "correct:\nTrue" in output(capsys, *arguments)
 

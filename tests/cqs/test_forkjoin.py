@@ -124,16 +124,20 @@ def documents() -> Tensor:
 
 
 FIELDS: dict[str, dict[str, Any]] = {
-    "padding": dict(key_padding=padded()),
-    "causal padding": dict(causal=True, key_padding=padded()),
-    "window": dict(causal=True, window=(9, None)),
-    "two-sided window": dict(window=(3, 12)),
-    "prefix": dict(causal=True, prefix=11),
-    "prefix and window": dict(causal=True, prefix=5, window=(6, None)),
-    "documents": dict(causal=True, query_segments=documents(), key_segments=documents()),
-    "window, documents, padding": dict(
-        causal=True, window=(14, None), query_segments=documents(), key_segments=documents(), key_padding=padded()
-    ),
+    "padding": {"key_padding": padded()},
+    "causal padding": {"causal": True, "key_padding": padded()},
+    "window": {"causal": True, "window": (9, None)},
+    "two-sided window": {"window": (3, 12)},
+    "prefix": {"causal": True, "prefix": 11},
+    "prefix and window": {"causal": True, "prefix": 5, "window": (6, None)},
+    "documents": {"causal": True, "query_segments": documents(), "key_segments": documents()},
+    "window, documents, padding": {
+        "causal": True,
+        "window": (14, None),
+        "query_segments": documents(),
+        "key_segments": documents(),
+        "key_padding": padded(),
+    },
 }
 
 
@@ -276,6 +280,6 @@ def test_refusals() -> None:
 def test_all_pairs_of_options_agree_with_attend() -> None:
     inputs = sharp_inputs(2, 4, 2, N, N, 6, dtype=torch.float64)
     for is_causal, softcap, window in itertools.product((False, True), (None, 4.0), (None, 10)):
-        options: dict[str, Any] = dict(is_causal=is_causal, softcap=softcap, window=window)
+        options: dict[str, Any] = {"is_causal": is_causal, "softcap": softcap, "window": window}
         found, expected = cqs.attention(*inputs, cqs.plan(N, 7), **options), attend(*inputs, **options)
         assert (found.out - expected.out).abs().max() < 1e-10

@@ -43,7 +43,7 @@ def stored(kind: str, inputs: tuple[torch.Tensor, ...], folder: Path) -> list[An
 def test_equals_attend_from_any_storage(kind: str, workers: Any, tmp_path: Path) -> None:
     inputs = sharp_inputs(2, 4, 2, TOKENS, TOKENS, 8, 6)
     plan = cqs.plan(TOKENS, workers)
-    for options in (dict(is_causal=True), dict(), dict(is_causal=True, window=40, softcap=9.0)):
+    for options in ({"is_causal": True}, {}, {"is_causal": True, "window": 40, "softcap": 9.0}):
         found = cqs.attention(*stored(kind, inputs, tmp_path), plan, memory_budget=BUDGET, **options)  # type: ignore[arg-type]
         expected = attend(*inputs, **options)  # type: ignore[arg-type]
         assert found.out.dtype == torch.float32
@@ -64,7 +64,7 @@ def test_padding_and_sinks() -> None:
     real = torch.ones(2, TOKENS, dtype=torch.bool)
     real[0, :100] = False
     sinks = torch.tensor([0.0, 1.0, 2.0, 3.0])
-    options: dict[str, Any] = dict(mask=Mask(causal=True, key_padding=real), sinks=sinks)
+    options: dict[str, Any] = {"mask": Mask(causal=True, key_padding=real), "sinks": sinks}
     plan = cqs.plan(TOKENS, 7)
     found, expected = (cqs.attention(*inputs, plan, **options, **more) for more in ({"memory_budget": BUDGET}, {}))  # type: ignore[arg-type]
     torch.testing.assert_close(tuple(found), tuple(expected), rtol=1e-5, atol=1e-5)

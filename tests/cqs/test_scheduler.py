@@ -14,8 +14,8 @@ from hf_attn_plugins import cqs
 from hf_attn_plugins.cqs import covers, show
 from hf_attn_plugins.cqs.leaf import Leaf
 
-# Printed by the paper's notebook for N = 11, W = 7, interest set (0, 1, 5). Its reindexed ban list lost worker 4's entry,
-# which equals worker 3's; it is put back here.
+# Printed by the paper's notebook for N = 11, W = 7, interest set (0, 1, 5). Its reindexed ban list lost worker 4's
+# entry, which equals worker 3's; it is put back here.
 SEED = Path(__file__).with_name("seed_lists.txt").read_text()
 
 

@@ -63,7 +63,7 @@ def test_missing_workers_are_named(parts: tuple) -> None:
 
 def test_many_missing_workers_are_counted() -> None:
     tiler = cqs.Tiler(cqs.plan(40, 13).leaves(), torch.zeros(1, 1, 40, 2), 2)
-    with pytest.raises(ValueError, match="worker 0, worker 1, .* and 5 more"):
+    with pytest.raises(ValueError, match=r"worker 0, worker 1, .* and 5 more"):
         tiler.result()
 
 

@@ -178,3 +178,21 @@ def test_pictures_name_the_extra_that_is_missing(tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ModuleNotFoundError, match=r"hf-attn-plugins\[demo\]"):
         draw(cqs.plan(5, 3), tmp_path / "plan.png")
+
+
+def test_bench_measures_every_case_and_keeps_earlier_ones(tmp_path: Path) -> None:
+    from hf_attn_plugins.cqs import bench
+
+    def measured(*arguments: str) -> list[dict]:
+        parser = argparse.ArgumentParser()
+        bench.add_arguments(parser)
+        bench.run(parser.parse_args([*arguments, "--repeats", "1", "--out", str(tmp_path)]))
+        return json.loads((tmp_path / "cqs.json").read_text())["rows"]
+
+    rows = measured("--lengths", "256", "--workers", "1", "7", "--masks", "causal")
+    assert [(row["tokens"], row["workers"]) for row in rows] == [(256, 1), (256, 7)]
+    rows = measured("--lengths", "200", "--workers", "8", "--masks", "full")
+    assert [(row["tokens"], row["workers"]) for row in rows] == [(200, 8), (256, 1), (256, 7)]
+    assert rows[0]["cells"] == 1.0 and rows[0]["dense cells"] == 2.0 and rows[0]["balance"] == pytest.approx(1.125)
+    with pytest.raises(ValueError, match="at least 1"):
+        measured("--workers", "0")

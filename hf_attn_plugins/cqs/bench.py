@@ -7,6 +7,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +28,22 @@ from hf_attn_plugins.memory import PeakMemory
 HEADS, KV_HEADS, HEAD_DIM = 2, 1, 64
 NAME, TITLE = "cqs", "CQS attention: one worker against the whole"
 NOTES = f"""\
-{HEADS}:{KV_HEADS} heads, head_dim {HEAD_DIM}, float32; every number below is measured unless it is called computed.
-`L / N` is the longest worker's share of the tokens. Memory is the peak of one process above its start, in MiB, inputs and
-results included, for the worker with the most work and for the whole sequence: `scores` with textbook attention that
-holds float32 scores (a worker those of one range of rows at a time), `linear` with `kernels.attend`.
-`longest / whole` is the slowest worker's seconds over those of `attend` on everything, `all + tiler / whole` the seconds
-of all workers one after another and of the merge: what the division costs on a single device (medians of {{repeats}},
-interleaved). `cells` counts (query, key) pairs handed to the kernel over N^2, for causal attention diagonal blocks in full;
-`dense cells` what a kernel computes that masks banned blocks instead of skipping them (computed, m^2 / W).
+{HEADS}:{KV_HEADS} heads, head_dim {HEAD_DIM}, float32; every number is measured unless it is called computed.
+`L / N` is the longest worker's share of the tokens. Memory is the peak of one process above its start, in MiB, inputs
+and results included, for the worker with the most work and for the whole sequence: `scores` with textbook attention,
+which holds float32 scores (a worker those of one range of rows at a time), `linear` with `kernels.attend`.
+`longest / whole` is the slowest worker's seconds over those of `attend` on everything, `all + tiler / whole` the
+seconds of all workers one after another and of the merge: what the division costs on a single device (medians,
+interleaved). `cells` counts (query, key) pairs handed to the kernel over N^2, diagonal blocks of causal attention in
+full; `dense cells` what a kernel computes that masks banned blocks instead of skipping them (computed, m^2 / W).
 `balance` is the largest worker's pairs over the mean (computed).
 
 The paper (one A100, float16, textbook scores, all workers on one device) publishes peak memory of 0.563, 0.184, 0.251
-and 0.038 of the whole for 4, 7, 8 and 31 workers, which is (L / N)^2: each worker holds all its scores, banned ones
-included. By skipping banned blocks and going range by range `scores` above is lower; with a linear-memory kernel what
-remains is about L / N, the share of the tokens, so that the advantage over an undivided FlashAttention-style kernel is
-much smaller than over textbook attention. The paper's time ratios were taken without waiting for the device and cannot be
-compared; a worker cannot take less than its share of the pairs, 1 / W."""
+and 0.038 of the whole for 4, 7, 8 and 31 workers, which is (L / N)^2: each of its workers holds all its scores, banned
+ones included. Skipping banned blocks and going range by range makes `scores` above smaller than that. With a
+linear-memory kernel what remains is about L / N, the share of the tokens: the advantage over an undivided
+FlashAttention-style kernel is much smaller than over textbook attention. The paper's time ratios were taken without
+waiting for the device and cannot be compared; a worker cannot take less than its share of the pairs, 1 / W."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +78,7 @@ def run(arguments: argparse.Namespace) -> None:
                 )
                 rows[(row["tokens"], row["mask"], row["workers"])] = row
     ordered = [rows[case] for case in sorted(rows, key=lambda case: (case[0], case[1] == "causal", case[2]))]
-    print("written to", write_table(arguments.out, NAME, TITLE, ordered, NOTES.format(repeats=arguments.repeats)))
+    print("written to", write_table(arguments.out, NAME, TITLE, ordered, NOTES))
 
 
 def measure(
@@ -89,16 +90,15 @@ def measure(
     leaves = {count: list(plan(tokens, count).leaves()) for count in worker_counts}
     with torch.no_grad():
         whole, times = _times(inputs, leaves, is_causal, repeats)
-        dense = {"scores": None, "linear": _peak(lambda x: attend(*x, is_causal=is_causal), inputs)}
-        if tokens <= scores_up_to:
-            dense["scores"] = _peak(lambda x: _textbook(*x, is_causal), inputs)
+        measured = tokens <= scores_up_to
+        whole_linear = _peak(lambda x: attend(x[0], x[1], x[2], is_causal=is_causal), inputs)
+        whole_scores = _peak(lambda x: _textbook(x[0], x[1], x[2], is_causal), inputs) if measured else None
         rows = []
         for count, shares in leaves.items():
             most = max(shares, key=lambda leaf: leaf.cells(is_causal))
-            linear = _peak(lambda x, leaf=most: _work(leaf, x, is_causal), _material(inputs, most))
-            scores = None
-            if dense["scores"] is not None:
-                scores = _peak(lambda x, leaf=most: _textbook_worker(leaf, x, is_causal), _material(inputs, most))
+            material = _material(inputs, most)
+            linear = _peak(partial(_work, most, is_causal), material)
+            scores = _peak(partial(_textbook_worker, most, is_causal), material) if measured else None
             cells = [leaf.cells(is_causal) for leaf in shares]
             handed = sum(_size(p.rows) * sum(map(_size, p.keys)) for leaf in shares for p in leaf.pieces(is_causal))
             seconds, together = times[count]
@@ -108,8 +108,8 @@ def measure(
                     "mask": "causal" if is_causal else "full",
                     "workers": count,
                     "L / N": max(leaf.length for leaf in shares) / tokens,
-                    **_memory("scores", scores, dense["scores"]),
-                    **_memory("linear", linear, dense["linear"]),
+                    **_memory("scores", scores, whole_scores),
+                    **_memory("linear", linear, whole_linear),
                     "longest / whole": max(seconds) / whole,
                     "all + tiler / whole": together / whole,
                     "cells": handed / tokens**2,
@@ -135,7 +135,7 @@ def _times(
             each = []
             for leaf in shares:
                 material = _material(inputs, leaf)
-                seconds, result = _timed(lambda leaf=leaf, material=material: _work(leaf, material, is_causal))  # type: ignore[misc]
+                seconds, result = _timed(partial(_work, leaf, is_causal, material))
                 each.append(seconds)
                 tiler.add(result)
             merging, _ = _timed(tiler.result)
@@ -146,7 +146,7 @@ def _times(
     return statistics.median(whole), {count: (medians[count], statistics.median(together[count])) for count in leaves}
 
 
-def _work(leaf: Leaf, material: list[Tensor], is_causal: bool) -> WorkerResult:
+def _work(leaf: Leaf, is_causal: bool, material: list[Tensor]) -> WorkerResult:
     query, key, value = (Tokens(x, leaf.ranges) for x in material)
     return work(leaf, query, key, value, mask=Mask(causal=is_causal))
 
@@ -167,7 +167,7 @@ def _textbook(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Ten
     return scores @ value.repeat_interleave(HEADS // KV_HEADS, 1)
 
 
-def _textbook_worker(leaf: Leaf, material: list[Tensor], is_causal: bool) -> list[Tensor]:
+def _textbook_worker(leaf: Leaf, is_causal: bool, material: list[Tensor]) -> list[Tensor]:
     query, key, value = (Tokens(x, leaf.ranges) for x in material)
     return [
         _textbook(query.take((piece.rows,)), key.take(piece.keys), value.take(piece.keys), piece.causal)

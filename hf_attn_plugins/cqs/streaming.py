@@ -53,6 +53,7 @@ def stream(
             "the plan out and one that fits is chosen."
         )
     device = torch.device(device) if device is not None else None
+    mask = mask if device is None else _moved(mask, device)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     home = query.device if isinstance(query, Tensor) else torch.device("cpu")
     in_files = any(source.in_file for source in sources)
@@ -105,6 +106,11 @@ def workspace_bytes(dtype: torch.dtype, mask: Mask, softcap: float | None, dropo
     if kernel == "aten" or (kernel is None and fused):
         return FUSED_WORKSPACE + PER_THREAD * torch.get_num_threads()
     return cost.WORKSPACE
+
+
+def _moved(mask: Mask, device: torch.device) -> Mask:
+    held = {name: getattr(mask, name) for name in ("key_padding", "query_segments", "key_segments", "bias")}
+    return mask.replace(**{name: tensor.to(device) for name, tensor in held.items() if tensor is not None})
 
 
 def _merge_into(total: Tensor, lse: Tensor, partial: Partial, begin: int, first: int, end: int) -> None:

@@ -67,6 +67,14 @@ PLUGINS: dict[str, Plugin] = {
             entry="hf_attn_plugins.star.attention:attention",
             options="StarOptions",
         ),
+        Plugin(
+            name="cqs_attention",
+            summary="independent workers, each pair of token groups computed by exactly one; bounded memory per worker",
+            exact=True,
+            source="CQS-Attention, IEEE Access 13 (2025) 35527",
+            entry="hf_attn_plugins.cqs.plugin:attention",
+            options="CQSOptions",
+        ),
     )
 }
 

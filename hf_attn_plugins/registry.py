@@ -61,7 +61,7 @@ PLUGINS: dict[str, Plugin] = {
         ),
         Plugin(
             name="star_attention",
-            summary="Star Attention: blocks and an anchor for the context, everything for the last tokens and for answers",
+            summary="Star Attention: blocks and an anchor for the context, everything for query and answer",
             exact=False,
             source="Star Attention, arXiv 2411.17116",
             entry="hf_attn_plugins.star.attention:attention",

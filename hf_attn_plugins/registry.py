@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from hf_attn_plugins.late import forget, when_imported
 
 if TYPE_CHECKING:
     from hf_attn_plugins.options import Options
 
-MODELING = "transformers.modeling_utils"
+MODELING, PIPELINES = "transformers.modeling_utils", "transformers.pipelines"
 
 
 @dataclass(frozen=True)
@@ -91,16 +89,15 @@ def plugin(name: str) -> Plugin:
 
 
 def register() -> None:
-    """Make every plugin known to Transformers, now or as soon as its modeling code is imported. Idempotent."""
-    if getattr(sys.modules.get(MODELING), "AttentionInterface", None) is not None:
-        _register_now()
-    elif not any(isinstance(finder, _AfterModeling) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterModeling())
+    """Make every plugin known to Transformers, now or as soon as the parts concerned are imported. Idempotent."""
+    when_imported(MODELING, _register_now)
+    when_imported(PIPELINES, _register_pipeline)
 
 
 def unregister() -> None:
-    """Take every plugin out of Transformers again."""
-    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _AfterModeling)]
+    """Take every attention implementation of this package out of Transformers again."""
+    for module in (MODELING, PIPELINES):
+        forget(module)
     if MODELING in sys.modules:
         from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -121,28 +118,7 @@ def _register_now() -> None:
         AttentionMaskInterface.register(name, mask_function)
 
 
-class _AfterModeling(MetaPathFinder):
-    """Registers right after `transformers.modeling_utils` was imported: importing it now would double import time."""
+def _register_pipeline() -> None:
+    from hf_attn_plugins.star_pipeline import register_pipeline
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != MODELING:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _RegisteringLoader(spec.loader)
-        return spec
-
-
-class _RegisteringLoader(Loader):
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
-        _register_now()
+    register_pipeline()

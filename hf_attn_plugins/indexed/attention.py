@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_attn_plugins.indexed.plan import Sizes, words_per_piece
 from hf_attn_plugins.indexed.tables import Tables
 
 # Up to this many characters per position a whole row of scores is copied and then indexed; beyond, single scores are
 # looked up one by one, whose cost does not grow with the character set.
-WHOLE_ROWS = 8
+WHOLE_ROWS = 4
+# Words are taken in pieces whose largest intermediate has about this many elements.
+PIECE = 1 << 22
 
 
 def indexed_scores(tables: Tables, indices: Tensor) -> Tensor:
@@ -30,18 +31,28 @@ def indexed_scores(tables: Tables, indices: Tensor) -> Tensor:
     Source: seed ISDPA, QK^T = Index_col(Index_row(Mq Mk^T)) + Index_row(Mq Pk^T) + Index_col(Pq Mk^T) + Pq Pk^T.
     """
     indices = check_indices(indices, tables.length)
-    (words, length), n, heads = indices.shape, tables.characters, tables.scores.shape[1]
-    meta, position = tables.scores[:n], tables.scores[n : n + length]
-    if n <= WHOLE_ROWS * tables.length:
+    (words, length), n = indices.shape, tables.characters
+    total, heads, _ = tables.scores.shape
+    if whole_rows(tables):
         # Index_row of both meta terms and their position terms in one go, then Index_col of what is left.
-        rows = F.embedding(indices, meta.flatten(1)).view(words, length, heads, meta.shape[-1]) + position
+        meta, position = tables.scores[:n], tables.scores[n : n + length]
+        rows = F.embedding(indices, meta.flatten(1)).view(words, length, heads, total) + position
         columns = indices[:, None, None].expand(words, length, heads, length)
         return rows[..., :n].gather(-1, columns) + rows[..., n : n + length]
-    meta_meta = meta[..., :n].transpose(1, 2).reshape(n * n, heads)
-    pairs = F.embedding(indices[:, :, None] * n + indices[:, None], meta_meta).transpose(-1, -2)
-    by_query = F.embedding(indices, meta[..., n : n + length].flatten(1)).view(words, length, heads, length)
-    by_key = F.embedding(indices, position[..., :n].permute(2, 0, 1).flatten(1)).view(words, length, length, heads)
-    return pairs + by_query + by_key.permute(0, 2, 3, 1) + position[..., n : n + length]
+    flat, head = tables.scores.view(-1), torch.arange(heads, device=indices.device).view(-1, 1)
+    positions = torch.arange(n, n + length, device=indices.device)
+
+    def look_up(query_rows: Tensor, key_rows: Tensor) -> Tensor:
+        places = (query_rows[..., None, None] * heads + head) * total + key_rows[..., None, None, :]
+        return flat.index_select(0, places.flatten()).view(places.shape)
+
+    of_characters = look_up(indices, indices) + look_up(indices, positions)
+    return of_characters + look_up(positions, indices) + look_up(positions, positions)
+
+
+def whole_rows(tables: Tables) -> bool:
+    """Whether `indexed_scores` copies whole rows of scores."""
+    return tables.characters <= WHOLE_ROWS * tables.length
 
 
 def column_weights(scores: Tensor, real: Tensor | None = None) -> Tensor:
@@ -83,8 +94,19 @@ def pooled_values(tables: Tables, indices: Tensor, weights: Tensor) -> Tensor:
 
 def indexed_values(tables: Tables, indices: Tensor) -> Tensor:
     """V = Index_row(Meta^V) + Pos^V, built: (W, H, L', dim); what `pooled_values` does without."""
-    meta, position = tables.values[:, : tables.characters], tables.values[:, tables.characters :]
-    return meta[:, indices].transpose(0, 1) + position[:, : indices.shape[1]]
+    return index_rows(tables.values.transpose(0, 1), indices, tables.characters).transpose(1, 2)
+
+
+def index_rows(table: Tensor, indices: Tensor, characters: int) -> Tensor:
+    """Index_row(Meta, I) + Pos of a (n + L, H, dim) table: (W, L', H, dim)."""
+    words, length = indices.shape
+    meta, position = table[:characters], table[characters : characters + length]
+    if words <= characters:
+        return F.embedding(indices, meta.flatten(1)).view(words, length, *meta.shape[1:]) + position
+    # The result is by far the largest tensor: one table of all (position, character) sums writes it once, not twice.
+    sums = (position.unsqueeze(1) + meta).flatten(0, 1)
+    places = indices + torch.arange(length, device=indices.device) * characters
+    return F.embedding(places, sums.flatten(1)).view(words, length, *meta.shape[1:])
 
 
 def indexed_attention(tables: Tables, indices: Tensor, *, padding_index: int | None = None) -> Tensor:
@@ -101,10 +123,10 @@ def indexed_attention(tables: Tables, indices: Tensor, *, padding_index: int | N
         beside it does not grow with W unless gradients are kept.
     """
     indices = check_indices(indices, tables.length)
-    heads, dim = tables.scores.shape[1], tables.values.shape[-1]
-    sizes = Sizes(len(indices), indices.shape[1], tables.characters, 1, heads, dim)
+    heads, length = tables.scores.shape[1], indices.shape[1]
+    largest = length * heads * (tables.scores.shape[-1] if whole_rows(tables) else length)
     pieces = []
-    for piece in indices.split(words_per_piece(sizes)):
+    for piece in indices.split(max(1, PIECE // largest)):
         real = None if padding_index is None else piece != padding_index
         pieces.append(pooled_values(tables, piece, column_weights(indexed_scores(tables, piece), real)))
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).to(tables.dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_attn_plugins.indexed.attention import check_indices, column_weights
+from hf_attn_plugins.indexed.attention import check_indices, column_weights, index_rows
 from hf_attn_plugins.indexed.tables import Projections
 
 
@@ -42,12 +42,7 @@ def project_direct(
 
 def project_indexed(rows: Projections, indices: Tensor, characters: int) -> Projections:
     """Project first, then index: the same (W, L', H, dim) from the rows of `tables.project_tables`."""
-
-    def look_up(table: Tensor) -> Tensor:
-        meta, position = table[:characters], table[characters : characters + indices.shape[1]]
-        return F.embedding(indices, meta.flatten(1)).unflatten(-1, meta.shape[1:]) + position
-
-    return Projections(*(look_up(table) for table in rows))
+    return Projections(*(index_rows(table, indices, characters) for table in rows))
 
 
 def direct_scores(query: Tensor, key: Tensor, scale: float | None = None) -> Tensor:

@@ -80,15 +80,10 @@ def table_cost(sizes: Sizes, frozen: bool = False) -> Cost:
         projections=build * 3 * s.rows * s.width * s.heads * s.dim,
         scores=build * s.rows * s.rows * s.heads * s.dim,
         values=s.words * s.heads * s.rows * s.dim,
-        moves=tokens * s.heads * (s.rows + s.length),
+        moves=tokens * s.heads * min(s.rows + s.length, 6 * s.length),  # whole rows, or score by score
     )
 
 
 def prefers_tables(sizes: Sizes, frozen: bool = False) -> bool:
     """Whether the table form is the cheaper one; the direct form wins for few words and for large character sets."""
     return table_cost(sizes, frozen).total < direct_cost(sizes).total
-
-
-def words_per_piece(sizes: Sizes, elements: int = 1 << 22) -> int:
-    """How many words to take at a time so that the largest intermediate of the table form has about `elements`."""
-    return max(1, elements // (sizes.length * sizes.heads * sizes.rows))

@@ -116,7 +116,7 @@ def test_words_are_taken_in_pieces(monkeypatch):
     tables, indices = build_tables(table, positions, own, of_positions), draw_words(10, 7, 11)
     whole = indexed_attention(tables, indices, padding_index=0)
     sizes = []
-    monkeypatch.setattr(attention_module, "words_per_piece", lambda _: 3)
+    monkeypatch.setattr(attention_module, "PIECE", 3 * 7 * 18)
     inner = attention_module.indexed_scores
     monkeypatch.setattr(attention_module, "indexed_scores", lambda t, x: sizes.append(len(x)) or inner(t, x))
     torch.testing.assert_close(indexed_attention(tables, indices, padding_index=0), whole, rtol=1e-12, atol=1e-12)

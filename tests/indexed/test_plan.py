@@ -10,7 +10,7 @@ from indexed_cases import draw, draw_words
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_attn_plugins.indexed import build_tables, direct_attention, indexed_attention
-from hf_attn_plugins.indexed.plan import Sizes, direct_cost, prefers_tables, table_cost, words_per_piece
+from hf_attn_plugins.indexed.plan import Sizes, direct_cost, prefers_tables, table_cost
 
 SIZES = st.builds(
     Sizes,
@@ -42,7 +42,6 @@ def test_products_are_those_that_pytorch_counts():
 def test_frozen_tables_never_cost_more(sizes):
     assert table_cost(sizes, frozen=True).total <= table_cost(sizes).total
     assert table_cost(sizes, frozen=True).projections == 0
-    assert words_per_piece(sizes) >= 1
 
 
 @settings(deadline=None, max_examples=50)
@@ -65,12 +64,6 @@ def test_empty_sizes_are_refused(name):
     good = {"words": 1, "length": 1, "characters": 1, "width": 1, "heads": 1}
     with pytest.raises(ValueError, match=f"{name}=0"):
         Sizes(**{**good, name: 0})
-
-
-def test_pieces_hold_about_the_asked_elements():
-    sizes = Sizes(500, 32, 64, 512)
-    assert words_per_piece(sizes, 32 * 96 * 10) == 10
-    assert words_per_piece(sizes, 1) == 1
 
 
 def test_draw_words_covers_padding():

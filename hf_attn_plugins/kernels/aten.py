@@ -57,8 +57,6 @@ def aten(
     if reason is not None:
         raise NotImplementedError(f"kernel 'aten' cannot do {reason}: use kernel=None, or 'cpu_tiled' on a CPU.")
     rows, num_keys = query.shape[2], key.shape[2]
-    if rows == 0 or num_keys == 0 or query.shape[0] == 0:
-        return Partial.empty(query, value.shape[-1])
     if mask.bias is not None:
         return _biased(query, key, value, mask.bias, scale)
     if mask.key_padding is not None:
@@ -79,7 +77,7 @@ def aten(
 def _full(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Partial:
     batch, heads, rows, head_dim = query.shape
     groups = heads // key.shape[1]
-    if groups == 1 or rows > FEW_ROWS:
+    if groups == 1 or not 0 < rows <= FEW_ROWS:
         return _flash(query, key, value, False, scale)
     # A group's heads share their keys, and without a causal mask heads are as good as rows.
     folded = _flash(query.reshape(batch, key.shape[1], groups * rows, head_dim), key, value, False, scale)
@@ -114,9 +112,10 @@ def _run_of_keys(q: Tensor, k: Tensor, v: Tensor, mask: Mask, first: int, end: i
         return aten(q, k[:, :, first:end], v[:, :, first:end], mask, scale, None, 0.0)
     rows, start = q.shape[2], mask.start(q.shape[2], k.shape[2])
     inside = min(rows, max(0, end - start))
-    causal = mask.replace(offset=start - first)
-    stop = min(end, start + inside)
-    pieces = [aten(q[:, :, :inside], k[:, :, first:stop], v[:, :, first:stop], causal, scale, None, 0.0)]
+    pieces = []
+    if inside:
+        causal, stop = mask.replace(offset=start - first), start + inside
+        pieces.append(aten(q[:, :, :inside], k[:, :, first:stop], v[:, :, first:stop], causal, scale, None, 0.0))
     if inside < rows:
         pieces.append(_full(q[:, :, inside:], k[:, :, first:end], v[:, :, first:end], scale))
     return Partial(torch.cat([piece.out for piece in pieces], 2), torch.cat([piece.lse for piece in pieces], 2))
@@ -139,6 +138,8 @@ def _flash(
 ) -> Partial:
     """One fused call: all keys, or a square causal mask; head dims are padded with zeros to the same size."""
     head_dim, head_dim_v = query.shape[-1], value.shape[-1]
+    if query.numel() == 0 or key.numel() == 0:  # the operators divide by these sizes
+        return Partial.empty(query, head_dim_v)
     if head_dim != head_dim_v:
         width = max(head_dim, head_dim_v)
         query, key, value = (F.pad(x, (0, width - x.shape[-1])) for x in (query, key, value))

@@ -159,10 +159,10 @@ def time_stages(sizes: Sizes = SEED_SIZES, repeats: int = 7) -> list[Timing]:
 
 
 @torch.no_grad()
-def time_scaling(base: Sizes = SEED_SIZES, repeats: int = 5, sweeps: dict[str, tuple[int, ...]] = SWEEPS) -> list[dict]:
+def time_scaling(base: Sizes = SEED_SIZES, repeats: int = 5) -> list[dict]:
     """Vary one size at a time: seconds of the direct form, the tables and the frozen ones, and the plan's forecast."""
     found = []
-    for name, values in sweeps.items():
+    for name, values in SWEEPS.items():
         for value in values:
             sizes = replace(base, **{name: value})
             x = Inputs.draw(sizes)

@@ -125,6 +125,7 @@ def _scaling(rows: list[dict[str, Any]]) -> list[str]:
 
 def _text(found: dict[str, Any]) -> list[str]:
     words, lines = found["distinct"], []
+    before, after = found["accuracy_before"], found["accuracy_after"]
     for name in ("tables", "frozen"):
         fast, slow = found[f"{name}_seconds"], found[f"direct_seconds_beside_{name}"]
         lines.append(f"| {name} | {words / slow:,.0f} | {words / fast:,.0f} | {slow / fast:.1f}x |")
@@ -140,9 +141,8 @@ def _text(found: dict[str, Any]) -> list[str]:
         *lines,
         "",
         f"Trained {found['steps']} steps through the tables ({found['train_seconds']:.1f} s) to bring a misspelt word "
-        f"next to the one that was meant. Of {found['held_out']} words that training never saw, misspelt at random, the "
-        f"nearest of all {words:,} is the right one for {found['accuracy_before']:.1%} before and "
-        f"{found['accuracy_after']:.1%} after.",
+        f"next to the one that was meant. Of {found['held_out']} words that training never saw, misspelt at random, "
+        f"the nearest of all {words:,} is the right one for {before:.1%} before and {after:.1%} after.",
         "",
         "| query | cosine neighbours |",
         "|---|---|",

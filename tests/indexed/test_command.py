@@ -29,7 +29,7 @@ def test_every_stage_computes_the_same_both_ways():
 
 
 def test_all_parts_are_printed_and_written(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench.time_scaling, "__defaults__", (bench.SEED_SIZES, 1, {"words": (1, 3)}))
+    monkeypatch.setattr(bench, "SWEEPS", {"words": (1, 3)})
     text = tmp_path / "text.txt"
     text.write_text("the quick brown foxes jumped over twelve lazy sleeping dogs beside another river")
     run(*SMALL, "--steps", "2", "--text", str(text), "--query", "foxs", "--output", str(tmp_path))

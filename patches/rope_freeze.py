@@ -1,4 +1,4 @@
-"""Freeze rotary embeddings that change with the input's length at one length, so that blocks computed apart fit together."""
+"""Freeze rotary embeddings that change with the input's length, so that blocks computed apart fit together."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _configs(config: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _ropes(config: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Every RoPE dictionary of a config: Transformers 5 writes rope_parameters (maybe by layer type), 4 rope_scaling."""
+    """Every RoPE of a config: Transformers 5 writes rope_parameters (maybe one a layer type), 4 wrote rope_scaling."""
     found = []
     for key in ("rope_parameters", "rope_scaling"):
         rope = config.get(key)

@@ -48,7 +48,7 @@ def open_source(given: str | Path) -> Source:
         given: a folder, or a hub id ("org/name") whose snapshot is in the local cache; nothing is downloaded.
 
     Raises:
-        FileNotFoundError: no such folder, no cached snapshot, no config.json, or a shard that the index names is missing.
+        FileNotFoundError: no such folder, no cached snapshot, no config.json, or a shard of the index is missing.
         ValueError: a config that is no JSON object, a symlink that leaves the folder, a damaged safetensors file, or
             weights that exist as pickles only.
     """

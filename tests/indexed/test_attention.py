@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from indexed_cases import draw, draw_words, oracle
 
 from hf_attn_plugins.indexed import (
     Projections,
@@ -21,6 +20,8 @@ from hf_attn_plugins.indexed.attention import column_weights
 from hf_attn_plugins.indexed.direct import direct_scores, project_direct, project_indexed
 from hf_attn_plugins.indexed.tables import project_tables
 from hf_attn_plugins.testing import assert_close_to_reference
+
+from .cases import draw, draw_words, oracle
 
 SHAPES = [  # words, length, characters, width, heads, head_dim
     (1, 1, 2, 4, 1, 4),

@@ -40,7 +40,7 @@ def test_all_parts_are_printed_and_written(tmp_path, capsys, monkeypatch):
     assert found["machine"]["torch"] == torch.__version__
     for row in found["stages"]:
         assert f"| {row['name']} | {1e3 * row['direct']:.2f} |" in printed
-    assert found["text"]["distinct"] == 12 and "text.txt" in printed
+    assert found["text"]["distinct"] == 13 and "text.txt" in printed
     assert found["text"]["error"] < 1e-4 and "foxes" in found["text"]["neighbours"]["foxs"][0]
 
 

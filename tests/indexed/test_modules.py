@@ -7,11 +7,12 @@ import io
 
 import pytest
 import torch
-from indexed_cases import draw_words
 
 from hf_attn_plugins.indexed import Concatenate, IndexedCharacterAttention, Stack2D, WordEncoder, direct_attention
 from hf_attn_plugins.indexed import modules as modules_module
 from hf_attn_plugins.testing import assert_close_to_reference
+
+from .cases import draw_words
 
 
 def encoder(**changes) -> WordEncoder:

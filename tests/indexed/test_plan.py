@@ -6,11 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from indexed_cases import draw, draw_words
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_attn_plugins.indexed import build_tables, direct_attention, indexed_attention
 from hf_attn_plugins.indexed.plan import Sizes, direct_cost, prefers_tables, table_cost
+
+from .cases import draw, draw_words
 
 SIZES = st.builds(
     Sizes,

@@ -7,12 +7,13 @@ import json
 
 import pytest
 import torch
-from families import FAMILIES, checkpoint, fingerprint
 from hf_attn_plugins.patches import command
 from transformers import AutoModel, AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaModel
 
 import hf_attn_plugins
 from hf_attn_plugins.checkpoint.write import KEPT, RECORD
+
+from .families import FAMILIES, checkpoint, fingerprint
 
 
 def patch(*arguments: object) -> None:

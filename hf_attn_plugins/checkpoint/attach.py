@@ -69,7 +69,7 @@ class FirstLayer:
             projection.forward = partial(_project, projection, self.tokens)
         if self.norm is not None:
             self.norm.forward = partial(_normalise, self.norm, self.tokens)
-        self.versions = self._versions()
+        self.versions: list[int] | None = self._versions()
         self.hooks = (
             self.decoder.register_forward_pre_hook(self._enter, with_kwargs=True),
             self.decoder.register_forward_hook(self._leave, always_call=True),
@@ -83,6 +83,15 @@ class FirstLayer:
             del projection.forward, projection.first_layer_table
         if self.norm is not None:
             del self.norm.forward
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, whose parameters count versions anew: [] marks tables that are stale already."""
+        return {**self.__dict__, "versions": None if self._versions() == self.versions else []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.versions is None:
+            self.versions = self._versions()
 
     def _versions(self) -> list[int]:
         owners = [self.embedding, *self.projections, *([] if self.norm is None else [self.norm])]

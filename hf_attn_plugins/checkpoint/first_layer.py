@@ -100,8 +100,7 @@ def audit(model: nn.Module) -> Audit:
         model(input_ids=ids, use_cache=False)
     inner = set(first.modules())
     hidden = next((x for module, x, _ in seen if module is first), None)
-    embedded = next((y for module, _, y in seen if module is embedding), None)
-    if hidden is None or embedded is None:
+    if hidden is None or all(module is not embedding for module, _, _ in seen):
         return refuse("the first layer is not called with the embedded tokens")
     before = [module for module, _, _ in seen[: [m for m, _, _ in seen].index(first)]]
     others = [names[m] for m in before if isinstance(m, nn.Embedding) and m is not embedding]
@@ -129,14 +128,16 @@ def audit(model: nn.Module) -> Audit:
     if not torch.allclose(rows.float(), singles.float(), rtol=1e-2, atol=1e-4 * float(rows.float().abs().max())):
         return refuse("the projections' input differs with position or context")
     reasons.append("each row equals that of its token alone at position 0")
-    ratio = (hidden.float() / embedded.float())[embedded != 0]
+    looked_up = embedding.weight[ids].detach()  # before any scale that the embedding module applies itself
+    ratio = (hidden.float() / looked_up.float())[looked_up != 0]
     scaled = bool(ratio.numel()) and not torch.allclose(ratio, torch.ones_like(ratio), rtol=1e-3)
     reasons.append(f"embedding scaled by {ratio.median():.4g}, included" if scaled else "the embedding enters unscaled")
     biased = [names[m].rpartition(".")[2] for m in projections if m.bias is not None]
     reasons.append(f"biases of {', '.join(biased)} are included" if biased else "no biases")
-    later = [names[m].rpartition(".")[2] for m in inner if "att" in names[m] and _is_norm(m) and m is not norm]
+    attention = names[projections[0]].rpartition(".")[0] + "."
+    later = [names[m].removeprefix(attention) for m in inner if names[m].startswith(attention) and _is_norm(m)]
     if later:
-        reasons.append(f"{', '.join(sorted(later))} after the projections stays where it is")
+        reasons.append(f"{', '.join(sorted(later))} after the projections: left as it is")
     tied = bool(getattr(text, "tie_word_embeddings", False))
     reasons.append(f"the embedding stays for the residual{' and the tied output' if tied else ''}")
     reasons.append(f"layers 1 to {depth - 1}: refused, their input depends on the context")

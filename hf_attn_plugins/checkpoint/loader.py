@@ -1,8 +1,8 @@
 """Bring first-layer tables back at load: Transformers' own hook for methods named in a config's quantization_config.
 
 A checkpoint whose config names the method "hf_attn_first_layer" is loaded as ever, then the tables are attached and
-every trace of quantisation is removed: nothing is quantised. Without this package Transformers warns of an unknown method and
-loads the same checkpoint without its tables, with the same outputs.
+every trace of quantisation is removed: nothing is quantised. Without this package Transformers warns of an unknown
+method and loads the same checkpoint without its tables, with the same outputs.
 """
 
 from __future__ import annotations

@@ -58,11 +58,10 @@ def open_source(given: str | Path) -> Source:
         path = folder / name
         if not path.resolve().is_relative_to(root):
             raise ValueError(f"{path} is a symlink to {path.resolve()}, outside of the checkpoint: copy the file in.")
+        if path.is_dir():
+            raise ValueError(f"{path} is a symlink to a folder: checkpoints with such links are not patched.")
         if not path.is_file():
             raise FileNotFoundError(f"{path} is a symlink to nothing.")
-    for path in folder.rglob("*"):
-        if path.is_symlink() and path.is_dir():
-            raise ValueError(f"{path} is a symlink to a folder: checkpoints with such links are not patched.")
     config = read_json(folder / CONFIG)
     return Source(folder, files, config, _weights(folder, files), root != folder)
 

@@ -101,7 +101,7 @@ def compare(
     peaks: list[int | None] = [None, None]
     hidden: list[Any] = [None, None]
     with torch.inference_mode(), _evaluating(model):
-        for which, (side, chosen) in enumerate(sides):  # one short run each: lazy set-up is not attention's cost
+        for side, chosen in sides:  # one short run each: lazy set-up is not attention's cost
             with use(model, side, **chosen):
                 model(input_ids[:, : min(256, input_ids.shape[1])], use_cache=False, logits_to_keep=1)
         for repeat in range(repeats):

@@ -26,11 +26,11 @@ REFUSED = {
 # Keywords that models pass along and that change nothing in the attention itself.
 HARMLESS = {
     "position_ids", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
-    "encoder_hidden_states", "encoder_attention_mask", "deterministic", "num_items_in_batch", "logits_to_keep", "labels",
-    "max_length_q", "max_length_k", "cu_seq_lens_k", "past_key_values", "position_embeddings", "cache_position",
-    "input_ids", "inputs_embeds", "token_type_ids", "mm_token_type_ids", "pixel_values", "layer_idx", "shared_kv_states",
-    "attention_mask", "head_mask", "per_layer_input", "per_layer_inputs", "image_sizes", "decoder_input_ids",
-    "cross_attention_mask", "full_text_row_masked_out_mask",
+    "encoder_hidden_states", "encoder_attention_mask", "deterministic", "num_items_in_batch", "logits_to_keep",
+    "labels", "max_length_q", "max_length_k", "cu_seq_lens_k", "past_key_values", "position_embeddings",
+    "cache_position", "input_ids", "inputs_embeds", "token_type_ids", "mm_token_type_ids", "pixel_values",
+    "layer_idx", "shared_kv_states", "attention_mask", "head_mask", "per_layer_input", "per_layer_inputs",
+    "image_sizes", "decoder_input_ids", "cross_attention_mask", "full_text_row_masked_out_mask",
 }  # fmt: skip
 
 
@@ -124,7 +124,7 @@ def _refuse(name: str, kwargs: Mapping[str, Any]) -> None:
             continue
         if key in REFUSED:
             raise NotImplementedError(
-                f"{name} does not support `{key}` ({REFUSED[key]}): load this model with attn_implementation=\"sdpa\"."
+                f'{name} does not support `{key}` ({REFUSED[key]}): load this model with attn_implementation="sdpa".'
             )
         if isinstance(value, Tensor):
             raise NotImplementedError(
@@ -158,7 +158,7 @@ def _mask_of(
         if attention_mask.shape[2:] != (rows, keys):
             raise ValueError(
                 f"the attention mask is for {attention_mask.shape[2:]} (queries, keys), the layer has {(rows, keys)}: "
-                "this model changes its keys behind the mask's back; load it with attn_implementation=\"sdpa\"."
+                'this model changes its keys behind the mask\'s back; load it with attn_implementation="sdpa".'
             )
         mask = attention_mask.mask
         if isinstance(mask.offset, Tensor) and not torch.compiler.is_compiling():
@@ -205,7 +205,7 @@ def _sink(s_aux: Tensor | None, sinks: Tensor | None, heads: int, name: str) -> 
     if given.shape != (heads,):
         raise NotImplementedError(
             f"{name} takes sink logits of shape ({heads},), one per head, got {tuple(given.shape)} as "
-            f"`{'s_aux' if s_aux is not None else 'sinks'}`: load this model with attn_implementation=\"eager\"."
+            f'`{"s_aux" if s_aux is not None else "sinks"}`: load this model with attn_implementation="eager".'
         )
     return given.float()
 

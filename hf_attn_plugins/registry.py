@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_attn_plugins.options import Options
 
 MODELING = "transformers.modeling_utils"
 
@@ -40,7 +43,7 @@ class Plugin:
         module, function = self.entry.split(":")
         return getattr(importlib.import_module(module), function)
 
-    def options_type(self) -> type:
+    def options_type(self) -> type[Options]:
         """The dataclass that validates this plugin's options."""
         return getattr(importlib.import_module("hf_attn_plugins.options"), self.options)
 

@@ -64,8 +64,8 @@ class StructuredMask(BlockMask):
         cut = index if isinstance(index, tuple) else (index,)
         if len(cut) < 3 or any(part != everything for i, part in enumerate(cut) if i != 2) or len(cut) > 4:
             raise NotImplementedError(
-                f"this model cuts its attention mask as {index}, which a structured mask does not support: load it with "
-                'attn_implementation="sdpa".'
+                f"this model cuts its attention mask as {index}, which a structured mask does not support: "
+                'load it with attn_implementation="sdpa".'
             )
         start, stop, step = cut[2].indices(queries)
         if step != 1:
@@ -97,7 +97,7 @@ def mask_function(
     """
     compiling = torch.compiler.is_compiling()
     if config is not None and not compiling:
-        _refuse_models_that_never_ask(type(config))
+        _refuse_models_that_never_ask(type(config).__module__)
     if isinstance(q_offset, Tensor):
         q_offset = q_offset.clone()  # a static cache advances its own counter in place before attention runs
     mask = _parse(mask_function, q_length, kv_length, kv_offset) if mask_function is not None else Mask(causal=True)
@@ -154,6 +154,8 @@ def _parse(function: Callable[..., Tensor], q_length: int, kv_length: int, kv_of
 
 
 def _cells(function: Callable[..., Any]) -> dict[str, Any] | None:
+    if torch.compiler.is_compiling():  # closures cannot be inspected while tracing
+        return None
     closure, code = getattr(function, "__closure__", None), getattr(function, "__code__", None)
     if closure is None or code is None or not function.__module__.startswith("transformers."):
         return None
@@ -193,11 +195,11 @@ def _shifted(function: Callable[..., Tensor], kv_offset: int, use_vmap: bool) ->
 
 
 @functools.cache
-def _refuse_models_that_never_ask(config_type: type) -> None:
-    package, _, module = config_type.__module__.rpartition(".")
+def _refuse_models_that_never_ask(config_module: str) -> None:
+    package, _, module = config_module.rpartition(".")
     modeling = sys.modules.get(f"{package}.{module.replace('configuration_', 'modeling_', 1)}")
     if modeling is not None and not hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
         raise ValueError(
-            f"models of {modeling.__name__} compute attention themselves and never ask Transformers' attention registry, "
-            'so no plugin can take effect: load this model with attn_implementation="eager" or "sdpa".'
+            f"models of {modeling.__name__} compute attention themselves and never ask Transformers' attention "
+            'registry, so no plugin can take effect: load this model with attn_implementation="eager" or "sdpa".'
         )

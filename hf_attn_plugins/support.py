@@ -63,7 +63,8 @@ def check(model: nn.Module, name: str) -> CheckReport:
     for module in model.modules():
         result = _verdict(module, name)
         if result is not None:
-            found[(type(module).__name__, *result)] += 1
+            verdict, reason = result
+            found[(type(module).__name__, verdict, reason)] += 1
     verdicts = tuple(Verdict(cls, count, verdict, reason) for (cls, verdict, reason), count in found.items())
     return CheckReport(name, type(model).__name__, verdicts)
 

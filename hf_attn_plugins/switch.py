@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from hf_attn_plugins.support import check
 from hf_attn_plugins.registry import PLUGINS, plugin
+from hf_attn_plugins.support import check
 
 
 def configs_of(model: nn.Module) -> list[Any]:
@@ -39,14 +39,16 @@ def configure(model: nn.Module, name: str, **options: Any) -> None:
         ValueError: an unknown plugin, option or value; nothing has been changed then.
     """
     chosen = plugin(name)
-    fields = list(chosen.options_type().__dataclass_fields__)
+    fields = chosen.options_type().names()
     unknown = sorted(set(options) - set(fields))
     if unknown:
         raise ValueError(f"{name} has no option {', '.join(unknown)}: it takes {', '.join(fields)}.")
     changes = []
     for config in configs_of(model):
         stored = dict(getattr(config, "hf_attn_plugins", None) or {})
-        changes.append((config, {**stored, name: chosen.options_type()(**{**stored.get(name, {}), **options}).as_dict()}))
+        changes.append(
+            (config, {**stored, name: chosen.options_type()(**{**stored.get(name, {}), **options}).as_dict()})
+        )
     for config, stored in changes:
         config.hf_attn_plugins = stored
 

@@ -58,6 +58,9 @@ def dense_attention(
     Returns:
         out (B, Hq, T, Dv), zero where a row sees nothing, and lse (B, Hq, T), -inf there.
     """
+    if key.shape[2] == 0:
+        lse = query.new_full(query.shape[:-1], -torch.inf)
+        return query.new_zeros(*query.shape[:-1], value.shape[-1]), lse
     groups = query.shape[1] // key.shape[1]
     key, value = (torch.stack([x] * groups, 2).flatten(1, 2) for x in (key, value))
     scores = torch.einsum("bhtd,bhsd->bhts", query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)

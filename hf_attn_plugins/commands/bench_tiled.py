@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384], help="tokens of the long cases")
     parser.add_argument("--short", type=int, nargs="*", default=[128, 512, 1024, 2048], help="tokens of the short ones")
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
-    parser.add_argument("--backward-up-to", type=int, default=8192, help="longest case that is also timed with backward")
+    parser.add_argument(
+        "--backward-up-to", type=int, default=8192, help="longest case that is also timed with backward"
+    )
     parser.add_argument("--decode-keys", type=int, default=8192, help="cached keys of the decoding step")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("eval/results"), help="folder for tiled.md and tiled.json")
@@ -38,7 +40,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     def measure(**case: Any) -> None:
         rows.append(_measure(repeats=arguments.repeats, **case))
-        print("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+        print(
+            "  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()), flush=True
+        )
 
     for length in [*arguments.short, *arguments.lengths]:
         for heads in HEADS:

@@ -30,7 +30,9 @@ def run(arguments: argparse.Namespace) -> int:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         where = "" if Path(str(source)).exists() else " (no such folder, and not in the local cache)"
-        raise ValueError(f"cannot read the config of {arguments.model!r}{where}: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"cannot read the config of {arguments.model!r}{where}: {str(error).splitlines()[0]}"
+        ) from error
     with torch.device("meta"):
         model = AutoModel.from_config(config, attn_implementation="eager")
     reports = [check(model, name) for name in ([arguments.attn] if arguments.attn else PLUGINS)]

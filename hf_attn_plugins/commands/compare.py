@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -79,18 +78,19 @@ def show(report: Agreement, title: str) -> None:
     console.print(cost)
     same = Table("next-token predictions", "difference")
     same.add_row("same first choice", f"{100 * report.top1:.2f} % of {report.tokens} positions")
-    kl = f"mean {report.kl_mean:.2e}, median {report.kl_median:.2e}, 99.9 % {report.kl_p999:.2e}, max {report.kl_max:.2e}"
-    same.add_row("KL divergence (nats)", kl)
+    usual = f"mean {report.kl_mean:.2e}, median {report.kl_median:.2e}"
+    same.add_row("KL divergence (nats)", f"{usual}, 99.9 % {report.kl_p999:.2e}, max {report.kl_max:.2e}")
     probabilities = f"max {report.max_probability_difference:.2e}, RMS {report.rms_probability_difference:.2e}"
     same.add_row("probabilities", probabilities)
     console.print(same)
-    console.print(f"{platform.machine()}, {describe_line()}", style="dim")
+    console.print(describe_line(), style="dim")
 
 
 def describe_line() -> str:
     """Hardware and versions on one line."""
     facts: dict[str, Any] = describe()
-    return f"{facts['processor']}, {facts['threads']} threads, torch {facts['torch']}, transformers {facts['transformers']}"
+    machine = f"{facts['processor']}, {facts['threads']} threads"
+    return f"{machine}, torch {facts['torch']}, transformers {facts['transformers']}"
 
 
 def _with_options(run: Run) -> str:

@@ -44,7 +44,7 @@ def _rows() -> list[list[str]]:
             plugin.name,
             plugin.summary,
             "yes" if plugin.exact else "approximate, by design",
-            ", ".join(plugin.options_type().__dataclass_fields__),
+            ", ".join(plugin.options_type().names()),
             plugin.source,
         ]
         for plugin in PLUGINS.values()

@@ -45,7 +45,9 @@ def load(name: str, dtype: str = "bfloat16", device: str | None = None) -> tuple
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+        )
     except OSError as error:
         raise ValueError(f"cannot load {name!r}: {str(error).splitlines()[0]}") from error
     return model.to(place).eval(), tokenizer
@@ -69,7 +71,7 @@ def demo_folder() -> Path:
 
     package = Path(spec.origin).parent
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=DEMO_FILE)
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         package, gguf_file=DEMO_FILE, dtype=torch.bfloat16, attn_implementation="sdpa"
     )
     if hasattr(model.config, "quantization_config"):  # the weights are plain now, and that quantizer cannot be saved

@@ -1,4 +1,4 @@
-"""Fair timing and measurement tables: alternatives interleaved in one run, medians, results written with their hardware."""
+"""Fair timing and its tables: alternatives interleaved in one run, medians, results written with their hardware."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def write_table(folder: Path, name: str, title: str, rows: Sequence[Mapping[str,
         json.dumps({"title": title, "hardware": facts, "rows": list(rows)}, indent=1) + "\n", encoding="utf-8"
     )
     where = (
-        f"{facts['processor']}, {facts['threads']} threads, bfloat16 products: {'yes' if facts['bf16_products'] else 'no'}; "
+        f"{facts['processor']}, {facts['threads']} threads, "
+        f"bfloat16 products: {'yes' if facts['bf16_products'] else 'no'}; "
         f"Python {facts['python']}, torch {facts['torch']}, transformers {facts['transformers']}."
     )
     page = [f"# {title}", "", where, "", *markdown_table(rows), ""]

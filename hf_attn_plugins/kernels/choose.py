@@ -16,9 +16,9 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Mask, float, float | None, float], Pa
 
 KERNELS = ("reference", "aten", "cpu_tiled")
 
-# Measured with `hf-attn bench choose` (eval/results/choose.md): below these sizes the tiles' bookkeeping costs more
+# Measured with `hf-attn bench tiled` (eval/results/tiled.md): below these sizes the tiles' bookkeeping costs more
 # than bf16 products save.
-MIN_TILED_ROWS = 256
+MIN_TILED_ROWS = 512
 MIN_TILED_KEYS = 512
 
 
@@ -40,9 +40,10 @@ def load(name: str) -> Kernel:
 @functools.cache
 def cpu_multiplies_bf16() -> bool:
     """Whether this CPU has bfloat16 matrix instructions (AVX512-BF16 or AMX, or Arm's BF16)."""
-    has = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() or getattr(
-        torch.cpu, "_is_amx_tile_supported", lambda: False
-    )()
+    has = (
+        getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+        or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    )
     return bool(has or ("bf16" in _arm_features()))
 
 

@@ -26,6 +26,7 @@ from hf_attn_plugins.partial import Partial, lse_dtype
 
 LOG2_E = math.log2(math.e)
 ROW_TILE, KEY_TILE = 512, 512  # rows of one product (all heads of a group together), keys of one tile
+SHORT = 2048  # rows from which on causal tiles have full size
 SCORES = 2**22  # scores held at a time, over all heads of a chunk (8 MiB in bfloat16)
 FIRST_KEYS = 128  # keys that the first guess of a row's maximum looks at
 
@@ -56,8 +57,11 @@ class _Tiled(torch.autograd.Function):
         from hf_attn_plugins.kernels.cpu_backward import backward
 
         grad_out, grad_lse = grads
+        query, key, value, out, lse = ctx.saved_tensors
+        mask, scale, softcap, dropout, seed = ctx.options
         needs_bias = ctx.needs_input_grad[3]
-        return (*backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.options, needs_bias), *[None] * 5)
+        inputs = (query, key, value, out, lse, mask, scale, softcap, dropout, seed, needs_bias)
+        return (*backward(grad_out, grad_lse, *inputs), *[None] * 5)
 
 
 def chunks(query: Tensor, key: Tensor, mask: Mask) -> list[tuple[int, slice, slice, TileMap]]:
@@ -65,7 +69,8 @@ def chunks(query: Tensor, key: Tensor, mask: Mask) -> list[tuple[int, slice, sli
     batch, heads, rows, _ = query.shape
     kv_heads, num_keys = key.shape[1:3]
     groups = heads // kv_heads
-    row_tile = max(1, min(rows, ROW_TILE))
+    # A short causal sequence has few tiles besides its diagonal ones, half of which are wasted: make them smaller.
+    row_tile = max(1, min(rows, ROW_TILE if rows >= SHORT or not mask.causal else ROW_TILE // 2))
     at_once = max(1, min(kv_heads, SCORES // (groups * row_tile * min(KEY_TILE, max(1, num_keys)))))
     work = []
     for b in range(batch):
@@ -83,7 +88,14 @@ def is_fast(query: Tensor, mask: Mask, softcap: float | None) -> bool:
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, softcap: float | None, dropout: float, seed: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask,
+    scale: float,
+    softcap: float | None,
+    dropout: float,
+    seed: int,
 ) -> tuple[Tensor, Tensor]:
     """out (B, Hq, T, Dv) and lse (B, Hq, T); see `cpu_tiled`. `seed` starts the dropout's generator."""
     out, lse = Partial.empty(query, value.shape[-1])

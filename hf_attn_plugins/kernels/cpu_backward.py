@@ -43,9 +43,7 @@ def backward(
     grad_bias = None
     if needs_bias:
         assert mask.bias is not None
-        grad_bias = torch.zeros(
-            (1,) * (4 - mask.bias.ndim) + mask.bias.shape, dtype=wide, device=mask.bias.device
-        )
+        grad_bias = torch.zeros((1,) * (4 - mask.bias.ndim) + mask.bias.shape, dtype=wide, device=mask.bias.device)
     if out.numel() and key.shape[2]:
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         delta = (grad_out.to(wide) * out.to(wide)).sum(-1)
@@ -114,7 +112,11 @@ class _Tiles:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(P with dropout, gradient of the scaled scores, grad_out) in the dtype of the inputs."""
         t0, t1 = self.tiles.row_tiles[index]
-        query, grad_out, keys = self.rows(self.query, index), self.rows(self.grad_out, index), slice(tile.begin, tile.end)
+        query, grad_out, keys = (
+            self.rows(self.query, index),
+            self.rows(self.grad_out, index),
+            slice(tile.begin, tile.end),
+        )
         scores = torch.bmm(query, self.key[:, keys].mT).to(self.wide).mul_(self.scale)
         slope = None
         if self.softcap is not None:

@@ -80,7 +80,9 @@ def tiled_forward(
 
 @tiled_forward.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return query.new_empty(*query.shape[:-1], value.shape[-1]), query.new_empty(query.shape[:-1], dtype=lse_dtype(query))
+    return query.new_empty(*query.shape[:-1], value.shape[-1]), query.new_empty(
+        query.shape[:-1], dtype=lse_dtype(query)
+    )
 
 
 @torch.library.custom_op("hf_attn_plugins::tiled_backward", mutates_args=(), device_types="cpu")

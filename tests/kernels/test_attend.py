@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hf_attn_plugins.kernels import attend
-from hf_attn_plugins.kernels.choose import load
 from hf_attn_plugins.kernels.aten import supported
+from hf_attn_plugins.kernels.choose import load
 from hf_attn_plugins.masks import Mask
 from hf_attn_plugins.testing import assert_close_to_reference, dense_attention, sharp_inputs, visibility
 

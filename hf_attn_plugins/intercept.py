@@ -1,10 +1,12 @@
-"""Route the `scaled_dot_product_attention` calls made inside one model to our kernels, for models that ask no registry."""
+"""Route the `scaled_dot_product_attention` calls made inside one model to our kernels, where no registry is asked."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Mapping
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -13,11 +15,14 @@ from torch.overrides import TorchFunctionMode
 
 from hf_attn_plugins.kernels import attend
 from hf_attn_plugins.masks import Mask
+from hf_attn_plugins.partial import Partial
 from hf_attn_plugins.registry import plugin
 from hf_attn_plugins.testing import assert_close_to_reference
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention
+_MHA: Any = torch.nn.functional.multi_head_attention_forward
 Function = Callable[..., Tensor]
+EXACT = "tiled_attention"
 
 
 def scaled_dot_product_attention(
@@ -29,43 +34,58 @@ def scaled_dot_product_attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    *,
+    method: Callable[..., Partial] | None = None,
 ) -> Tensor:
     """PyTorch's function of the same name by our kernels; arguments, shapes and result as there.
 
     Args:
-        query: (..., Hq, T, D); key, value: (..., Hkv, S, D or Dv), Hkv = Hq unless `enable_gqa`; (B, T, D) has no heads.
+        query: (..., Hq, T, D), or (B, T, D) without heads.
+        key, value: (..., Hkv, S, D or Dv), Hkv being Hq or 1, or with `enable_gqa` a divisor of Hq.
         attn_mask: bool (True = attend) or float, broadcastable to (..., Hq, T, S).
         is_causal: row t sees keys 0 .. t, aligned to the top left as PyTorch does.
+        method: a plugin's attention for the causal calls, its options bound; None for the kernels themselves.
 
     Raises:
         ValueError: a mask beside is_causal, or shapes that do not fit.
     """
     if attn_mask is not None and is_causal:
         raise ValueError("attn_mask and is_causal=True exclude each other.")
-    leading = query.shape[:-3]
-    if query.ndim == 3:  # no heads: every row of the batch is one
-        leading, (query, key, value) = query.shape[:1], tuple(x.unsqueeze(1) for x in (query, key, value))
+    if query.ndim < 3:
+        raise ValueError(f"query is {tuple(query.shape)}: at least (batch, tokens, head_dim) is needed.")
+    headless = query.ndim == 3
+    if headless:  # every row of the batch has one
+        query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         attn_mask = attn_mask.unsqueeze(1) if attn_mask is not None and attn_mask.ndim == 3 else attn_mask
-        shape = (*leading, query.shape[-2], value.shape[-1])
-    else:
-        shape = (*query.shape[:-1], value.shape[-1])
+    leading = torch.broadcast_shapes(*(x.shape[:-3] for x in (query, key, value)))
     if attn_mask is not None and len(leading) > 1:
-        attn_mask = attn_mask.expand(*leading, *torch.broadcast_shapes(attn_mask.shape, (1, 1, 1))[-3:])
-        attn_mask = attn_mask.flatten(0, len(leading) - 1)
-    query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
-    if not enable_gqa and query.shape[1] != key.shape[1]:
+        attn_mask = attn_mask.reshape((1,) * (query.ndim - attn_mask.ndim) + attn_mask.shape)
+        attn_mask = attn_mask.expand(*leading, *attn_mask.shape[-3:]).flatten(0, len(leading) - 1)
+    query, key, value = (x.expand(*leading, *x.shape[-3:]).flatten(0, len(leading) - 1) for x in (query, key, value))
+    if not enable_gqa and key.shape[1] not in (1, query.shape[1]):
         raise ValueError(f"query has {query.shape[1]} heads, key {key.shape[1]}: pass enable_gqa=True to share them.")
-    mask = Mask(causal=True, offset=0) if is_causal else attn_mask
-    return attend(query, key, value, mask=mask, scale=scale, dropout=dropout_p).out.view(shape)
+    if is_causal and method is not None:
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        mask = Mask(causal=True, offset=0)
+        out = method(query, key, value, mask, scale=scale, softcap=None, dropout=dropout_p).out
+    else:
+        mask_or_tensor = Mask(causal=True, offset=0) if is_causal else attn_mask
+        out = attend(query, key, value, mask=mask_or_tensor, scale=scale, dropout=dropout_p).out
+    return out.squeeze(1) if headless else out.unflatten(0, leading)
 
 
 class _Route(TorchFunctionMode):
     def __init__(self, function: Function) -> None:
         super().__init__()
-        self.function = function
+        # nn.MultiheadAttention's own function calls SDPA by a global name, out of the mode's sight: it is run as a copy
+        # that sees another global, so that nobody else does.
+        inner = {**_MHA.__globals__, "scaled_dot_product_attention": function}
+        copy = FunctionType(_MHA.__code__, inner, _MHA.__name__, _MHA.__defaults__, _MHA.__closure__)
+        copy.__kwdefaults__ = _MHA.__kwdefaults__
+        self.routes = {_SDPA: function, _MHA: copy}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        return (self.function if func is _SDPA else func)(*args, **(kwargs or {}))
+        return self.routes.get(func, func)(*args, **(kwargs or {}))
 
 
 class _Scopes(threading.local):
@@ -73,6 +93,9 @@ class _Scopes(threading.local):
 
     def __init__(self) -> None:
         self.open: list[contextlib.ExitStack] = []
+
+    def __reduce__(self) -> tuple[type[_Scopes], tuple[()]]:
+        return _Scopes, ()
 
 
 class Interception:
@@ -82,8 +105,8 @@ class Interception:
         calls: calls of one forward pass on the sample, all of which were found equal.
     """
 
-    def __init__(self, model: nn.Module, calls: int) -> None:
-        self.model, self.calls, self._scopes = model, calls, _Scopes()
+    def __init__(self, model: nn.Module, function: Function, calls: int) -> None:
+        self.model, self.calls, self._function, self._scopes = model, calls, function, _Scopes()
         self._hooks = [
             model.register_forward_pre_hook(self._enter),
             model.register_forward_hook(self._leave, always_call=True),
@@ -102,7 +125,7 @@ class Interception:
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         stack = contextlib.ExitStack()
-        stack.enter_context(_Route(scaled_dot_product_attention))
+        stack.enter_context(_Route(self._function))
         self._scopes.open.append(stack)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -131,22 +154,29 @@ def intercept(
         The `Interception`.
 
     Raises:
-        ValueError: an unknown or approximate plugin, a model that makes no such call, a sample that is needed and was not
-            given, or results that are not equal by the error rule; the model is as it was then.
+        ValueError: an unknown or approximate plugin, a model that makes no such call, a sample that is needed and was
+            not given, or results that are not equal by the error rule; the model is as it was then.
     """
     chosen = plugin(name)
     if not chosen.exact:
-        raise ValueError(f"{name} is not exact, and SDPA calls do not say where in the sequence they are: use an exact one.")
-    calls = _check(model, sample)
+        raise ValueError(
+            f"{name} is not exact, and SDPA calls do not say where in the sequence they are: use an exact one."
+        )
+    method = None
+    if name != EXACT:
+        method = functools.partial(chosen.attention(), options=chosen.options_type()())
+    function = functools.partial(scaled_dot_product_attention, method=method)
+    calls = _check(model, function, sample)
     if calls == 0:
         raise ValueError(
-            f"{type(model).__name__} makes no scaled_dot_product_attention call in its forward pass: there is nothing to "
-            "route. Its attention is written out in matrix products; load it with another implementation if it has one."
+            f"{type(model).__name__} makes no scaled_dot_product_attention call in its forward pass: there is "
+            "nothing to route. Its attention is written out in matrix products; load it with attn_implementation='sdpa' "
+            "if it has that."
         )
-    return Interception(model, calls)
+    return Interception(model, function, calls)
 
 
-def _check(model: nn.Module, sample: Mapping[str, Any] | Tensor | None) -> int:
+def _check(model: nn.Module, function: Function, sample: Mapping[str, Any] | Tensor | None) -> int:
     """Run the sample once, doing every call both ways; returns how many there were."""
     calls = 0
 
@@ -155,7 +185,7 @@ def _check(model: nn.Module, sample: Mapping[str, Any] | Tensor | None) -> int:
         theirs = _SDPA(query, key, value, *args, **kwargs)
         dropout = kwargs.get("dropout_p", args[1] if len(args) > 1 else 0.0)
         if dropout == 0.0:
-            ours = scaled_dot_product_attention(query, key, value, *args, **kwargs)
+            ours = function(query, key, value, *args, **kwargs)
             args, kwargs = _wide(args), dict(zip(kwargs, _wide(tuple(kwargs.values()))))
             ref = _SDPA(query.double(), key.double(), value.double(), *args, **kwargs)
             # A row that sees no key is a matter of convention: PyTorch's kernels give 0, a mean or NaN.
@@ -189,9 +219,13 @@ def _run(model: Any, sample: Mapping[str, Any] | Tensor | None) -> None:
         model(**sample)
     else:
         config = getattr(model, "config", None)
-        vocabulary = getattr(config.get_text_config(), "vocab_size", None) if hasattr(config, "get_text_config") else None
+        vocabulary = (
+            getattr(config.get_text_config(), "vocab_size", None) if hasattr(config, "get_text_config") else None
+        )
         if vocabulary is None:
-            raise ValueError(f"no token ids can be drawn for {type(model).__name__}: pass sample=, the inputs of one call.")
+            raise ValueError(
+                f"no token ids can be drawn for {type(model).__name__}: pass sample=, the inputs of one call."
+            )
         device = next(model.parameters()).device
         model(torch.randint(0, vocabulary, (1, 16), generator=torch.Generator().manual_seed(0)).to(device))
 

@@ -82,7 +82,7 @@ class _Route(TorchFunctionMode):
         inner = {**_MHA.__globals__, "scaled_dot_product_attention": function}
         copy = FunctionType(_MHA.__code__, inner, _MHA.__name__, _MHA.__defaults__, _MHA.__closure__)
         copy.__kwdefaults__ = _MHA.__kwdefaults__
-        self.routes = {_SDPA: function, _MHA: copy}
+        self.routes: dict[Any, Any] = {_SDPA: function, _MHA: copy}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         return self.routes.get(func, func)(*args, **(kwargs or {}))
@@ -147,7 +147,7 @@ def intercept(
 
     Args:
         model: any module, in whose forward pass the calls are.
-        name: an exact plugin; the approximate ones need to know a call's place in the sequence, which SDPA does not say.
+        name: an exact plugin; the approximate ones need to know a call's place in the text, which SDPA does not say.
         sample: keyword inputs (or the one positional tensor) for the check; None draws 16 token ids.
 
     Returns:
@@ -170,7 +170,7 @@ def intercept(
     if calls == 0:
         raise ValueError(
             f"{type(model).__name__} makes no scaled_dot_product_attention call in its forward pass: there is "
-            "nothing to route. Its attention is written out in matrix products; load it with attn_implementation='sdpa' "
+            "nothing to route. Its attention is written out in products; load it with attn_implementation='sdpa' "
             "if it has that."
         )
     return Interception(model, function, calls)
@@ -218,7 +218,7 @@ def _run(model: Any, sample: Mapping[str, Any] | Tensor | None) -> None:
     elif sample is not None:
         model(**sample)
     else:
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         vocabulary = (
             getattr(config.get_text_config(), "vocab_size", None) if hasattr(config, "get_text_config") else None
         )

@@ -52,9 +52,9 @@ class FirstLayer:
 
     def __init__(self, model: nn.Module, places: Places, tables: Mapping[str, Tensor]) -> None:
         self.decoder = model.get_submodule(places.decoder)
-        self.embedding = model.get_submodule(places.embedding)
-        self.norm = None if places.norm is None else model.get_submodule(places.norm)
-        self.projections = [model.get_submodule(path) for path in places.projections]
+        self.embedding: Any = model.get_submodule(places.embedding)
+        self.norm: Any = None if places.norm is None else model.get_submodule(places.norm)
+        self.projections: list[Any] = [model.get_submodule(path) for path in places.projections]
         self.tokens = _Tokens()
         for projection, path in zip(self.projections, places.projections, strict=True):
             table = tables[path]

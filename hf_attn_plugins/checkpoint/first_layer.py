@@ -67,7 +67,7 @@ class _Stop(Exception):
     """Ends a trial run once the first layer's attention has been reached."""
 
 
-def audit(model: nn.Module) -> Audit:
+def audit(model: Any) -> Audit:
     """Find the first layer's projections and try whether their input is a function of the token id alone.
 
     The structure is read off a trial run of 12 tokens, not off a list of families: which modules see the first norm's
@@ -87,13 +87,13 @@ def audit(model: nn.Module) -> Audit:
         return refuse(f"adapters (LoRA) sit on the projections ({(adapters or ['peft_config'])[0]}): merge them first")
     reasons.append("no adapters, not quantized")
     text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    depth = getattr(text, "num_hidden_layers", None)
+    embedding = model.get_input_embeddings()
+    depth = getattr(text, "num_hidden_layers", 0)
     stack = next((n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth), None)
     if not isinstance(embedding, nn.Embedding) or stack is None:
         return refuse("no token embedding or no stack of layers was found")
     names = {module: name for name, module in model.named_modules()}
-    decoder, first = model.get_submodule(stack.rpartition(".")[0]), model.get_submodule(stack)[0]  # type: ignore[index]
+    decoder, first = model.get_submodule(stack.rpartition(".")[0]), model.get_submodule(stack)[0]
     ids = torch.randint(0, embedding.num_embeddings, (1, PROBE), generator=torch.Generator().manual_seed(0))
     ids = ids.to(embedding.weight.device)
     with _recorded(model) as seen:

@@ -34,7 +34,7 @@ class FirstLayerConfig(QuantizationConfigMixin):
         tables: str = TABLES,
         **kwargs: Any,
     ) -> None:
-        self.quant_method = METHOD
+        self.quant_method: Any = METHOD
         self.decoder, self.embedding, self.norm, self.projections = decoder, embedding, norm, projections
         self.tables = tables
 
@@ -67,7 +67,9 @@ class FirstLayerLoader(HfQuantizer):
         from safetensors.torch import load_file
 
         places = self.quantization_config.places()
-        tables = load_file(cached_file(model.name_or_path, self.quantization_config.tables))
+        path = cached_file(model.name_or_path, self.quantization_config.tables)
+        assert path is not None  # cached_file raises OSError unless it is asked not to
+        tables = load_file(path)
         prefix = model.base_model_prefix + "."
         if not hasattr(model, model.base_model_prefix):  # the bare model of a checkpoint made with a head
             tables = {path.removeprefix(prefix): table for path, table in tables.items()}

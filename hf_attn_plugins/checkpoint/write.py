@@ -177,7 +177,7 @@ def _staged(source: Source, beside: Path, patch: Patch, link: Callable[[Path, Pa
         kept = stage / KEPT / str(number)
         kept.mkdir(parents=True)
         shutil.copyfile(source.folder / CONFIG, kept / CONFIG)
-        files = {CONFIG: {"before": digest(source.folder / CONFIG), "after": digest(stage / CONFIG)}}
+        files: dict[str, Any] = {CONFIG: {"before": digest(source.folder / CONFIG), "after": digest(stage / CONFIG)}}
         files |= {name: {"before": None, "after": digest(stage / name)} for name in patch.extra}
         entries.append({"number": number, "recipe": patch.recipe, "options": patch.options, **_stamp(), "files": files})
         (stage / RECORD).write_bytes(as_json({"patches": entries}))

@@ -314,7 +314,7 @@ class TestGain:
 
 
 class TestRefusals:
-    def refused(self, tmp_path, source, message, error=ValueError):
+    def refused(self, tmp_path, source, message=None, error=ValueError):
         before = fingerprint(tmp_path)
         for arguments in ([tmp_path / "target"], ["--in-place"]):
             with pytest.raises(error, match=message):
@@ -343,7 +343,7 @@ class TestRefusals:
 
         source = checkpoint(tmp_path / "source")
         monkeypatch.setattr(verify_module, "compare", interrupt)
-        self.refused(tmp_path, source, "", KeyboardInterrupt)
+        self.refused(tmp_path, source, error=KeyboardInterrupt)
 
     def test_a_missing_text(self, tmp_path):
         source = checkpoint(tmp_path / "source")

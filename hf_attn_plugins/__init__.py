@@ -20,7 +20,7 @@ __all__ = ["PLUGINS", "Plugin", "check", "compare", "configure", "plugins", "reg
 
 # Verbs and method folders are imported on first use, which keeps `import hf_attn_plugins` as cheap as its registration.
 _VERBS = {"check": "support", "compare": "agreement", "configure": "switch", "use": "switch"}
-_FOLDERS = ("kernels", "tiled")
+_FOLDERS = ("cqs", "kernels", "star", "tiled")
 
 
 def plugins() -> list[Plugin]:

@@ -14,9 +14,11 @@ COMMANDS: Table = {
     "check": ("hf_attn_plugins.commands.check", "what a plugin would do in every attention module of a model"),
     "compare": ("hf_attn_plugins.commands.compare", "agreement, speed and memory of a plugin against another backend"),
     "plan": {
+        "star": ("hf_attn_plugins.star.command", "a prompt in blocks, anchor and query: cells, FLOPs, bytes"),
         "tiled": ("hf_attn_plugins.tiled.command", "FlashAttention's tiles, step by step, drawn or animated"),
     },
     "bench": {
+        "star": ("hf_attn_plugins.commands.bench_star", "what Star's sizes cost in agreement and save in time, on a model"),
         "tiled": ("hf_attn_plugins.commands.bench_tiled", "the tiles against PyTorch's attention, call by call"),
     },
     "run": ("hf_attn_plugins.commands.run", "any Python command with the plugins registered: hf-attn run -- CMD ..."),

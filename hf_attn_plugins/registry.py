@@ -59,6 +59,22 @@ PLUGINS: dict[str, Plugin] = {
             entry="hf_attn_plugins.tiled:attention",
             options="TiledOptions",
         ),
+        Plugin(
+            name="star_attention",
+            summary="Star Attention: blocks and an anchor for the context, everything for the last tokens and for answers",
+            exact=False,
+            source="Star Attention, arXiv 2411.17116",
+            entry="hf_attn_plugins.star.attention:attention",
+            options="StarOptions",
+        ),
+        Plugin(
+            name="cqs_attention",
+            summary="independent workers, each pair of token groups computed by exactly one; bounded memory per worker",
+            exact=True,
+            source="CQS-Attention, IEEE Access 13 (2025) 35527",
+            entry="hf_attn_plugins.cqs.plugin:attention",
+            options="CQSOptions",
+        ),
     )
 }
 

@@ -16,7 +16,14 @@ ALL = list(DECODERS)
 # Equal up to the order of float32 additions, on logits of a few units made sharp on purpose.
 CLOSE = dict(atol=3e-4, rtol=1e-3)
 
+# What makes a plugin do its own work on sequences as short as the ones below.
+SHORT = {"cqs_attention": {"workers": 7, "min_length": 2}}
+
 pytestmark = pytest.mark.parametrize("plugin", EXACT)
+
+
+def use(model, plugin):
+    return hap.use(model, plugin, **SHORT.get(plugin, {}))
 
 
 @pytest.fixture(params=ALL)
@@ -44,7 +51,7 @@ def test_softmax_is_sharp(plugin, decoder):
 def test_forward(plugin, decoder):
     ids, _ = padded_batch(33)
     expected = logits(decoder, ids)
-    with hap.use(decoder, plugin):
+    with use(decoder, plugin):
         torch.testing.assert_close(logits(decoder, ids), expected, **CLOSE)
     assert torch.equal(logits(decoder, ids), expected), "use() must leave the model as it was"
 
@@ -53,7 +60,7 @@ def test_forward(plugin, decoder):
 def test_padding(plugin, decoder, side):
     ids, mask = padded_batch(side=side)
     expected = logits(decoder, ids, attention_mask=mask)
-    with hap.use(decoder, plugin):
+    with use(decoder, plugin):
         got = logits(decoder, ids, attention_mask=mask)
     assert got.isfinite().all()
     torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], **CLOSE)
@@ -91,7 +98,7 @@ def test_generate(plugin, decoder, how):
         if type(decoder).__name__.startswith("Bamba"):
             pytest.skip("recurrent state cannot be rolled back or chunked")
     expected = generate(decoder, ids, mask, **GENERATE[how])
-    with hap.use(decoder, plugin):
+    with use(decoder, plugin):
         got = generate(decoder, ids, mask, **GENERATE[how])
     assert torch.equal(got.sequences, expected.sequences)
     if how != "beam":
@@ -102,7 +109,7 @@ def test_assisted_decoding(plugin):
     model, assistant = build("llama"), build("llama", seed=1)
     ids, mask = padded_batch(11, batch=1)
     expected = generate(model, ids, mask, do_sample=False)
-    with hap.use(model, plugin):
+    with use(model, plugin):
         got = generate(model, ids, mask, do_sample=False, assistant_model=assistant)
     assert torch.equal(got.sequences, expected.sequences)
 
@@ -113,7 +120,7 @@ def test_quantised_cache(plugin):
     ids, mask = padded_batch(11)
     how = dict(do_sample=False, cache_implementation="quantized")
     expected = generate(model, ids, mask, **how)
-    with hap.use(model, plugin):
+    with use(model, plugin):
         assert torch.equal(generate(model, ids, mask, **how).sequences, expected.sequences)
 
 
@@ -124,7 +131,7 @@ def test_encoders(plugin, name, side):
     ids, mask = padded_batch(17, side=side)
     with torch.no_grad():
         expected = model(ids, attention_mask=mask).last_hidden_state
-        with hap.use(model, plugin):
+        with use(model, plugin):
             got = model(ids, attention_mask=mask).last_hidden_state
     torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], **CLOSE)
 
@@ -138,7 +145,7 @@ def test_encoder_decoders(plugin, how):
     ):
         model = build(name)
         expected = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, **GENERATE[how])
-        with hap.use(model, plugin):
+        with use(model, plugin):
             got = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, **GENERATE[how])
         assert torch.equal(got, expected), name
 
@@ -154,7 +161,7 @@ def test_other_forwards(plugin, name):
     }[name]
     with torch.no_grad():
         expected = model(**inputs)[0]
-        with hap.use(model, plugin):
+        with use(model, plugin):
             torch.testing.assert_close(model(**inputs)[0], expected, atol=2e-3, rtol=1e-3)
 
 
@@ -171,7 +178,7 @@ def test_training_step(plugin, name, checkpointing):
     model = build(name)
     ids, mask = padded_batch(side="right")  # with left padding a fully masked row predicts the first token
     expected_loss, expected = gradients(model, ids, mask)
-    with hap.use(model, plugin):
+    with use(model, plugin):
         if checkpointing:
             model.gradient_checkpointing_enable()
             model.train()
@@ -197,7 +204,7 @@ def test_attention_dropout_reaches_the_plugin(plugin):
     ids, _ = padded_batch()
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
-    with hap.use(model, plugin):
+    with use(model, plugin):
         quiet = logits(model, ids)
         model.train()
         torch.manual_seed(0)
@@ -216,7 +223,7 @@ def test_packed_sequences(plugin):
         position_ids = torch.cat([torch.arange(6), torch.arange(4), torch.arange(7)]).expand(2, -1)
         expected = logits(model, ids, position_ids=position_ids, use_cache=False)
         alone = logits(model, ids[:, 6:10], use_cache=False)
-        with hap.use(model, plugin):
+        with use(model, plugin):
             got = logits(model, ids, position_ids=position_ids, use_cache=False)
         torch.testing.assert_close(got, expected, **CLOSE)
         torch.testing.assert_close(got[:, 6:10], alone, **CLOSE)
@@ -229,7 +236,7 @@ def test_packed_sequences_by_boundaries(plugin):
     position_ids = torch.cat([torch.arange(6), torch.arange(11)]).unsqueeze(0)
     bounds = torch.tensor([0, 6, 17], dtype=torch.int32)
     expected = logits(model, ids[:, 6:])
-    with hap.use(model, plugin):
+    with use(model, plugin):
         got = logits(
             model,
             ids,
@@ -253,7 +260,7 @@ def test_users_own_4d_mask(plugin, kind):
     if kind == "float":
         mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
     expected = logits(model, ids, attention_mask=mask)
-    with hap.use(model, plugin):
+    with use(model, plugin):
         torch.testing.assert_close(logits(model, ids, attention_mask=mask), expected, **CLOSE)
 
 
@@ -263,7 +270,7 @@ def test_autocast(plugin):
     for cache in (True, False):
         with torch.autocast("cpu", torch.bfloat16):
             expected = logits(model, ids, attention_mask=mask, use_cache=cache)
-            with hap.use(model, plugin):
+            with use(model, plugin):
                 got = logits(model, ids, attention_mask=mask, use_cache=cache)
         assert got.dtype == expected.dtype
         exact = logits(model, ids, attention_mask=mask)
@@ -277,7 +284,7 @@ def test_compile_fullgraph(plugin, name):
     model = build(name)
     ids, mask = padded_batch()
     expected = logits(model, ids, attention_mask=mask, use_cache=False)
-    with hap.use(model, plugin):
+    with use(model, plugin):
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         got = logits(compiled, ids, attention_mask=mask, use_cache=False)
     torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], **CLOSE)
@@ -309,7 +316,7 @@ def test_long_prefill_takes_the_tiles(plugin):
     mask[1, :700] = 0
     reference = logits(exact, ids, attention_mask=mask)
     plain = logits(low, ids, attention_mask=mask).float()
-    with hap.use(low, plugin):
+    with use(low, plugin):
         got = logits(low, ids, attention_mask=mask).float()
     real = mask.bool()
     assert (got - reference)[real].abs().max() <= 2 * (plain - reference)[real].abs().max()

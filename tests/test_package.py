@@ -25,6 +25,7 @@ KNOW_TRANSFORMERS = {
     "agreement.py",
     "checkpoint.py",
     "intercept.py",
+    "star_cache.py",
     "star_pipeline.py",
     "indexed_model.py",
 }

@@ -18,7 +18,7 @@ KERNELS = ("reference", "aten", "cpu_tiled")
 
 # Measured with `hf-attn bench tiled` (eval/results/tiled.md): below these sizes the tiles' bookkeeping costs more
 # than bf16 products save.
-MIN_TILED_ROWS = 512
+MIN_TILED_ROWS, MIN_TILED_CAUSAL_ROWS = 512, 1024
 MIN_TILED_KEYS = 512
 
 
@@ -66,7 +66,7 @@ def choose(query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float
     tiles_pay = (
         query.device.type == "cpu"
         and query.dtype == torch.bfloat16
-        and query.shape[2] >= MIN_TILED_ROWS
+        and query.shape[2] >= (MIN_TILED_CAUSAL_ROWS if mask.causal else MIN_TILED_ROWS)
         and key.shape[2] >= MIN_TILED_KEYS
         and cpu_multiplies_bf16()
     )

@@ -1,0 +1,31 @@
+"""CQS attention: exact attention by independent workers, for any number of workers and any length.
+
+`plan` (the Scheduler) divides all pairs of positions among workers by cyclic quorum sets, `work` (a Worker) computes
+one share, `Tiler` merges the shares; `attention` does all three. Source: IEEE Access 13 (2025) 35527.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hf_attn_plugins.cqs.covers import interest_set
+from hf_attn_plugins.cqs.leaf import Leaf, Piece
+from hf_attn_plugins.cqs.scheduler import Plan, plan
+
+if TYPE_CHECKING:
+    from hf_attn_plugins.cqs.forkjoin import attention
+    from hf_attn_plugins.cqs.tiler import Tiler
+    from hf_attn_plugins.cqs.workers import work
+
+__all__ = ["Leaf", "Piece", "Plan", "Tiler", "attention", "interest_set", "plan", "work"]
+
+_WITH_TORCH = {"attention": "forkjoin", "Tiler": "tiler", "work": "workers"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs PyTorch on first use: planning does not."""
+    if name not in _WITH_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_WITH_TORCH[name]}"), name)

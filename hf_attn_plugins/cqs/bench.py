@@ -1,0 +1,213 @@
+"""What the division buys and costs on this machine: memory and time of one worker against the whole, measured."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_attn_plugins.commands.hardware import describe
+from hf_attn_plugins.commands.timing import write_table
+from hf_attn_plugins.cqs.leaf import Leaf
+from hf_attn_plugins.cqs.scheduler import plan
+from hf_attn_plugins.cqs.tiler import Tiler
+from hf_attn_plugins.cqs.tokens import Tokens
+from hf_attn_plugins.cqs.workers import WorkerResult, work
+from hf_attn_plugins.kernels import attend
+from hf_attn_plugins.masks import Mask
+from hf_attn_plugins.memory import PeakMemory
+
+HEADS, KV_HEADS, HEAD_DIM = 2, 1, 64
+NAME, TITLE = "cqs", "CQS attention: one worker against the whole"
+NOTES = f"""\
+{HEADS}:{KV_HEADS} heads, head_dim {HEAD_DIM}, float32; every number is measured unless it is called computed.
+`L / N` is the longest worker's share of the tokens. Memory is the peak of one process above its start, in MiB, inputs
+and results included, for the worker with the most work and for the whole sequence: `scores` with textbook attention,
+which holds float32 scores (a worker those of one range of rows at a time), `linear` with `kernels.attend`.
+`longest / whole` is the slowest worker's seconds over those of `attend` on everything, `all + tiler / whole` the
+seconds of all workers one after another and of the merge: what the division costs on a single device (medians,
+interleaved). `cells` counts (query, key) pairs handed to the kernel over N^2, diagonal blocks of causal attention in
+full; `dense cells` what a kernel computes that masks banned blocks instead of skipping them (computed, m^2 / W).
+`balance` is the largest worker's pairs over the mean (computed).
+
+The paper (one A100, float16, textbook scores, all workers on one device) publishes peak memory of 0.563, 0.184, 0.251
+and 0.038 of the whole for 4, 7, 8 and 31 workers, which is (L / N)^2: each of its workers holds all its scores, banned
+ones included. Skipping banned blocks and going range by range makes `scores` above smaller than that. With a
+linear-memory kernel what remains is about L / N, the share of the tokens: the advantage over an undivided
+FlashAttention-style kernel is much smaller than over textbook attention. The paper's time ratios were taken without
+waiting for the device and cannot be compared; a worker cannot take less than its share of the pairs, 1 / W."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 4, 7, 8, 13, 31])
+    parser.add_argument("--masks", nargs="+", choices=["full", "causal"], default=["full", "causal"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--scores-up-to", type=int, default=32768, help="longest case measured with a score matrix, too"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("eval/results"), help="folder for cqs.md and cqs.json; other cases there stay"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure, print row by row, write the table.
+
+    Raises:
+        ValueError: a length, a number of workers or of repeats below 1.
+    """
+    if min([*arguments.lengths, *arguments.workers, arguments.repeats]) < 1:
+        raise ValueError("lengths, workers and repeats must be at least 1.")
+    rows = _kept(arguments.out)
+    for length in arguments.lengths:
+        for mask in arguments.masks:
+            for row in measure(length, arguments.workers, mask == "causal", arguments.repeats, arguments.scores_up_to):
+                print(
+                    "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()),
+                    flush=True,
+                )
+                rows[(row["tokens"], row["mask"], row["workers"])] = row
+    ordered = [rows[case] for case in sorted(rows, key=lambda case: (case[0], case[1] == "causal", case[2]))]
+    print("written to", write_table(arguments.out, NAME, TITLE, ordered, NOTES))
+
+
+def measure(
+    tokens: int, worker_counts: list[int], is_causal: bool, repeats: int, scores_up_to: int
+) -> list[dict[str, Any]]:
+    """One row per number of workers; all of them are timed in the same interleaved rounds."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, heads, tokens, HEAD_DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    leaves = {count: list(plan(tokens, count).leaves()) for count in worker_counts}
+    with torch.no_grad():
+        whole, times = _times(inputs, leaves, is_causal, repeats)
+        measured = tokens <= scores_up_to
+        whole_linear = _peak(lambda x: attend(x[0], x[1], x[2], is_causal=is_causal), inputs)
+        whole_scores = _peak(lambda x: _textbook(x[0], x[1], x[2], is_causal), inputs) if measured else None
+        rows = []
+        for count, shares in leaves.items():
+            most = max(shares, key=lambda leaf: leaf.cells(is_causal))
+            material = _material(inputs, most)
+            linear = _peak(partial(_work, most, is_causal), material)
+            scores = _peak(partial(_textbook_worker, most, is_causal), material) if measured else None
+            cells = [leaf.cells(is_causal) for leaf in shares]
+            handed = sum(_size(p.rows) * sum(map(_size, p.keys)) for leaf in shares for p in leaf.pieces(is_causal))
+            seconds, together = times[count]
+            rows.append(
+                {
+                    "tokens": tokens,
+                    "mask": "causal" if is_causal else "full",
+                    "workers": count,
+                    "L / N": max(leaf.length for leaf in shares) / tokens,
+                    **_memory("scores", scores, whole_scores),
+                    **_memory("linear", linear, whole_linear),
+                    "longest / whole": max(seconds) / whole,
+                    "all + tiler / whole": together / whole,
+                    "cells": handed / tokens**2,
+                    "dense cells": sum(leaf.length**2 for leaf in shares) / tokens**2,
+                    "balance": max(cells) / statistics.mean(cells),
+                }
+            )
+    return rows
+
+
+def _times(
+    inputs: list[Tensor], leaves: dict[int, list[Leaf]], is_causal: bool, repeats: int
+) -> tuple[float, dict[int, tuple[list[float], float]]]:
+    """Median seconds of the whole, and per number of workers of each worker and of all with the Tiler."""
+    whole: list[float] = []
+    single: dict[int, list[list[float]]] = {count: [] for count in leaves}
+    together: dict[int, list[float]] = {count: [] for count in leaves}
+    for round_ in range(repeats + 1):  # the first round warms up
+        seconds, _ = _timed(lambda: attend(*inputs, is_causal=is_causal))
+        whole += [seconds] if round_ else []
+        for count, shares in leaves.items():
+            tiler = Tiler(shares, inputs[0], HEAD_DIM)
+            each = []
+            for leaf in shares:
+                material = _material(inputs, leaf)
+                seconds, result = _timed(partial(_work, leaf, is_causal, material))
+                each.append(seconds)
+                tiler.add(result)
+            merging, _ = _timed(tiler.result)
+            if round_:
+                single[count].append(each)
+                together[count].append(sum(each) + merging)
+    medians = {count: [statistics.median(x) for x in zip(*rounds, strict=True)] for count, rounds in single.items()}
+    return statistics.median(whole), {count: (medians[count], statistics.median(together[count])) for count in leaves}
+
+
+def _work(leaf: Leaf, is_causal: bool, material: list[Tensor]) -> WorkerResult:
+    query, key, value = (Tokens(x, leaf.ranges) for x in material)
+    return work(leaf, query, key, value, mask=Mask(causal=is_causal))
+
+
+def _material(inputs: list[Tensor], leaf: Leaf) -> list[Tensor]:
+    return [Tokens(x).take(leaf.ranges).contiguous() for x in inputs]
+
+
+def _textbook(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
+    scores = query @ key.repeat_interleave(HEADS // KV_HEADS, 1).mT
+    scores *= HEAD_DIM**-0.5
+    if is_causal:
+        # Row by row: a mask of that size would be measured along with the scores.
+        for row in range(scores.shape[-2]):
+            scores[..., row, row + 1 + scores.shape[-1] - scores.shape[-2] :] = -torch.inf
+    scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+    scores.div_(scores.sum(-1, keepdim=True))
+    return scores @ value.repeat_interleave(HEADS // KV_HEADS, 1)
+
+
+def _textbook_worker(leaf: Leaf, is_causal: bool, material: list[Tensor]) -> list[Tensor]:
+    query, key, value = (Tokens(x, leaf.ranges) for x in material)
+    return [
+        _textbook(query.take((piece.rows,)), key.take(piece.keys), value.take(piece.keys), piece.causal)
+        for piece in leaf.pieces(is_causal)
+    ]
+
+
+def _peak(function: Callable[[list[Tensor]], Any], inputs: list[Tensor]) -> float | None:
+    """MiB at the peak of making the inputs and running the function on them; None where it cannot be measured."""
+    with PeakMemory(inputs[0].device) as memory:
+        result = function([x.clone() for x in inputs])
+    del result
+    return None if memory.bytes is None else memory.bytes / 2**20
+
+
+def _memory(name: str, worker: float | None, whole: float | None) -> dict[str, Any]:
+    known = worker is not None and whole is not None
+    return {
+        f"{name} MiB": worker if known else "",
+        f"{name} whole MiB": whole if known else "",
+        f"{name} ratio": worker / whole if known else "",  # type: ignore[operator]
+    }
+
+
+def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result
+
+
+def _size(span: tuple[int, int]) -> int:
+    return span[1] - span[0]
+
+
+def _kept(folder: Path) -> dict[tuple[int, str, int], dict[str, Any]]:
+    """Rows measured before on the same hardware with the same versions, so that a table can be made in several runs."""
+    path = folder / f"{NAME}.json"
+    if not path.is_file():
+        return {}
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if record["hardware"] != describe():
+        return {}
+    return {(row["tokens"], row["mask"], row["workers"]): row for row in record["rows"]}

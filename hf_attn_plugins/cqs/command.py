@@ -1,0 +1,124 @@
+"""`hf-attn plan cqs`: the Scheduler's lists, the demonstration, the summary and the costs of a plan."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+
+from hf_attn_plugins.cqs import cost, show
+from hf_attn_plugins.cqs.demo import demonstrate, memory_summary
+from hf_attn_plugins.cqs.draw import draw
+from hf_attn_plugins.cqs.scheduler import Plan, default_workers, plan
+
+SHOWN_BELOW = 30  # tokens; the seed's notebook shows everything below this length, too
+ITEM_SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--length", type=int, required=True, help="number of tokens N")
+    parser.add_argument(
+        "--workers", type=_numbers, help="number of workers W, or one per level like 7,7; default: by length or budget"
+    )
+    parser.add_argument(
+        "--interest-set", type=_numbers, help="difference cover of Z_W, like 0,1,5; default: the smallest"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the demonstration's random Q, K, V")
+    parser.add_argument("--dim", type=int, default=5, help="numbers per row of the demonstration's Q, K, V")
+    parser.add_argument("--draw", metavar="FILE.png", help="write the partition and the lengths as a picture")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--budget", type=cost.parse_bytes, help="memory for one worker at a time, like 8GiB")
+    parser.add_argument("--full", action="store_true", help="costs of all pairs instead of causal attention")
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--dtype", choices=ITEM_SIZES, default="bfloat16")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the plan that the options ask for.
+
+    Raises:
+        ValueError: a length, a number of workers, a set or a budget that does not work; the message says which.
+    """
+    shape = _shape(arguments)
+    division = _plan(arguments, shape)
+    if arguments.draw:
+        draw(division, arguments.draw)
+    if arguments.json:
+        print(json.dumps(_numbers_of(division, shape, arguments)))
+        return
+    for line in _text(division, shape, arguments):
+        print(line)
+
+
+def _text(division: Plan, shape: cost.Shape, arguments: argparse.Namespace) -> Iterator[str]:
+    if _shown(arguments):
+        demo = demonstrate(division, arguments.dim, arguments.seed)
+        yield from show.scheduler(division, arguments.dim)
+        yield from show.workers_and_tiler(demo)
+        yield f"CQS Attention results is correct:\n{demo.is_correct()}"
+    else:
+        yield f"N = {division.num_tokens}, W = {division.num_workers}, interest set {list(division.interest_set)}"
+    yield from show.summary(division)
+    if not _shown(arguments) or arguments.budget is not None:
+        yield from show.costs(division, shape, not arguments.full, arguments.budget, cost.WORKSPACE)
+
+
+def _numbers_of(division: Plan, shape: cost.Shape, arguments: argparse.Namespace) -> dict:
+    numbers = {
+        "num_tokens": division.num_tokens,
+        "num_workers": [level.num_workers for level in division.levels],
+        "interest_set": [list(level.interest_set) for level in division.levels],
+        "summary": memory_summary(division),
+        "balance": {"all_pairs": division.balance(), "causal": division.balance(is_causal=True)},
+        "cost": show.cost_numbers(division, shape, not arguments.full, arguments.budget, cost.WORKSPACE),
+    }
+    if _shown(arguments):
+        workers = range(division.num_workers)
+        demo = demonstrate(division, arguments.dim, arguments.seed)
+        numbers |= {
+            "token_groups": [list(group) for group in division.token_groups],
+            "quorums": division.quorums,
+            "undistilled_pairs": division.undistilled_pairs,
+            "distilled_pairs": division.distilled_pairs,
+            "distilled_quorums": division.distilled_quorums,
+            "material": division.material,
+            "tasks": [division.tasks(w) for w in workers],
+            "bans": [division.bans(w) for w in workers],
+            "local_bans": [division.local_bans(w) for w in workers],
+            "attention": demo.attention.tolist(),
+            "correct": demo.is_correct(),
+        }
+    return numbers
+
+
+def _shown(arguments: argparse.Namespace) -> bool:
+    one_level = arguments.workers is None or len(arguments.workers) == 1
+    return bool(arguments.length < SHOWN_BELOW and one_level)
+
+
+def _plan(arguments: argparse.Namespace, shape: cost.Shape) -> Plan:
+    workers, chosen = arguments.workers, arguments.interest_set
+    if workers is None and arguments.budget is not None:
+        return cost.choose(arguments.length, shape, arguments.budget, cost.WORKSPACE)
+    if workers is None:
+        workers = [default_workers(arguments.length)]
+    return plan(arguments.length, workers, None if chosen is None else [chosen] + [None] * (len(workers) - 1))
+
+
+def _shape(arguments: argparse.Namespace) -> cost.Shape:
+    for name in ("heads", "kv_heads", "head_dim", "dim"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: at least 1 is needed.")
+    size = ITEM_SIZES[arguments.dtype]
+    return cost.Shape(arguments.heads, arguments.kv_heads, arguments.head_dim, arguments.head_dim, size)
+
+
+def _numbers(text: str) -> list[int]:
+    """Whole numbers from a comma-separated list."""
+    try:
+        return [int(part) for part in text.replace("x", ",").split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: whole numbers with commas between them, like 0,1,5") from None

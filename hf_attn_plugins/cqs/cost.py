@@ -1,0 +1,172 @@
+"""What a plan costs, before it runs: bytes moved, bytes held, cells computed, and what the alternatives would cost."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from hf_attn_plugins.cqs import covers
+from hf_attn_plugins.cqs.scheduler import Plan, plan
+
+MERGE_BLOCK = 4 * 2**20  # bytes of accumulated rows that are merged at a time
+MERGE_COPIES = 6  # such blocks alive while merging
+WORKSPACE = 64 * 2**20  # what `kernels.cpu` may hold in scores, the most of all kernels
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one attention call, token count apart.
+
+    Attributes:
+        heads, kv_heads, head_dim, head_dim_v, batch: Hq, Hkv, D, Dv and B.
+        itemsize: bytes of one number of query, key, value and out.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    head_dim_v: int
+    itemsize: int = 2
+    batch: int = 1
+
+    @property
+    def query_bytes(self) -> int:
+        """Bytes of one token's queries."""
+        return self.batch * self.heads * self.head_dim * self.itemsize
+
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of one token's keys and values."""
+        return self.batch * self.kv_heads * (self.head_dim + self.head_dim_v) * self.itemsize
+
+    @property
+    def result_bytes(self) -> int:
+        """Bytes of one token's output, and its lse in float32 (float64 for float64)."""
+        return self.batch * self.heads * (self.head_dim_v * self.itemsize + max(4, self.itemsize))
+
+    @property
+    def accumulated_bytes(self) -> int:
+        """Bytes of one token's output while it is merged, in float32 (float64 for float64)."""
+        return self.batch * self.heads * self.head_dim_v * max(4, self.itemsize)
+
+
+def parse_bytes(size: str | int) -> int:
+    """Bytes of "512MiB", "8 GB", "1.5GiB" or a plain number.
+
+    Raises:
+        ValueError: another form.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    if match is None or match[2].upper() not in UNITS:
+        raise ValueError(f"{size!r} is no amount of memory: write for example 8GiB, 512MiB or a number of bytes.")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def format_bytes(count: float) -> str:
+    """Bytes in the largest fitting unit: 1536 is "1.50 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    return f"{count:.2f} TiB"
+
+
+def leaf_sizes(division: Plan) -> tuple[int, int]:
+    """Upper bounds of a leaf's length and of one range of its rows."""
+    longest = division.num_tokens
+    rows = longest
+    for level in division.levels:
+        group = -(-longest // level.num_workers)
+        longest = min(longest, group * max(len(level.groups(w)) for w in range(level.num_workers)))
+        rows = min(rows, group)
+    return longest, rows
+
+
+def gathered_tokens(division: Plan) -> int:
+    """Tokens that all leaves gather together; above the first level an upper bound, m times as many per level."""
+    total = sum(division.lengths)
+    for level in division.levels[1:]:
+        total *= max(len(level.groups(w)) for w in range(level.num_workers))
+    return total
+
+
+def streaming_peak(division: Plan, shape: Shape, workspace: int) -> int:
+    """Bytes held while one worker after another runs, inputs and results apart.
+
+    The worker's keys and values, once more for what a kernel copies or packs, one range of rows with its result, the
+    blocks being merged, and the kernel's own workspace.
+    """
+    longest, rows = leaf_sizes(division)
+    block = min(MERGE_BLOCK, rows * shape.accumulated_bytes) + shape.accumulated_bytes
+    rows_held = rows * (shape.query_bytes + shape.result_bytes)
+    return 2 * longest * shape.key_bytes + rows_held + MERGE_COPIES * block + workspace
+
+
+def streaming_bytes(division: Plan, shape: Shape) -> int:
+    """Bytes moved to and from the computing device: every leaf's material in, its partial results out."""
+    return gathered_tokens(division) * (shape.query_bytes + shape.key_bytes + shape.result_bytes)
+
+
+def tile_streaming_bytes(num_tokens: int, shape: Shape, budget: int, workspace: int, is_causal: bool) -> int | None:
+    """Bytes moved by the plain alternative: rows stay as many as fit, all their keys stream past them.
+
+    None when not even one row fits. Rows hold query, accumulator and lse; two key tiles of 1,024 tokens are in flight.
+    """
+    room = budget - workspace - 2 * min(1024, num_tokens) * shape.key_bytes
+    rows = room // (shape.query_bytes + shape.result_bytes + shape.accumulated_bytes)
+    if rows < 1:
+        return None
+    passes = -(-num_tokens // rows)
+    seen = num_tokens * passes if not is_causal else sum(min(num_tokens, (i + 1) * rows) for i in range(passes))
+    return num_tokens * (shape.query_bytes + shape.result_bytes) + seen * shape.key_bytes
+
+
+def candidates(num_tokens: int) -> Iterator[tuple[int, ...]]:
+    """Worker counts to try against a budget, those that gather fewer tokens first: Singer sizes, then two levels."""
+    sizes = [w for w in (1, *covers.singer_sizes(200)) if w <= max(1, num_tokens)]
+    yield from ((w,) for w in sizes)
+    pairs = itertools.product(sizes[1:], repeat=2)
+    yield from sorted(pairs, key=lambda p: (len(covers.interest_set(p[0])) * len(covers.interest_set(p[1])), p))
+
+
+def choose(num_tokens: int, shape: Shape, budget: int, workspace: int) -> Plan:
+    """The plan that fits the budget and gathers the fewest tokens.
+
+    Raises:
+        ValueError: no plan fits; the message says what the smallest one needs.
+    """
+    smallest: tuple[int, tuple[int, ...]] | None = None
+    for counts in candidates(num_tokens):
+        division = plan(num_tokens, counts)
+        peak = streaming_peak(division, shape, workspace)
+        if peak <= budget:
+            return division
+        smallest = min(smallest or (peak, counts), (peak, counts))
+    assert smallest is not None
+    raise ValueError(
+        f"a budget of {format_bytes(budget)} is too small for {num_tokens} tokens: the smallest division, workers "
+        f"{'x'.join(map(str, smallest[1]))}, needs {format_bytes(smallest[0])}. Raise it, or run fewer heads at a time."
+    )
+
+
+def across_devices(division: Plan, shape: Shape) -> dict[str, tuple[float, float]]:
+    """Bytes a device receives and sends, and bytes it holds, with each method spread over W devices.
+
+    Every device starts with N / W tokens and ends with the result of these. "one device" moves nothing and holds all.
+    Ring attention passes keys and values round; Ulysses exchanges heads for tokens, twice, and cannot use more devices
+    than key heads. A model of volumes, not of time.
+    """
+    workers, tokens = division.num_workers, division.num_tokens
+    quorum = max(map(len, division.distilled_quorums))
+    share, others = tokens / workers, (workers - 1) / workers
+    inputs, results = shape.query_bytes + shape.key_bytes, shape.result_bytes
+    return {
+        "one device": (0.0, tokens * (inputs + results)),
+        "CQS": ((quorum - 1) * share * (inputs + results), quorum * share * (inputs + results)),
+        "ring": (others * tokens * shape.key_bytes, share * (inputs + shape.key_bytes + results)),
+        "Ulysses": (others * share * (inputs + results), share * (inputs + results)),
+    }

@@ -1,0 +1,81 @@
+"""One divide: which pairs of token groups each of W workers keeps. Integers only.
+
+Source: CQS-Attention, IEEE Access 13 (2025) 35527, sections on the Scheduler. All pairs of residues are enumerated by
+the position pairs of the interest set, shifted by the worker's index; where several position pairs have one cyclic
+difference, the first of them in combination order is kept by every worker, and so every pair of groups by exactly one.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import dataclass
+
+from hf_attn_plugins.cqs import covers
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Division:
+    """The groups and pairs of `num_workers` workers under a checked interest set.
+
+    Attributes:
+        num_workers: W, also the number of token groups.
+        interest_set: difference cover of Z_W; its order decides which duplicate pairs are kept.
+    """
+
+    num_workers: int
+    interest_set: tuple[int, ...]
+
+    @classmethod
+    def of(cls, num_workers: int, interest_set: tuple[int, ...] | None = None) -> Division:
+        """With the given interest set, checked, or the best one known.
+
+        Raises:
+            ValueError: fewer than one worker, or a set that is no difference cover.
+        """
+        known = covers.interest_set(num_workers)
+        return cls(num_workers, known if interest_set is None else covers.check(interest_set, num_workers))
+
+    def quorum(self, worker: int) -> list[int]:
+        """The worker's groups in the interest set's order."""
+        return [(element + worker) % self.num_workers for element in self.interest_set]
+
+    def undistilled(self, worker: int) -> list[Pair]:
+        """All pairs of groups in the quorum, smaller group first, in combination order."""
+        return [(min(pair), max(pair)) for pair in itertools.combinations(self.quorum(worker), 2)]
+
+    @functools.cached_property
+    def _kept(self) -> list[tuple[int, bool]]:
+        """Positions in the undistilled list whose difference is new, and whether it is W / 2."""
+        seen: set[int] = set()
+        kept = []
+        for position, (a, b) in enumerate(itertools.combinations(self.interest_set, 2)):
+            difference = min((a - b) % self.num_workers, (b - a) % self.num_workers)
+            if difference not in seen:
+                seen.add(difference)
+                kept.append((position, 2 * difference == self.num_workers))
+        return kept
+
+    def distilled(self, worker: int) -> list[Pair]:
+        """The pairs this worker keeps; those W / 2 apart come up twice and stay with the first half of the workers."""
+        pairs = self.undistilled(worker)
+        return [pairs[p] for p, half in self._kept if not half or 2 * worker < self.num_workers]
+
+    def groups(self, worker: int) -> list[int]:
+        """The distilled quorum: the groups of the kept pairs and the worker's own, ascending."""
+        return sorted({worker}.union(*self.distilled(worker)))
+
+    def keep(self, worker: int) -> list[list[bool]]:
+        """Per pair of `groups(worker)`, whether the worker computes it: its kept pairs and its own diagonal block."""
+        kept = {(worker, worker), *self.distilled(worker)}
+        groups = self.groups(worker)
+        return [[(min(a, b), max(a, b)) in kept for b in groups] for a in groups]
+
+
+def group_range(group: int, num_tokens: int, num_workers: int) -> Pair:
+    """First and end position of a token group: sizes differ by at most one, the larger groups come last."""
+    size, larger = divmod(num_tokens, num_workers)
+    begin = group * size + max(0, group - (num_workers - larger))
+    return begin, begin + size + (group >= num_workers - larger)

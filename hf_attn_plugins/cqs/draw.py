@@ -1,0 +1,58 @@
+"""Pictures of a plan: who computes which part of the N x N matrix, and how long the workers' subsequences are."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from hf_attn_plugins.cqs.scheduler import Plan
+
+
+def partition(plan: Plan) -> list[list[int]]:
+    """The worker that computes each block of token groups, W x W."""
+    owner = [[-1] * plan.num_workers for _ in range(plan.num_workers)]
+    for worker, pairs in enumerate(plan.distilled_pairs):
+        owner[worker][worker] = worker
+        for a, b in pairs:
+            owner[a][b] = owner[b][a] = worker
+    return owner
+
+
+def draw(plan: Plan, path: str | os.PathLike[str]) -> None:
+    """Write both pictures side by side to an image file; any N, since blocks are drawn and not tokens.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed; the message names the extra that brings it.
+    """
+    figure_class = _figure()
+    figure = figure_class(figsize=(13, 6), layout="constrained")
+    matrix, lengths = figure.subplots(1, 2)
+    groups = [group for group in plan.token_groups if len(group)]
+    edges = [group.start for group in groups] + [plan.num_tokens]
+    used = [index for index, group in enumerate(plan.token_groups) if len(group)]
+    owner = partition(plan)
+    if used:
+        blocks = [[owner[a][b] for b in used] for a in used]
+        mesh = matrix.pcolormesh(edges, edges, blocks, cmap="turbo", vmin=0, vmax=max(1, plan.num_workers - 1))
+        figure.colorbar(mesh, ax=matrix, label="worker")
+    matrix.invert_yaxis()
+    matrix.set(aspect="equal", xlabel="key position", ylabel="query position")
+    matrix.set_title(
+        f"Pairs by worker: N = {plan.num_tokens}, W = {plan.num_workers}, set {list(plan.interest_set)[:8]}"
+    )
+    lengths.bar(range(plan.num_workers), plan.lengths, color="tab:blue")
+    lengths.axhline(plan.num_tokens, color="tab:red", label="whole sequence")
+    lengths.set(xlabel="worker", ylabel="tokens", title="Subsequence lengths")
+    lengths.set_ylim(0, 1.15 * max(1, plan.num_tokens))
+    lengths.legend(loc="upper right")
+    figure.savefig(path, dpi=100)
+
+
+def _figure() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "drawing needs matplotlib: install it with `pip install hf-attn-plugins[demo]`, or leave --draw out."
+        ) from error
+    return Figure

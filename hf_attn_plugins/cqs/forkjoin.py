@@ -1,0 +1,125 @@
+"""Exact attention by a plan: Scheduler's leaves, Workers one after another, Tiler."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_attn_plugins.cqs.cost import parse_bytes
+from hf_attn_plugins.cqs.leaf import Leaf
+from hf_attn_plugins.cqs.scheduler import Plan
+from hf_attn_plugins.cqs.tiler import Tiler
+from hf_attn_plugins.cqs.tokens import TOKENS, Tokens
+from hf_attn_plugins.cqs.workers import work
+from hf_attn_plugins.masks import Mask, Window, window_of
+from hf_attn_plugins.partial import Partial
+
+
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    plan: Plan | None = None,
+    *,
+    is_causal: bool = False,
+    mask: Mask | Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | Window | None = None,
+    dropout: float = 0.0,
+    sinks: Tensor | None = None,
+    kernel: str | None = None,
+    memory_budget: str | int | None = None,
+    device: torch.device | str | None = None,
+    out: Tensor | None = None,
+    folder: str | os.PathLike[str] | None = None,
+) -> Partial:
+    """Exact self-attention, divided among the workers of `plan` and merged; every pair of positions computed once.
+
+    Differentiable in query, key, value, sinks and a float mask, through both results. The workers run one after another
+    here; `work` and `Tiler` are the parts for running them anywhere else.
+
+    With `memory_budget` everything allocated besides the inputs and the returned pair stays within that many bytes on
+    the computing device, a plan that fits is chosen when none is given, and there are no gradients. Then query, key and
+    value may also be NumPy arrays (`numpy.memmap`) or slice objects of safetensors files, read range by range.
+
+    Args:
+        query: (B, Hq, N, D), of any float dtype.
+        key, value: (B, Hkv, N, D) and (B, Hkv, N, Dv) with the query's dtype; Hq a multiple of Hkv.
+        plan: made by `plan` for N tokens.
+        is_causal, scale, softcap, window, dropout, kernel: as in `kernels.attend`.
+        mask: a `Mask` over all N x N pairs, or a bool or float tensor that broadcasts to (B, Hq, N, N).
+        sinks: (Hq,) logits that take part in every row's softmax and hold no value.
+        memory_budget: bytes, as a number or like "512MiB".
+        device: where to compute when the inputs are elsewhere; only with a budget.
+        out: tensor for the result, for example mapped from a file; only with a budget. When None it is made in memory,
+            or in a nameless temporary file if any input is a file.
+        folder: where temporary files go; low-precision results are merged in a float32 one. Only with a budget.
+
+    Returns:
+        `Partial`, a pair (out, lse): out (B, Hq, N, Dv) in the query's dtype, lse (B, Hq, N) in float32 (float64 for
+        float64), the sinks included.
+
+    Raises:
+        ValueError: the plan is missing, for another length or too large for the budget, or an argument does not fit;
+            the message says which.
+    """
+    whole = one_mask(mask, is_causal, window)
+    if memory_budget is not None:
+        if torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (query, key, value)):
+            raise ValueError("memory_budget computes no gradients: call it under torch.no_grad(), or leave it out.")
+        from hf_attn_plugins.cqs.streaming import stream
+
+        return stream(
+            query, key, value, plan, budget=parse_bytes(memory_budget), mask=whole, scale=scale, softcap=softcap,
+            dropout=dropout, sinks=sinks, kernel=kernel, device=device, out=out, folder=folder,
+        )  # fmt: skip
+    if plan is None or not (device is None and out is None and folder is None):
+        raise ValueError("plan may be left out, and device, out and folder be given, only with a memory_budget.")
+    check_lengths(query.shape[TOKENS], key.shape[TOKENS], plan, whole)
+    leaves = list(plan.leaves())
+    cuts = _cuts(leaves) if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)) else None
+    tokens = [Tokens(x, cuts=cuts) for x in (query, key, value)]
+    tiler = Tiler(leaves, query, value.shape[-1])
+    for leaf in leaves:
+        tiler.add(work(leaf, *tokens, mask=whole, scale=scale, softcap=softcap, dropout=dropout, kernel=kernel))
+    return with_sinks(tiler.result(), sinks)
+
+
+def one_mask(mask: Mask | Tensor | None, is_causal: bool, window: int | Window | None) -> Mask:
+    """All that hides keys as one `Mask`."""
+    whole = Mask(bias=mask) if isinstance(mask, Tensor) else mask or Mask()
+    if is_causal:
+        whole = whole.replace(causal=True)
+    if window is not None:
+        if whole.window != (None, None):
+            raise ValueError(f"window={window} was given beside a mask with window {whole.window}: pass one of them.")
+        whole = whole.replace(window=window_of(window))
+    return whole
+
+
+def check_lengths(rows: int, keys: int, plan: Plan, mask: Mask) -> None:
+    """Raise ValueError unless this is self-attention over the plan's tokens."""
+    if not rows == keys == plan.num_tokens:
+        raise ValueError(
+            f"the plan is for {plan.num_tokens} tokens, got {rows} query and {keys} key positions: CQS divides square "
+            "self-attention; use kernels.attend for decoding and cross-attention."
+        )
+    if mask.start(rows, keys) != 0:
+        raise ValueError(f"mask.offset={mask.offset}: in self-attention row 0 stands at position 0.")
+
+
+def with_sinks(partial: Partial, sinks: Tensor | None) -> Partial:
+    """Add learned sinks to the denominator, once, after the last merge: out * sigmoid(lse - sink)."""
+    if sinks is None:
+        return partial
+    logits = sinks.to(partial.lse.dtype).view(1, -1, 1)
+    share = torch.sigmoid(partial.lse - logits).unsqueeze(-1)
+    return Partial((partial.out * share).to(partial.out.dtype), torch.logaddexp(partial.lse, logits))
+
+
+def _cuts(leaves: list[Leaf]) -> list[int]:
+    return sorted({end for leaf in leaves for pair in leaf.ranges for end in pair})

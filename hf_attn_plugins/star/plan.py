@@ -1,0 +1,138 @@
+"""The plan of Star Attention: which tokens are anchor, block and query, and who may attend to whom. Integers only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+# Chosen on SmolLM2-135M with `hf-attn bench star`; eval/results/star.md has the table they were read from.
+DENSE_BELOW = 2048  # tokens: shorter prompts gain little from the pattern and lose quality
+BLOCKS = 4  # blocks a prompt is cut into where no block size is given
+BLOCK_STEP = 256  # a default block is a multiple of this
+ANCHOR_SHARE = 4  # a default anchor is a block divided by this
+DEFAULT_QUERY = 128
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A prompt of `length` tokens in blocks, with an anchor and a query (arXiv 2411.17116, section 2).
+
+    The last `query_size` tokens are the query and attend to everything before them (phase 2). The tokens before are the
+    context, cut into blocks of `block_size`, the last one ragged: token i attends to j <= i when j is in its own
+    block or j < anchor_size (phase 1). One block is dense attention.
+
+    Attributes:
+        length: tokens of the prompt, context and query together.
+        block_size: tokens of a block, at least 1.
+        anchor_size: leading tokens that every block attends to, 0 (no anchor) .. block_size.
+        query_size: tokens of the query; a query as long as the prompt, or longer, makes everything dense.
+
+    Raises:
+        ValueError: a size out of its range; the message says which.
+    """
+
+    length: int
+    block_size: int
+    anchor_size: int
+    query_size: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("length", 0), ("block_size", 1), ("anchor_size", 0), ("query_size", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}={value!r}: a whole number of at least {least} is needed.")
+        check_anchor(self.anchor_size, self.block_size)
+
+    @property
+    def context(self) -> int:
+        """Tokens before the query."""
+        return max(0, self.length - self.query_size)
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.context // self.block_size)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the plan is plain causal attention."""
+        return self.num_blocks <= 1
+
+    def block(self, index: int) -> range:
+        """Positions of block `index`; the last block ends with the context, unpadded."""
+        return range(index * self.block_size, min((index + 1) * self.block_size, self.context))
+
+    def blocks(self) -> Iterator[range]:
+        return (self.block(index) for index in range(self.num_blocks))
+
+    @property
+    def anchor(self) -> range:
+        return range(min(self.anchor_size, self.context))
+
+    @property
+    def query(self) -> range:
+        return range(self.context, self.length)
+
+    def phase(self, position: int, key: int) -> int:
+        """Phase in which the token at `position` attends to `key`: 1, 2, or 0 where it may not."""
+        if not 0 <= key <= position < self.length:
+            return 0
+        if position >= self.context:
+            return 2
+        return int(key < self.anchor_size or position // self.block_size == key // self.block_size)
+
+    def may_attend(self, position: int, key: int) -> bool:
+        """Whether the token at `position` may attend to the token at `key`."""
+        return self.phase(position, key) > 0
+
+    def attended_pairs(self) -> int:
+        """Number of (position, key) pairs attended, in closed form."""
+        whole = max(0, self.num_blocks - 1)
+        last = self.context - whole * self.block_size
+        own = whole * (self.block_size * (self.block_size + 1) // 2) + last * (last + 1) // 2
+        anchor = len(self.anchor) * max(0, self.context - self.block_size)
+        query = len(self.query)
+        return own + anchor + query * self.context + query * (query + 1) // 2
+
+    def causal_pairs(self) -> int:
+        """Number of pairs that dense causal attention attends."""
+        return self.length * (self.length + 1) // 2
+
+    def extended(self, length: int) -> Plan:
+        """The plan of a longer context with the same sizes; the blocks that are whole here stay what they are."""
+        return Plan(length, self.block_size, self.anchor_size, self.query_size)
+
+
+def check_anchor(anchor_size: int | None, block_size: int | None) -> None:
+    """Raise ValueError for an anchor longer than a block: its end would depend on tokens of the second block."""
+    if anchor_size is not None and block_size is not None and anchor_size > block_size:
+        raise ValueError(
+            f"anchor_size={anchor_size} is larger than block_size={block_size}: the anchor is the head of the first "
+            "block, so use anchor_size <= block_size."
+        )
+
+
+def plan_for(
+    length: int,
+    block_size: int | None = None,
+    anchor_size: int | None = None,
+    query_size: int | None = None,
+) -> Plan:
+    """The plan of a prompt, with sizes that were not given filled in from its length.
+
+    Without a block size: prompts below `DENSE_BELOW` tokens are one block, longer ones are cut into `BLOCKS` blocks.
+    The default anchor is a fraction of the block, the default query `DEFAULT_QUERY` tokens.
+
+    Raises:
+        ValueError: as `Plan`; a given anchor_size also needs to fit the default block.
+    """
+    query = DEFAULT_QUERY if query_size is None else query_size
+    if block_size is None:
+        block_size = max(1, length)
+        if length >= DENSE_BELOW:
+            share = -(-max(1, length - query) // BLOCKS)
+            block_size = -(-share // BLOCK_STEP) * BLOCK_STEP
+        if anchor_size is not None:
+            block_size = max(block_size, anchor_size)
+    if anchor_size is None:
+        anchor_size = block_size // ANCHOR_SHARE
+    return Plan(length, block_size, anchor_size, query)

@@ -170,6 +170,13 @@ def test_another_exact_plugin_gets_the_causal_calls(monkeypatch, counted):
         assert calls == [True, True]
 
 
+def test_cqs_attention_gets_the_causal_calls():
+    model = build()
+    wanted = model(X)
+    with intercept(model, "cqs_attention", sample=X):
+        torch.testing.assert_close(model(X), wanted, rtol=1e-4, atol=1e-5)
+
+
 class TestRefusals:
     def test_a_model_that_makes_no_call(self):
         from transformers import BloomConfig, BloomForCausalLM

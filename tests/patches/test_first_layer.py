@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from hf_attn_plugins.patches import command
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -349,6 +350,24 @@ class TestRefusals:
         source = checkpoint(tmp_path / "source")
         with pytest.raises(FileNotFoundError, match=r"nowhere\.txt"):
             patch("first-layer", source, tmp_path / "target", "--text", "nowhere.txt")
+
+
+@torch.no_grad()
+def test_a_byte_level_model_pays(tmp_path, capsys):
+    """A vocabulary smaller than the hidden size: the tables are smaller than the matrices they replace."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    model_of("llama", vocab_size=128, hidden_size=192, num_hidden_layers=1).save_pretrained(source)
+    patch("first-layer", source, target)
+    assert "it pays" in capsys.readouterr().out
+    old, new = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source, target))
+    torch.testing.assert_close(new(IDS).logits, old(IDS).logits, rtol=1e-4, atol=1e-3)
+    flops = []
+    for model in (old, new):
+        with FlopCounterMode(display=False) as counter:
+            model(IDS[:1, :10])
+        flops.append(counter.get_total_flops())
+    saved = first_layer.gain(old, first_layer.audit(old).require()).flops_saved
+    assert flops[0] - flops[1] == 10 * saved
 
 
 def test_in_place_and_back(tmp_path):

@@ -49,6 +49,30 @@ def test_the_patched_folder_selects_the_plugin(tmp_path, family, sharded):
     assert fingerprint(target) == before
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "flags", "options"),
+    [
+        ("star_attention", ["--block-size", 8, "--anchor-size", 4, "--query-size", 2], (8, 4, 2)),
+        ("cqs_attention", ["--workers", 3], None),
+    ],
+)
+def test_the_methods_run_with_the_options_of_the_folder(tmp_path, capsys, name, flags, options):
+    source, target = checkpoint(tmp_path / "source"), tmp_path / "target"
+    patch("set-attention", source, target, "--attn", name, *flags)
+    assert ("approximates by design" in capsys.readouterr().out) == (name == "star_attention")
+    old, new = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source, target))
+    ids = torch.arange(3, 63).unsqueeze(0)
+    dense, out = old(ids).logits, new(ids).logits
+    if options is None:
+        torch.testing.assert_close(out, dense, rtol=1e-3, atol=1e-3)
+    else:
+        assert (out - dense).abs().max() > 1e-2
+        chosen = dict(zip(("block_size", "anchor_size", "query_size"), options, strict=True))
+        with hf_attn_plugins.use(old, name, **chosen):
+            torch.testing.assert_close(out, old(ids).logits)
+
+
 def test_in_place_keeps_what_undo_needs(tmp_path):
     source = checkpoint(tmp_path / "source")
     before = fingerprint(source)
@@ -139,6 +163,8 @@ def test_list_and_show(tmp_path, capsys):
         (["--attn", "nonesuch"], "'nonesuch' is no plugin"),
         (["--attn", "tiled_attention", "--kernel", "nonesuch"], "kernel='nonesuch'"),
         (["--attn", "tiled_attention", "--part", "vision"], "--part vision"),
+        (["--attn", "tiled_attention", "--block-size", "8"], "does not take --block-size"),
+        (["--attn", "star_attention", "--block-size", "many"], "block_size='many'"),
     ],
 )
 def test_bad_choices_are_refused(tmp_path, arguments, message):

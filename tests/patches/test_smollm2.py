@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hf_attn_plugins.patches import command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_attn_plugins.checkpoint.attach import ATTRIBUTE
 from hf_attn_plugins.commands import models
 from hf_attn_plugins.lazily import register_lazily
-from hf_attn_plugins.patches import command
 
 pytestmark = pytest.mark.slow
 register_lazily()

@@ -20,9 +20,11 @@ COMMANDS: Table = {
     },
     "bench": {
         "cqs": ("hf_attn_plugins.cqs.bench", "one worker's time and memory, executed cells and balance, over W and N"),
+        "indexed": ("hf_attn_plugins.indexed.command", "indexed attention against the direct form, and on a real text"),
         "star": ("hf_attn_plugins.commands.bench_star", "what Star's sizes cost in agreement and save in time"),
         "tiled": ("hf_attn_plugins.commands.bench_tiled", "the tiles against PyTorch's attention, call by call"),
     },
+    "patch": ("hf_attn_plugins.patches.command", "change a checkpoint by a recipe: list, show, set-attention, ..., --undo"),
     "run": ("hf_attn_plugins.commands.run", "any Python command with the plugins registered: hf-attn run -- CMD ..."),
 }
 

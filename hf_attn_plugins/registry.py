@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from hf_attn_plugins.late import forget, when_imported
 if TYPE_CHECKING:
     from hf_attn_plugins.options import Options
 
-MODELING, PIPELINES = "transformers.modeling_utils", "transformers.pipelines"
+MODELING = "transformers.modeling_utils"
 
 
 @dataclass(frozen=True)
@@ -88,15 +89,25 @@ def plugin(name: str) -> Plugin:
     return PLUGINS[name]
 
 
+# Once the module on the left has been imported, the function on the right is called.
+REGISTRATIONS = (
+    (MODELING, "hf_attn_plugins.registry:register_attention"),
+    ("transformers.pipelines", "hf_attn_plugins.star_pipeline:register_pipeline"),
+    ("transformers.models.auto.configuration_auto", "hf_attn_plugins.indexed_config:register"),
+    ("transformers.models.auto.modeling_auto", "hf_attn_plugins.indexed_model:register"),
+    ("transformers.quantizers.auto", "hf_attn_plugins.checkpoint.loader:register"),
+)
+
+
 def register() -> None:
-    """Make every plugin known to Transformers, now or as soon as the parts concerned are imported. Idempotent."""
-    when_imported(MODELING, _register_now)
-    when_imported(PIPELINES, _register_pipeline)
+    """Make everything of this package known to Transformers, each part as soon as it is imported. Idempotent."""
+    for module, action in REGISTRATIONS:
+        when_imported(module, functools.partial(_call, action))
 
 
 def unregister() -> None:
     """Take every attention implementation of this package out of Transformers again."""
-    for module in (MODELING, PIPELINES):
+    for module, _ in REGISTRATIONS:
         forget(module)
     if MODELING in sys.modules:
         from transformers import AttentionInterface, AttentionMaskInterface
@@ -106,7 +117,8 @@ def unregister() -> None:
             AttentionMaskInterface._global_mapping.pop(name, None)
 
 
-def _register_now() -> None:
+def register_attention() -> None:
+    """Register every plugin's attention function and the mask function, under one name each."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     from hf_attn_plugins.interface import attention_function
@@ -118,7 +130,6 @@ def _register_now() -> None:
         AttentionMaskInterface.register(name, mask_function)
 
 
-def _register_pipeline() -> None:
-    from hf_attn_plugins.star_pipeline import register_pipeline
-
-    register_pipeline()
+def _call(action: str) -> None:
+    module, function = action.split(":")
+    getattr(importlib.import_module(module), function)()

@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
+from hf_attn_plugins import register
 from hf_attn_plugins.indexed import direct_attention
 from hf_attn_plugins.indexed_config import CharacterWordEncoderConfig
 from hf_attn_plugins.indexed_model import CharacterWordEncoder
-from hf_attn_plugins.lazily import register_lazily
 
-register_lazily()
+register()
 WORDS = ["apple", "Apples", "pear", "", "x" * 40]
 SETTINGS = {"max_word_length": 12, "hidden_size": 16, "num_attention_heads": 2}
 
@@ -50,7 +50,7 @@ def test_save_and_load(tmp_path, changes):
 def test_it_is_known_without_being_imported():
     """The hook costs nothing until Transformers is asked for a config or a model."""
     code = (
-        "import sys, hf_attn_plugins.lazily as l; l.register_lazily(); l.register_lazily()\n"
+        "import sys, hf_attn_plugins as hap; hap.register(); hap.register()\n"
         "assert 'transformers' not in sys.modules\n"
         "from transformers import AutoConfig\n"
         "config = AutoConfig.for_model('character_word_encoder', hidden_size=16, num_attention_heads=2)\n"

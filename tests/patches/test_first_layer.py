@@ -23,16 +23,16 @@ from transformers import (
     PhiConfig,
 )
 
+from hf_attn_plugins import register
 from hf_attn_plugins.checkpoint import first_layer
 from hf_attn_plugins.checkpoint import verify as verify_module
 from hf_attn_plugins.checkpoint.attach import ATTRIBUTE, attach, detach
 from hf_attn_plugins.checkpoint.loader import METHOD, TABLES
-from hf_attn_plugins.lazily import register_lazily
 from hf_attn_plugins.testing import assert_close_to_reference
 
 from .families import FAMILIES, SIZES, checkpoint, fingerprint, model_of
 
-register_lazily()
+register()
 IDS = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(3))
 
 
@@ -102,7 +102,7 @@ def test_plain_loading_in_a_fresh_process(tmp_path):
     source, target = checkpoint(tmp_path / "source"), tmp_path / "target"
     patch("first-layer", source, target)
     code = (
-        "import hf_attn_plugins.lazily as l; l.register_lazily()\n"
+        "import hf_attn_plugins\n"
         "from transformers import AutoModelForCausalLM\n"
         "from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as known\n"
         f"m = AutoModelForCausalLM.from_pretrained({str(target)!r}); print(hasattr(m, {ATTRIBUTE!r}))\n"

@@ -11,12 +11,12 @@ import torch
 from hf_attn_plugins.patches import command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_attn_plugins import register
 from hf_attn_plugins.checkpoint.attach import ATTRIBUTE
 from hf_attn_plugins.commands import models
-from hf_attn_plugins.lazily import register_lazily
 
 pytestmark = pytest.mark.slow
-register_lazily()
+register()
 
 
 def patch(*arguments: object) -> None:

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from hf_attn_plugins.lazily import after_import, register_lazily
+import hf_attn_plugins
+from hf_attn_plugins.late import forget, when_imported
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def name(tmp_path, monkeypatch):
 
 def test_it_waits_for_the_import_and_runs_after_it(name):
     seen, before = [], list(sys.meta_path)
-    after_import(name, "VALUE", lambda: seen.append(sys.modules[name].VALUE))
+    when_imported(name, lambda: seen.append(sys.modules[name].VALUE))
     assert not seen and name not in sys.modules
     assert importlib.import_module(name).VALUE == 3
     assert seen == [3] and sys.meta_path == before
@@ -29,23 +30,28 @@ def test_it_waits_for_the_import_and_runs_after_it(name):
     assert seen == [3]
 
 
-def test_two_callbacks_on_one_module_both_run(name):
+def test_one_action_a_module_and_it_can_be_forgotten(name):
     seen = []
     for i in range(2):
-        after_import(name, "VALUE", lambda i=i: seen.append(i))
+        when_imported(name, lambda i=i: seen.append(i))
     importlib.import_module(name)
-    assert sorted(seen) == [0, 1]
+    assert seen == [1]
+    del sys.modules[name]
+    when_imported(name, lambda: seen.append(2))
+    forget(name)
+    importlib.import_module(name)
+    assert seen == [1]
 
 
 def test_a_module_that_is_there_already(name):
     importlib.import_module(name)
     seen = []
-    after_import(name, "VALUE", lambda: seen.append(1))
+    when_imported(name, lambda: seen.append(1))
     assert seen == [1]
 
 
 def test_registering_twice_adds_nothing(name):
-    register_lazily()
-    once = list(sys.meta_path)
-    register_lazily()
-    assert sys.meta_path == once
+    hf_attn_plugins.register()
+    once = len(sys.meta_path)
+    hf_attn_plugins.register()
+    assert len(sys.meta_path) == once

@@ -75,13 +75,12 @@ def run(arguments: argparse.Namespace) -> None:
 def render(found: dict[str, Any]) -> str:
     """The measurements as Markdown."""
     on = found["machine"]
+    turns = ", ".join(f"{part}: {repeats} turns" for part, repeats in found["repeats"].items())
     lines = [
         "# Indexed attention against the direct form",
         "",
         f"{on['processor']}, {on['cores']} cores, {on['threads']} threads; torch {on['torch']}, Python {on['python']}; "
-        "float32. Medians of interleaved runs, both forms in one process "
-        f"({', '.join(f'{part}: {turns} turns' for part, turns in found['repeats'].items())}): read the ratios, not the "
-        "seconds.",
+        f"float32. Medians of interleaved runs, both forms in one process ({turns}): read the ratios, not the seconds.",
     ]
     if "stages" in found:
         lines += ["", *_stages(found)]

@@ -27,6 +27,7 @@ KNOW_TRANSFORMERS = {
     "intercept.py",
     "star_cache.py",
     "star_pipeline.py",
+    "indexed_config.py",
     "indexed_model.py",
 }
 

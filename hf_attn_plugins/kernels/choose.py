@@ -16,7 +16,7 @@ from hf_attn_plugins.partial import Partial
 Kernel = Callable[[Tensor, Tensor, Tensor, Mask, float, float | None, float], Partial]
 
 # name -> module of this package that holds a function of that name; modules are imported on first use.
-KERNELS = {"reference": "reference", "aten": "aten", "cpu_tiled": "cpu"}
+KERNELS = {"reference": "reference", "aten": "aten", "cpu_tiled": "cpu", "triton": "triton_attend"}
 
 # Measured with `hf-attn bench choose` (eval/results/choose.md): below these sizes the tiles' bookkeeping costs more
 # than bf16 products save.
@@ -49,8 +49,13 @@ def _arm_features() -> str:
 
 
 def choose(query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float) -> str:
-    """Name of the kernel for one call: PyTorch's fused op wherever it can do the job and tiles do not pay."""
+    """Name of the kernel for one call: Triton on GPUs; on CPUs PyTorch's fused op, where tiles do not pay."""
+    from hf_attn_plugins.kernels import triton_support
     from hf_attn_plugins.kernels.aten import supported
+
+    on_gpu = query.device.type == "cuda"
+    if on_gpu and triton_support.supported(query, key, value, mask, softcap, dropout) is None:
+        return "triton"
 
     if supported(query, key, value, mask, softcap, dropout) is not None:
         return "cpu_tiled"

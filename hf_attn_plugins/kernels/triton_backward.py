@@ -29,13 +29,13 @@ from hf_attn_plugins.kernels.triton_tiles import (
 
 @triton.jit
 def delta_kernel(
-    out, grad_out, grad_lse, delta,
+    out, lse, grad_out, grad_lse, row_lse, delta,
     stride_out_b, stride_out_h, stride_out_t, stride_out_d,
     stride_grad_b, stride_grad_h, stride_grad_t, stride_grad_d,
     num_rows, num_heads,
     HAS_GRAD_LSE: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta (B, H, T) = sum(grad_out * out) - grad_lse."""
+    """delta (B, H, T) = sum(grad_out * out) - grad_lse, and row_lse, the lse in units of log 2, +inf for rows without keys."""
     tiles = (num_rows + BLOCK_M - 1) // BLOCK_M
     first, batch_head = tl.program_id(0) % tiles * BLOCK_M, tl.cast(tl.program_id(0) // tiles, tl.int64)
     batch, head = batch_head // num_heads, batch_head % num_heads
@@ -49,6 +49,8 @@ def delta_kernel(
     if HAS_GRAD_LSE:
         sums -= tl.load(grad_lse + place, mask=row < num_rows, other=0.0)
     tl.store(delta + place, sums, mask=row < num_rows)
+    scaled = tl.load(lse + place, mask=row < num_rows, other=0.0) * LOG2_E
+    tl.store(row_lse + place, tl.where(scaled == -float("inf"), float("inf"), scaled), mask=row < num_rows)
 
 
 @triton.jit
@@ -58,7 +60,8 @@ def weights_and_slope(
     LABELS: tl.constexpr, BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """P from raw products, and the derivative of the capped score by the scaled one (1 without a softcap)."""
-    row_begin, row_end, key_begin, key_end, left, right = piece
+    row_begin, row_end, key_begin, key_end = piece[0], piece[1], piece[2], piece[3]
+    left, right = piece[4], piece[5]
     slope = 1.0
     if HAS_SOFTCAP:
         bent = tanh(scores * (scale / softcap))
@@ -80,8 +83,10 @@ def weights_and_slope(
 
 
 @triton.jit
-def load_row_numbers(lse, delta, rows, row_end):
-    """lse in units of log 2 and delta of some rows; rows without keys, and past the end, get lse +inf: P is 0 there."""
-    row_lse = tl.load(lse + rows, mask=rows < row_end, other=-float("inf")) * LOG2_E
-    row_lse = tl.where(row_lse == -float("inf"), float("inf"), row_lse)
-    return row_lse, tl.load(delta + rows, mask=rows < row_end, other=0.0)
+def load_row_numbers(row_lse, delta, rows, row_end, MASKED: tl.constexpr):
+    """What `delta_kernel` left for some rows; past the end lse is +inf, which makes P 0."""
+    if MASKED:
+        inside = rows < row_end
+        return tl.load(row_lse + rows, mask=inside, other=float("inf")), tl.load(delta + rows, mask=inside, other=0.0)
+    else:
+        return tl.load(row_lse + rows), tl.load(delta + rows)

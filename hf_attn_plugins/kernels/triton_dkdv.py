@@ -10,58 +10,76 @@ from hf_attn_plugins.kernels.triton_tiles import (
     BOTH_LABELS,
     NO_BIAS,
     NO_LABELS,
+    count_steps,
     keep,
     load_bounds,
     load_piece,
     load_tile,
     span,
+    step_start,
     store_tile,
 )
 
 
 @triton.jit
 def dkdv_range(
-    d_key, d_value, key, value, query_base, grad_base, lse, delta, strides, begin, end, keys, head, piece, shift,
-    row_labels, key_labels, bias, stride_bias_t, stride_bias_s, scale, softcap, dropout, seed,
+    d_key, d_value, key, value, query_base, grad_base, row_lse, delta, strides, limits, keys, head, groups, piece, shift,
+    row_labels, key_labels, bias, bias_strides, scale, softcap, dropout, seed,
     MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PLAN: tl.constexpr,
     LABELS: tl.constexpr, BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add dS^T Q and P^T dO over the rows begin..end to `d_key` (not yet scaled) and `d_value`."""
-    stride_query, stride_query_dim, stride_grad, stride_grad_dim = strides
-    row_end = piece[1]
-    for start in range(begin, end, BLOCK_M):
-        query = load_tile(query_base, start, stride_query, stride_query_dim, row_end, MASKED, HEAD_DIM, BLOCK_M, BLOCK_D)
+    """Add dS^T Q and P^T dO over the whole or the masked tiles of some rows, of `groups` heads from `head` on.
+
+    One flat loop over heads and rows: nested ones make the compiler keep so many addresses that it spills.
+    """
+    stride_query_h, stride_query, stride_query_dim, stride_grad_h, stride_grad, stride_grad_dim = strides
+    stride_bias_h, stride_bias_t, stride_bias_s = bias_strides
+    num_rows, row_end = tl.cast(piece[6], tl.int64), piece[1]
+    begin, whole_begin, whole_end, end = limits
+    steps = count_steps(begin, whole_begin, whole_end, end, not MASKED, BLOCK_M)
+    for turn in range(steps * groups):
+        group = turn // steps
+        start = step_start(turn - group * steps, begin, whole_begin, whole_end, not MASKED, BLOCK_M)
+        wide = tl.cast(group, tl.int64)
+        query = load_tile(
+            query_base + wide * stride_query_h, start, stride_query, stride_query_dim, row_end, MASKED, HEAD_DIM, BLOCK_M,
+            BLOCK_D,
+        )  # fmt: skip
         grad_out = load_tile(
-            grad_base, start, stride_grad, stride_grad_dim, row_end, MASKED, HEAD_DIM_V, BLOCK_M, BLOCK_DV
+            grad_base + wide * stride_grad_h, start, stride_grad, stride_grad_dim, row_end, MASKED, HEAD_DIM_V, BLOCK_M,
+            BLOCK_DV,
+        )  # fmt: skip
+        skip = wide * num_rows
+        tile_lse, tile_delta = load_row_numbers(
+            row_lse + skip, delta + skip, start + tl.arange(0, BLOCK_M), row_end, MASKED
         )
-        row_lse, row_delta = load_row_numbers(lse, delta, start + tl.arange(0, BLOCK_M), row_end)
         rows = start + tl.arange(0, BLOCK_M)[None, :]
         bias_rows = bias
         if BIAS != NO_BIAS:
-            bias_rows = bias + tl.cast(rows, tl.int64) * stride_bias_t
+            bias_rows = bias + wide * stride_bias_h + tl.cast(rows, tl.int64) * stride_bias_t
         # Transposed tiles (keys, rows): P^T and dS^T are then left operands straight from registers.
         weights, slope = weights_and_slope(
-            tl.dot(key, tl.trans(query), input_precision=PRECISION), rows, keys, row_lse[None, :], piece, shift,
+            tl.dot(key, tl.trans(query), input_precision=PRECISION), rows, keys, tile_lse[None, :], piece, shift,
             row_labels, key_labels, bias_rows, stride_bias_s, scale, softcap, MASKED, HAS_LEFT, HAS_RIGHT, HAS_PLAN,
             LABELS, BIAS, HAS_SOFTCAP,
         )  # fmt: skip
         d_weights = tl.dot(value, tl.trans(grad_out), input_precision=PRECISION)
         kept = weights
         if HAS_DROPOUT:
-            drawn = keep(rows, keys, head, seed, dropout)
+            drawn = keep(rows, keys, head + group, seed, dropout)
             kept = weights * drawn
             d_weights = d_weights * drawn
         d_value = tl.dot(kept.to(grad_out.dtype), grad_out, d_value, input_precision=PRECISION)
-        d_scores = weights * (d_weights - row_delta[None, :]) * slope
+        d_scores = weights * (d_weights - tile_delta[None, :]) * slope
         d_key = tl.dot(d_scores.to(query.dtype), query, d_key, input_precision=PRECISION)
     return d_key, d_value
 
 
 @triton.jit
 def dkdv_kernel(
-    query, key, value, grad_out, lse, delta, d_key, d_value, row_labels, key_labels, bounds, plan, bias,
+    query, key, value, grad_out, row_lse, delta, d_key, d_value, row_labels, key_labels, bounds, plan, bias,
     offset_pointer, seed_pointer,
     stride_query_b, stride_query_h, stride_query_t, stride_query_d,
     stride_key_b, stride_key_h, stride_key_s, stride_key_d,
@@ -110,15 +128,18 @@ def dkdv_kernel(
     d_value += batch * stride_dv_b + wide_head * stride_dv_h
     k = load_tile(key, first, stride_key_s, stride_key_d, num_keys, True, HEAD_DIM, BLOCK_N, BLOCK_D)
     v = load_tile(value, first, stride_value_s, stride_value_d, num_keys, True, HEAD_DIM_V, BLOCK_N, BLOCK_DV)
-    strides = (stride_query_t, stride_query_d, stride_grad_t, stride_grad_d)
+    strides = (stride_query_h, stride_query_t, stride_query_d, stride_grad_h, stride_grad_t, stride_grad_d)
+    head = kv_head * groups
+    query += batch * stride_query_b + tl.cast(head, tl.int64) * stride_query_h
+    grad_out += batch * stride_grad_b + tl.cast(head, tl.int64) * stride_grad_h
+    row_lse += (batch * num_heads + head) * num_rows
+    delta += (batch * num_heads + head) * num_rows
+    if BIAS != NO_BIAS:
+        bias += batch * stride_bias_b + tl.cast(head, tl.int64) * stride_bias_h
+    bias_strides = (stride_bias_h, stride_bias_t, stride_bias_s)
     dk = tl.full((BLOCK_N, BLOCK_D), 0.0, tl.float32)
     dv = tl.full((BLOCK_N, BLOCK_DV), 0.0, tl.float32)
-    for turn in range(groups * num_pieces if HAS_PLAN else groups):
-        group, index = turn, 0
-        if HAS_PLAN:
-            group, index = turn // num_pieces, turn % num_pieces
-        head = kv_head * groups + group
-        turn_head = tl.cast(head, tl.int64)
+    for index in range(num_pieces if HAS_PLAN else 1):
         held = load_piece(plan, index, num_keys, num_rows, left, right, HAS_PLAN)
         key_begin, key_end, row_begin, row_end, piece_left, piece_right = held
         # Seen from a key, rows lie the other way: shift changes its sign and the bounds change sides.
@@ -132,24 +153,13 @@ def dkdv_kernel(
             whole_begin, whole_end = tl.where(inside, whole_begin, begin), tl.where(inside, whole_end, begin)
         if BIAS != NO_BIAS:
             whole_begin, whole_end = begin, begin
-        head_bias = bias
-        if BIAS != NO_BIAS:
-            head_bias = bias + batch * stride_bias_b + turn_head * stride_bias_h
-        piece = (row_begin, row_end, key_begin, key_end, piece_left, piece_right)
-        skip = (batch * num_heads + turn_head) * num_rows
-        FIRST: tl.constexpr = 2 if BIAS != NO_BIAS else (0 if HAS_RIGHT or HAS_PLAN or LABELS != NO_LABELS else 1)
-        for phase in tl.static_range(FIRST, 3):
-            phase_begin, phase_end = begin, whole_begin
-            if phase == 1:
-                phase_begin, phase_end = whole_begin, whole_end
-            if phase == 2:
-                phase_begin, phase_end = whole_end, end
+        piece = (row_begin, row_end, key_begin, key_end, piece_left, piece_right, num_rows)
+        for MASKED in tl.static_range(1 if BIAS != NO_BIAS else 0, 2):  # the whole tiles, then the others
             dk, dv = dkdv_range(
-                dk, dv, k, v, query + batch * stride_query_b + turn_head * stride_query_h,
-                grad_out + batch * stride_grad_b + turn_head * stride_grad_h, lse + skip, delta + skip, strides,
-                phase_begin, phase_end, keys, head, piece, shift, row_labels, key_labels, head_bias, stride_bias_t,
-                stride_bias_s, scale, softcap, dropout, seed, phase != 1, HAS_LEFT, HAS_RIGHT, HAS_PLAN, LABELS, BIAS,
-                HAS_SOFTCAP, HAS_DROPOUT, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION,
+                dk, dv, k, v, query, grad_out, row_lse, delta, strides, (begin, whole_begin, whole_end, end), keys, head, groups, piece,
+                shift, row_labels, key_labels, bias, bias_strides, scale, softcap, dropout, seed, MASKED == 1, HAS_LEFT,
+                HAS_RIGHT, HAS_PLAN, LABELS, BIAS, HAS_SOFTCAP, HAS_DROPOUT, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+                BLOCK_M, PRECISION,
             )  # fmt: skip
     store_tile(d_key, dk * scale, first, stride_dk_s, stride_dk_d, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D)
     store_tile(d_value, dv, first, stride_dv_s, stride_dv_d, num_keys, HEAD_DIM_V, BLOCK_N, BLOCK_DV)

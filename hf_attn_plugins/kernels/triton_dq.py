@@ -10,28 +10,32 @@ from hf_attn_plugins.kernels.triton_tiles import (
     BOTH_LABELS,
     NO_BIAS,
     NO_LABELS,
+    count_steps,
     keep,
     load_bounds,
     load_piece,
     load_tile,
     span,
+    step_start,
     store_tile,
 )
 
 
 @triton.jit
 def dq_range(
-    acc, query, grad_out, row_lse, row_delta, key_base, value_base, strides, begin, end, rows, head, piece, shift,
+    acc, query, grad_out, row_lse, row_delta, key_base, value_base, strides, limits, rows, head, piece, shift,
     row_labels, key_labels, bias_rows, stride_bias, scale, softcap, dropout, seed,
     MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PLAN: tl.constexpr,
     LABELS: tl.constexpr, BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add dS K over the keys begin..end to `acc`, a tile of dQ not yet scaled."""
+    """Add dS K over the whole or the masked tiles of some keys to `acc`, a tile of dQ not yet scaled."""
     stride_key, stride_key_dim, stride_value, stride_value_dim = strides
     key_end = piece[3]
-    for start in range(begin, end, BLOCK_N):
+    begin, whole_begin, whole_end, end = limits
+    for step in range(count_steps(begin, whole_begin, whole_end, end, not MASKED, BLOCK_N)):
+        start = step_start(step, begin, whole_begin, whole_end, not MASKED, BLOCK_N)
         key = load_tile(key_base, start, stride_key, stride_key_dim, key_end, MASKED, HEAD_DIM, BLOCK_N, BLOCK_D)
         value = load_tile(
             value_base, start, stride_value, stride_value_dim, key_end, MASKED, HEAD_DIM_V, BLOCK_N, BLOCK_DV
@@ -52,7 +56,7 @@ def dq_range(
 
 @triton.jit
 def dq_kernel(
-    query, key, value, grad_out, lse, delta, d_query, row_labels, key_labels, bounds, plan, bias, offset_pointer,
+    query, key, value, grad_out, row_lse, delta, d_query, row_labels, key_labels, bounds, plan, bias, offset_pointer,
     seed_pointer,
     stride_query_b, stride_query_h, stride_query_t, stride_query_d,
     stride_key_b, stride_key_h, stride_key_s, stride_key_d,
@@ -104,7 +108,7 @@ def dq_kernel(
     q = load_tile(query, first, stride_query_t, stride_query_d, num_rows, True, HEAD_DIM, BLOCK_M, BLOCK_D)
     g = load_tile(grad_out, first, stride_grad_t, stride_grad_d, num_rows, True, HEAD_DIM_V, BLOCK_M, BLOCK_DV)
     skip = tl.cast(batch_head, tl.int64) * num_rows
-    row_lse, row_delta = load_row_numbers(lse + skip, delta + skip, first + tl.arange(0, BLOCK_M), num_rows)
+    tile_lse, tile_delta = load_row_numbers(row_lse + skip, delta + skip, first + tl.arange(0, BLOCK_M), num_rows, True)
     strides = (stride_key_s, stride_key_d, stride_value_s, stride_value_d)
     acc = tl.full((BLOCK_M, BLOCK_D), 0.0, tl.float32)
     for index in range(num_pieces if HAS_PLAN else 1):
@@ -120,16 +124,10 @@ def dq_kernel(
             whole_begin, whole_end = tl.where(inside, whole_begin, begin), tl.where(inside, whole_end, begin)
         if BIAS != NO_BIAS:
             whole_begin, whole_end = begin, begin
-        FIRST: tl.constexpr = 2 if BIAS != NO_BIAS else (0 if HAS_LEFT or HAS_PLAN or LABELS != NO_LABELS else 1)
-        for phase in tl.static_range(FIRST, 3):
-            phase_begin, phase_end = begin, whole_begin
-            if phase == 1:
-                phase_begin, phase_end = whole_begin, whole_end
-            if phase == 2:
-                phase_begin, phase_end = whole_end, end
+        for MASKED in tl.static_range(1 if BIAS != NO_BIAS else 0, 2):  # the whole tiles, then the others
             acc = dq_range(
-                acc, q, g, row_lse, row_delta, key, value, strides, phase_begin, phase_end, rows, head, piece, shift,
-                row_labels, key_labels, bias_rows, stride_bias_s, scale, softcap, dropout, seed, phase != 1,
+                acc, q, g, tile_lse, tile_delta, key, value, strides, (begin, whole_begin, whole_end, end), rows, head, piece, shift,
+                row_labels, key_labels, bias_rows, stride_bias_s, scale, softcap, dropout, seed, MASKED == 1,
                 HAS_LEFT, HAS_RIGHT, HAS_PLAN, LABELS, BIAS, HAS_SOFTCAP, HAS_DROPOUT, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
                 BLOCK_DV, BLOCK_N, PRECISION,
             )  # fmt: skip

@@ -14,12 +14,14 @@ from hf_attn_plugins.kernels.triton_tiles import (
     LOG2_E,
     NO_BIAS,
     NO_LABELS,
+    count_steps,
     keep,
     load_bias,
     load_bounds,
     load_piece,
     load_tile,
     span,
+    step_start,
     store_tile,
     tanh,
     visible,
@@ -28,20 +30,22 @@ from hf_attn_plugins.kernels.triton_tiles import (
 
 @triton.jit
 def accumulate(
-    acc, total, top, query, key_base, value_base, strides, begin, end, rows, heads, piece, shift, row_labels,
+    acc, total, top, query, key_base, value_base, strides, limits, rows, heads, piece, shift, row_labels,
     key_labels, bias_rows, stride_bias, scale, softcap, dropout, seed,
     MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PLAN: tl.constexpr,
     LABELS: tl.constexpr, BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax of a tile of rows over the keys begin..end.
+    """Online softmax of a tile of rows over the whole or the masked tiles of some keys (see `span`).
 
     `rows` and `heads` are (rows, 1); `acc` is out times `total`, `total` the sum of 2**(scores - top).
     """
     stride_key, stride_key_dim, stride_value, stride_value_dim = strides
     row_begin, row_end, key_begin, key_end, left, right = piece
-    for start in range(begin, end, BLOCK_N):
+    begin, whole_begin, whole_end, end = limits
+    for step in range(count_steps(begin, whole_begin, whole_end, end, not MASKED, BLOCK_N)):
+        start = step_start(step, begin, whole_begin, whole_end, not MASKED, BLOCK_N)
         key = load_tile(key_base, start, stride_key, stride_key_dim, key_end, MASKED, HEAD_DIM, BLOCK_N, BLOCK_D)
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         keys = start + tl.arange(0, BLOCK_N)[None, :]
@@ -96,17 +100,10 @@ def walk(
         whole_begin, whole_end = tl.where(inside, whole_begin, begin), tl.where(inside, whole_end, begin)
     if BIAS != NO_BIAS:
         whole_begin, whole_end = begin, begin
-    # Without a lower bound of any kind the first whole tile is the first one.
-    FIRST: tl.constexpr = 2 if BIAS != NO_BIAS else (0 if HAS_LEFT or HAS_PLAN or LABELS != NO_LABELS else 1)
-    for phase in tl.static_range(FIRST, 3):
-        phase_begin, phase_end = begin, whole_begin
-        if phase == 1:
-            phase_begin, phase_end = whole_begin, whole_end
-        if phase == 2:
-            phase_begin, phase_end = whole_end, end
+    for MASKED in tl.static_range(1 if BIAS != NO_BIAS else 0, 2):  # the whole tiles, then the others
         acc, total, top = accumulate(
-            acc, total, top, query, key_base, value_base, strides, phase_begin, phase_end, rows, heads, piece, shift,
-            row_labels, key_labels, bias_rows, stride_bias, scale, softcap, dropout, seed, phase != 1,
+            acc, total, top, query, key_base, value_base, strides, (begin, whole_begin, whole_end, end), rows, heads, piece, shift,
+            row_labels, key_labels, bias_rows, stride_bias, scale, softcap, dropout, seed, MASKED == 1,
             HAS_LEFT, HAS_RIGHT, HAS_PLAN, LABELS, BIAS, HAS_SOFTCAP, HAS_DROPOUT, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
             BLOCK_DV, BLOCK_N, PRECISION,
         )  # fmt: skip

@@ -157,13 +157,13 @@ def backward(
     d_value = token_major(batch, kv_heads, num_keys, head_dim_v, value)
     if not rows or not batch:
         return d_query, d_key.zero_(), d_value.zero_()
-    delta = empty(batch, heads, rows, dtype=torch.float32, device=query.device)
+    row_lse, delta = (empty(batch, heads, rows, dtype=torch.float32, device=query.device) for _ in range(2))
     constants = _constants(query, value, call)
     groups = heads // kv_heads
     with on_device(query):
         launch(
             triton_backward.delta_kernel, (-(-rows // 64) * batch * heads,),
-            out, grad_out, None if grad_lse is None else grad_lse.contiguous(), delta, *out.stride(),
+            out, lse, grad_out, None if grad_lse is None else grad_lse.contiguous(), row_lse, delta, *out.stride(),
             *grad_out.stride(), rows, heads, HAS_GRAD_LSE=grad_lse is not None, HEAD_DIM_V=head_dim_v,
             BLOCK_DV=constants["BLOCK_DV"], BLOCK_M=64, num_warps=4,
         )  # fmt: skip
@@ -171,7 +171,7 @@ def backward(
         bounds, plan, num_pieces = _row_side(call, rows, config.block_m, query.device)
         launch(
             triton_dq.dq_kernel, (-(-rows // config.block_m) * batch * heads,),
-            query, key, value, grad_out, lse, delta, d_query, *_side_tensors(call, bounds, plan, query),
+            query, key, value, grad_out, row_lse, delta, d_query, *_side_tensors(call, bounds, plan, query),
             *query.stride(), *key.stride(), *value.stride(), *grad_out.stride(), *d_query.stride(),
             *_label_strides(call), *_stride2(bounds), *_stride2(plan), *_bias_strides(call),
             rows, num_keys, heads, groups, num_pieces, *_scalars(call), **constants, HAS_PLAN=bool(call.pieces),
@@ -184,7 +184,7 @@ def backward(
         plan, num_pieces = _plan(call.pieces, num_keys, config.block_n, True, query.device)
         launch(
             triton_dkdv.dkdv_kernel, (-(-num_keys // config.block_n) * batch * kv_heads,),
-            query, key, value, grad_out, lse, delta, d_key, d_value, *_side_tensors(call, bounds, plan, query),
+            query, key, value, grad_out, row_lse, delta, d_key, d_value, *_side_tensors(call, bounds, plan, query),
             *query.stride(), *key.stride(), *value.stride(), *grad_out.stride(), *d_key.stride(), *d_value.stride(),
             *_label_strides(call), *_stride2(bounds), *_stride2(plan), *_bias_strides(call),
             rows, num_keys, heads, groups, num_pieces, *_scalars(call), **constants, HAS_PLAN=bool(call.pieces),

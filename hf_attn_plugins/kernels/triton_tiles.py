@@ -56,6 +56,25 @@ def span(
 
 
 @triton.jit
+def count_steps(begin, whole_begin, whole_end, end, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+    """How many tiles are whole, or need a mask."""
+    if WHOLE:
+        return (whole_end - whole_begin) // BLOCK
+    else:
+        return (tl.maximum(whole_begin - begin, 0) + tl.maximum(end - whole_end, 0) + BLOCK - 1) // BLOCK
+
+
+@triton.jit
+def step_start(step, begin, whole_begin, whole_end, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the step-th of these tiles starts; the masked ones skip over the whole ones."""
+    if WHOLE:
+        return whole_begin + step * BLOCK
+    else:
+        start = begin + step * BLOCK
+        return tl.where(start < whole_begin, start, start + (whole_end - whole_begin))
+
+
+@triton.jit
 def load_bounds(pointer, limit, HAS_BOUNDS: tl.constexpr):
     """The four bounds of one tile, or those that bound nothing."""
     if HAS_BOUNDS:

@@ -47,7 +47,7 @@ HALF: dict[str, dict[int, Config | dict[str, Config]]] = {
         },
     },
     "dq": {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)},
-    "dkdv": {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)},
+    "dkdv": {64: Config(64, 128, 8, 2), 128: Config(32, 128, 8, 2), 256: Config(32, 64, 8, 1)},
     "decode": {64: Config(16, 64, 4, 3), 128: Config(16, 64, 4, 3), 256: Config(16, 32, 4, 2)},
 }
 SINGLE: dict[str, dict[int, Config | dict[str, Config]]] = {

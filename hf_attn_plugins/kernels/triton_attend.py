@@ -47,7 +47,7 @@ def run(
     labels = make_labels(mask.key_padding, mask.query_segments, mask.key_segments)
     bias = None if mask.bias is None else mask.bias.detach().expand(*query.shape[:3], num_keys)
     tensor_offset = isinstance(mask.offset, Tensor)
-    out, lse = triton_attention(
+    out, lse, _ = triton_attention(
         query, key, value, labels and labels.rows, labels and labels.keys, bias,
         mask.offset if tensor_offset else None,
         torch.randint(2**62, (), device=query.device) if dropout else None,

@@ -29,13 +29,13 @@ from hf_attn_plugins.kernels.triton_tiles import (
 
 @triton.jit
 def delta_kernel(
-    out, lse, grad_out, grad_lse, row_lse, delta,
+    out, grad_out, grad_lse, delta,
     stride_out_b, stride_out_h, stride_out_t, stride_out_d,
     stride_grad_b, stride_grad_h, stride_grad_t, stride_grad_d,
     num_rows, num_heads,
     HAS_GRAD_LSE: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta (B, H, T) = sum(grad_out * out) - grad_lse, and row_lse, the lse in units of log 2, +inf for rows without keys."""
+    """delta (B, H, T) = sum(grad_out * out) - grad_lse."""
     tiles = (num_rows + BLOCK_M - 1) // BLOCK_M
     first, batch_head = tl.program_id(0) % tiles * BLOCK_M, tl.cast(tl.program_id(0) // tiles, tl.int64)
     batch, head = batch_head // num_heads, batch_head % num_heads
@@ -49,8 +49,6 @@ def delta_kernel(
     if HAS_GRAD_LSE:
         sums -= tl.load(grad_lse + place, mask=row < num_rows, other=0.0)
     tl.store(delta + place, sums, mask=row < num_rows)
-    scaled = tl.load(lse + place, mask=row < num_rows, other=0.0) * LOG2_E
-    tl.store(row_lse + place, tl.where(scaled == -float("inf"), float("inf"), scaled), mask=row < num_rows)
 
 
 @triton.jit
@@ -84,7 +82,7 @@ def weights_and_slope(
 
 @triton.jit
 def load_row_numbers(row_lse, delta, rows, row_end, MASKED: tl.constexpr):
-    """What `delta_kernel` left for some rows; past the end lse is +inf, which makes P 0."""
+    """row_lse of the forward and delta of some rows; past the end row_lse is +inf, which makes P 0."""
     if MASKED:
         inside = rows < row_end
         return tl.load(row_lse + rows, mask=inside, other=float("inf")), tl.load(delta + rows, mask=inside, other=0.0)

@@ -13,11 +13,11 @@ import triton.language as tl
 from hf_attn_plugins.kernels.triton_forward import walk
 from hf_attn_plugins.kernels.triton_tiles import (
     BOTH_LABELS,
-    LN_2,
     NO_BIAS,
     NO_LABELS,
     load_bounds,
     span,
+    store_lse,
 )
 
 
@@ -97,7 +97,7 @@ def decode_kernel(
 
 @triton.jit
 def merge_kernel(
-    part_out, part_lse, out, lse, stride_out_b, stride_out_h, stride_out_t, stride_out_d, num_rows, num_heads, num_splits,
+    part_out, part_lse, out, lse, row_lse, stride_out_b, stride_out_h, stride_out_t, stride_out_d, num_rows, num_heads, num_splits,
     HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of one row and head."""
@@ -116,4 +116,4 @@ def merge_kernel(
     merged = tl.sum(parts * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
     place = batch * stride_out_b + head * stride_out_h + row * stride_out_t
     tl.store(out + place + dim * stride_out_d, merged.to(out.dtype.element_ty), mask=dim < HEAD_DIM_V)
-    tl.store(lse + program, tl.where(total > 0, (base + tl.log2(tl.where(total > 0, total, 1.0))) * LN_2, -float("inf")))
+    store_lse(lse, row_lse, program, base, total, True)

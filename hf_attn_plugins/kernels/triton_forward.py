@@ -10,7 +10,6 @@ import triton.language as tl
 
 from hf_attn_plugins.kernels.triton_tiles import (
     BOTH_LABELS,
-    LN_2,
     LOG2_E,
     NO_BIAS,
     NO_LABELS,
@@ -22,6 +21,7 @@ from hf_attn_plugins.kernels.triton_tiles import (
     load_tile,
     span,
     step_start,
+    store_lse,
     store_tile,
     tanh,
     visible,
@@ -112,7 +112,7 @@ def walk(
 
 @triton.jit
 def forward_kernel(
-    query, key, value, out, lse, row_labels, key_labels, bounds, plan, bias, offset_pointer, seed_pointer,
+    query, key, value, out, lse, row_lse, row_labels, key_labels, bounds, plan, bias, offset_pointer, seed_pointer,
     stride_query_b, stride_query_h, stride_query_t, stride_query_d,
     stride_key_b, stride_key_h, stride_key_s, stride_key_d,
     stride_value_b, stride_value_h, stride_value_s, stride_value_d,
@@ -125,7 +125,7 @@ def forward_kernel(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out (B, H, T, Dv) and lse (B, H, T), natural logarithm, of the tiles of BLOCK_M rows."""
+    """out (B, H, T, Dv), lse (B, H, T) and row_lse (see `store_lse`), a tile of BLOCK_M rows each."""
     tiles = (num_rows + BLOCK_M - 1) // BLOCK_M
     program = tl.program_id(0)
     tile, batch_head = program % tiles, program // tiles
@@ -176,6 +176,5 @@ def forward_kernel(
     acc = acc / tl.where(seen, total, 1.0)[:, None]
     out += batch * stride_out_b + tl.cast(head, tl.int64) * stride_out_h
     store_tile(out, acc, first, stride_out_t, stride_out_d, num_rows, HEAD_DIM_V, BLOCK_M, BLOCK_DV)
-    row_lse = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) * LN_2, -float("inf"))
     row = first + tl.arange(0, BLOCK_M)
-    tl.store(lse + tl.cast(batch_head, tl.int64) * num_rows + row, row_lse, mask=row < num_rows)
+    store_lse(lse, row_lse, tl.cast(batch_head, tl.int64) * num_rows + row, top, total, row < num_rows)

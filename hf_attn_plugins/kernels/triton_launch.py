@@ -89,28 +89,31 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """out (B, Hq, T, Dv) and lse (B, Hq, T)."""
+def forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """out (B, Hq, T, Dv), lse (B, Hq, T), and the lse as the backward wants it (`triton_tiles.store_lse`)."""
+    if _without_bfloat16(query):
+        out, *lses = forward(query.float(), key.float(), value.float(), call)
+        return out.to(query.dtype), *lses
     batch, heads, rows, _ = query.shape
     out = token_major(batch, heads, rows, value.shape[-1], query)
-    lse = empty(batch, heads, rows, dtype=torch.float32, device=query.device)
+    lse, row_lse = (empty(batch, heads, rows, dtype=torch.float32, device=query.device) for _ in range(2))
     if not lse.numel():
-        return out, lse
+        return out, lse, row_lse
     groups = heads // key.shape[1]
     decoding = rows <= MAX_DECODE_ROWS and rows * groups <= MAX_DECODE_LANES and not call.pieces
     with on_device(query):
-        (_decode if decoding else _prefill)(query, key, value, call, out, lse)
-    return out, lse
+        (_decode if decoding else _prefill)(query, key, value, call, out, lse, row_lse)
+    return out, lse, row_lse
 
 
-def _prefill(query: Tensor, key: Tensor, value: Tensor, call: Call, out: Tensor, lse: Tensor) -> None:
+def _prefill(query: Tensor, key: Tensor, value: Tensor, call: Call, out: Tensor, *lses: Tensor) -> None:
     config = _config("forward", query, value, call)
     batch, heads, rows, _ = query.shape
     bounds, plan, num_pieces = _row_side(call, rows, config.block_m, query.device)
     grid = (-(-rows // config.block_m) * batch * heads,)
     launch(
         triton_forward.forward_kernel, grid,
-        query, key, value, out, lse, *_side_tensors(call, bounds, plan, query),
+        query, key, value, out, *lses, *_side_tensors(call, bounds, plan, query),
         *query.stride(), *key.stride(), *value.stride(), *out.stride(),
         *_label_strides(call), *_stride2(bounds), *_stride2(plan), *_bias_strides(call),
         rows, key.shape[2], heads, heads // key.shape[1], num_pieces, *_scalars(call),
@@ -119,7 +122,7 @@ def _prefill(query: Tensor, key: Tensor, value: Tensor, call: Call, out: Tensor,
     )  # fmt: skip
 
 
-def _decode(query: Tensor, key: Tensor, value: Tensor, call: Call, out: Tensor, lse: Tensor) -> None:
+def _decode(query: Tensor, key: Tensor, value: Tensor, call: Call, out: Tensor, *lses: Tensor) -> None:
     config = _config("decode", query, value, call)
     batch, heads, rows, _ = query.shape
     groups, num_keys = heads // key.shape[1], key.shape[2]
@@ -140,16 +143,20 @@ def _decode(query: Tensor, key: Tensor, value: Tensor, call: Call, out: Tensor, 
     )  # fmt: skip
     launch(
         triton_decode.merge_kernel, (batch * heads * rows,),
-        part_out, part_lse, out, lse, *out.stride(), rows, heads, splits,
+        part_out, part_lse, out, *lses, *out.stride(), rows, heads, splits,
         HEAD_DIM_V=constants["HEAD_DIM_V"], BLOCK_DV=constants["BLOCK_DV"], BLOCK_SPLITS=_power(splits), num_warps=4,
     )  # fmt: skip
 
 
 def backward(
-    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, row_lse: Tensor,
     call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of query, key and value."""
+    if _without_bfloat16(query):
+        wide = (x.float() for x in (query, key, value, out))
+        d_query, d_key, d_value = backward(grad_out.float(), grad_lse, *wide, row_lse, call)
+        return d_query.to(query.dtype), d_key.to(query.dtype), d_value.to(query.dtype)
     batch, heads, rows, head_dim = query.shape
     kv_heads, num_keys, head_dim_v = value.shape[1:]
     d_query = token_major(batch, heads, rows, head_dim, query)
@@ -157,13 +164,13 @@ def backward(
     d_value = token_major(batch, kv_heads, num_keys, head_dim_v, value)
     if not rows or not batch:
         return d_query, d_key.zero_(), d_value.zero_()
-    row_lse, delta = (empty(batch, heads, rows, dtype=torch.float32, device=query.device) for _ in range(2))
+    delta = empty(batch, heads, rows, dtype=torch.float32, device=query.device)
     constants = _constants(query, value, call)
     groups = heads // kv_heads
     with on_device(query):
         launch(
             triton_backward.delta_kernel, (-(-rows // 64) * batch * heads,),
-            out, lse, grad_out, None if grad_lse is None else grad_lse.contiguous(), row_lse, delta, *out.stride(),
+            out, grad_out, None if grad_lse is None else grad_lse.contiguous(), delta, *out.stride(),
             *grad_out.stride(), rows, heads, HAS_GRAD_LSE=grad_lse is not None, HEAD_DIM_V=head_dim_v,
             BLOCK_DV=constants["BLOCK_DV"], BLOCK_M=64, num_warps=4,
         )  # fmt: skip
@@ -290,6 +297,11 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4  # the interpreter has none; this many make it split
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _without_bfloat16(tensor: Tensor) -> bool:
+    """Triton's interpreter multiplies the bits of bfloat16 tiles as integers: give it float32 instead."""
+    return tensor.dtype == torch.bfloat16 and architecture(tensor.device) == "interpreter"
 
 
 def _power(number: int) -> int:

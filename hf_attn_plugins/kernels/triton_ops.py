@@ -21,34 +21,35 @@ NUM_OPTIONS = OPTIONS.count(",") + 1
 @torch.library.custom_op(
     "hf_attn_plugins::triton_attention",
     mutates_args=(),
-    schema=f"(Tensor query, Tensor key, Tensor value, {OPTIONS}) -> (Tensor, Tensor)",
+    schema=f"(Tensor query, Tensor key, Tensor value, {OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
-def triton_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    """out (B, Hq, T, Dv) and lse (B, Hq, T), float32; options as in `triton_launch.Call`, in the order of `OPTIONS`."""
+def triton_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`triton_launch.forward`: out, lse and the backward's lse; options as in `triton_launch.Call`, in the order of `OPTIONS`."""
     return triton_launch.forward(query, key, value, _call(*options))
 
 
 @triton_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, rows, _ = query.shape
     out = query.new_empty(batch, rows, heads, value.shape[-1]).transpose(1, 2)
-    return out, query.new_empty(batch, heads, rows, dtype=torch.float32)
+    lse, row_lse = (query.new_empty(batch, heads, rows, dtype=torch.float32) for _ in range(2))
+    return out, lse, row_lse
 
 
 @torch.library.custom_op(
     "hf_attn_plugins::triton_attention_backward",
     mutates_args=(),
     schema=(
-        "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+        "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor row_lse, "
         f"{OPTIONS}) -> (Tensor, Tensor, Tensor)"
     ),
 )
 def triton_attention_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, row_lse: Tensor,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of query, key and value; deterministic."""
-    return triton_launch.backward(grad_out, grad_lse, query, key, value, out, lse, _call(*options))
+    return triton_launch.backward(grad_out, grad_lse, query, key, value, out, row_lse, _call(*options))
 
 
 @triton_attention_backward.register_fake
@@ -62,18 +63,20 @@ def _(
     return like(query), like(key), like(value)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     query, key, value, row_labels, key_labels, bias, offset_tensor, seed, *plain = inputs
-    ctx.save_for_backward(query, key, value, *output, row_labels, key_labels, bias, offset_tensor, seed)
+    out, _, row_lse = output
+    ctx.mark_non_differentiable(row_lse)
+    ctx.save_for_backward(query, key, value, out, row_lse, row_labels, key_labels, bias, offset_tensor, seed)
     ctx.plain = plain
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    query, key, value, out, lse, *side = ctx.saved_tensors
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    query, key, value, out, row_lse, *side = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    gradients = triton_attention_backward(grad_out, grad_lse, query, key, value, out, lse, *side, *ctx.plain)
+    gradients = triton_attention_backward(grad_out, grad_lse, query, key, value, out, row_lse, *side, *ctx.plain)
     return (*gradients, *[None] * NUM_OPTIONS)
 
 

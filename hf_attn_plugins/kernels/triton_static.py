@@ -84,8 +84,8 @@ def record(target: str, dtype: torch.dtype, head_dim: int, causal: bool, **featu
 
     query, key = tensor(HEADS, TOKENS), tensor(KV_HEADS, TOKENS)
     with recording(target) as launches:
-        out, lse = forward(query, key, key, call)
-        backward(out, None, query, key, key, out, lse, call)
+        out, _, row_lse = forward(query, key, key, call)
+        backward(out, None, query, key, key, out, row_lse, call)
         forward(tensor(HEADS, 1), key, key, call._replace(offset=TOKENS - 1))
     return launches
 

@@ -156,13 +156,26 @@ def store_tile(
 
 
 @triton.jit
+def store_lse(lse, row_lse, places, top, total, inside):
+    """The lse of rows whose weights sum to total * 2**top, -inf for none; and for the backward in units of log 2, +inf for none.
+
+    Both are kept because converting one into the other costs float32 gradients more than all their other roundings.
+    """
+    seen = total > 0
+    value = top + tl.log2(tl.where(seen, total, 1.0))
+    tl.store(lse + places, tl.where(seen, value * LN_2, -float("inf")), mask=inside)
+    tl.store(row_lse + places, tl.where(seen, value, float("inf")), mask=inside)
+
+
+@triton.jit
 def tanh(x):
     """tanh to float32 rounding: the quotient cancels near 0, where a series takes over."""
-    fade = tl.exp2(-2.0 * LOG2_E * tl.abs(x))
+    size = tl.maximum(x, -x)
+    fade = tl.exp2(size * (-2.0 * LOG2_E))
     far = (1.0 - fade) / (1.0 + fade)
     square = x * x
     near = x * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 - square * (17.0 / 315))))
-    return tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0, -far, far))
+    return tl.where(size < 0.25, near, tl.where(x < 0, -far, far))
 
 
 @triton.jit

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -47,8 +46,14 @@ class Mask:
     bias: Tensor | None = None
 
     def replace(self, **changes: object) -> Mask:
-        """A copy with the named fields changed."""
-        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+        """A copy with the named fields changed (without `dataclasses.replace`'s cost: this runs in every call)."""
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__)
+        for name, value in changes.items():
+            if name not in copy.__dict__:
+                raise TypeError(f"Mask has no field {name!r}.")
+            copy.__dict__[name] = value
+        return copy
 
     def start(self, num_rows: int, num_keys: int) -> int:
         """Position of row 0 on the key axis as an int (reads a tensor offset, which waits for its device)."""
@@ -58,9 +63,7 @@ class Mask:
 
     def only_positions(self) -> bool:
         """True when nothing but `causal`, `window`, `offset` and `prefix` decides."""
-        return (
-            self.key_padding is None and self.query_segments is None and self.predicate is None and self.bias is None
-        )
+        return self.key_padding is None and self.query_segments is None and self.predicate is None and self.bias is None
 
     def trimmed(self, num_rows: int, num_keys: int) -> tuple[Mask, slice]:
         """Drop the bounds that do not bind and the keys no row can reach by its position.
@@ -69,6 +72,8 @@ class Mask:
             The simpler mask and the slice of keys it is about; masks with a tensor offset or a prefix stay as they are.
         """
         if isinstance(self.offset, Tensor) or self.prefix or not (self.causal or self.window != (None, None)):
+            return self, slice(0, num_keys)
+        if self.offset is None and self.window == (None, None) and num_rows == num_keys > 1:
             return self, slice(0, num_keys)
         start, (left, right) = self.start(num_rows, num_keys), self.window
         last = start + num_rows - 1

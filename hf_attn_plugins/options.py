@@ -11,6 +11,11 @@ from typing import Any
 class Options:
     """Base of the options; subclasses are dataclasses whose fields all have defaults."""
 
+    @classmethod
+    def names(cls) -> list[str]:
+        """The names of the options."""
+        return [field.name for field in dataclasses.fields(cls)]
+
     def as_dict(self) -> dict[str, Any]:
         """The options that differ from their defaults, as JSON-ready values."""
         fields = dataclasses.fields(self)

@@ -56,20 +56,26 @@ def attend(
     _check(query, key, value, dropout)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     merged, keys = _one_mask(mask, is_causal, window).trimmed(query.shape[2], key.shape[2])
-    key, value = key[:, :, keys], value[:, :, keys]
+    if keys.start > 0 or keys.stop < key.shape[2]:
+        key, value = key[:, :, keys], value[:, :, keys]
     name = kernel or choose(query, key, value, merged, softcap, dropout)
     if name not in KERNELS:
         raise ValueError(f"kernel={name!r} is unknown: choose one of {', '.join(KERNELS)}, or None.")
     return load(name)(query, key, value, merged, scale, softcap, dropout)
 
 
+_FULL, _CAUSAL = Mask(), Mask(causal=True)
+
+
 def _one_mask(mask: Mask | Tensor | None, is_causal: bool, window: int | Window | None) -> Mask:
+    if mask is None and window is None:
+        return _CAUSAL if is_causal else _FULL
     if isinstance(mask, Tensor):
         if mask.dtype != torch.bool and not mask.is_floating_point():
             raise ValueError(f"a mask tensor is bool (True = attend) or float (added to scores), got {mask.dtype}.")
         mask = Mask(bias=mask)
-    mask = mask or Mask()
-    if is_causal:
+    mask = mask or _FULL
+    if is_causal and not mask.causal:
         mask = mask.replace(causal=True)
     if window is not None:
         if mask.window != (None, None):
@@ -79,6 +85,11 @@ def _one_mask(mask: Mask | Tensor | None, is_causal: bool, window: int | Window 
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> None:
+    q, k, v = query.shape, key.shape, value.shape
+    fits = len(q) == len(k) == len(v) == 4 and q[0] == k[0] and k[:3] == v[:3] and q[3] == k[3] and k[1] > 0
+    same = query.dtype == key.dtype == value.dtype and query.device == key.device == value.device
+    if fits and same and q[1] % k[1] == 0 and query.is_floating_point() and 0.0 <= dropout < 1.0:
+        return
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if not query.ndim == key.ndim == value.ndim == 4:
         raise ValueError(f"query, key and value must be 4-d (batch, heads, tokens, head_dim), got {shapes}.")
@@ -96,6 +107,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> None:
             "cast them first (hf_attn_plugins.interface does so under autocast)."
         )
     if not query.device == key.device == value.device:
-        raise ValueError(f"query, key and value are on {query.device}, {key.device} and {value.device}: use one device.")
+        raise ValueError(
+            f"query, key and value are on {query.device}, {key.device} and {value.device}: use one device."
+        )
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout={dropout}: a probability in [0, 1) is needed.")

@@ -57,8 +57,6 @@ def aten(
     if reason is not None:
         raise NotImplementedError(f"kernel 'aten' cannot do {reason}: use kernel=None, or 'cpu_tiled' on a CPU.")
     rows, num_keys = query.shape[2], key.shape[2]
-    if rows == 0 or num_keys == 0 or query.shape[0] == 0:
-        return Partial.empty(query, value.shape[-1])
     if mask.bias is not None:
         return _biased(query, key, value, mask.bias, scale)
     if mask.key_padding is not None:
@@ -79,7 +77,7 @@ def aten(
 def _full(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Partial:
     batch, heads, rows, head_dim = query.shape
     groups = heads // key.shape[1]
-    if groups == 1 or rows > FEW_ROWS:
+    if groups == 1 or not 0 < rows <= FEW_ROWS:
         return _flash(query, key, value, False, scale)
     # A group's heads share their keys, and without a causal mask heads are as good as rows.
     folded = _flash(query.reshape(batch, key.shape[1], groups * rows, head_dim), key, value, False, scale)
@@ -98,7 +96,9 @@ def _padded(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float)
         bias = torch.where(real, 0.0, -torch.inf).to(query.dtype)[:, None, None]
         if mask.causal:
             t, s = torch.arange(rows, device=real.device), torch.arange(num_keys, device=real.device)
-            bias = bias.masked_fill(~mask.replace(key_padding=None).visible(t, s, mask.start(rows, num_keys)), -torch.inf)
+            bias = bias.masked_fill(
+                ~mask.replace(key_padding=None).visible(t, s, mask.start(rows, num_keys)), -torch.inf
+            )
         return _biased(query, key, value, bias, scale)
     pieces = []
     plain = mask.replace(key_padding=None)
@@ -114,9 +114,10 @@ def _run_of_keys(q: Tensor, k: Tensor, v: Tensor, mask: Mask, first: int, end: i
         return aten(q, k[:, :, first:end], v[:, :, first:end], mask, scale, None, 0.0)
     rows, start = q.shape[2], mask.start(q.shape[2], k.shape[2])
     inside = min(rows, max(0, end - start))
-    causal = mask.replace(offset=start - first)
-    stop = min(end, start + inside)
-    pieces = [aten(q[:, :, :inside], k[:, :, first:stop], v[:, :, first:stop], causal, scale, None, 0.0)]
+    pieces = []
+    if inside:
+        causal, stop = mask.replace(offset=start - first), start + inside
+        pieces.append(aten(q[:, :, :inside], k[:, :, first:stop], v[:, :, first:stop], causal, scale, None, 0.0))
     if inside < rows:
         pieces.append(_full(q[:, :, inside:], k[:, :, first:end], v[:, :, first:end], scale))
     return Partial(torch.cat([piece.out for piece in pieces], 2), torch.cat([piece.lse for piece in pieces], 2))
@@ -139,12 +140,26 @@ def _flash(
 ) -> Partial:
     """One fused call: all keys, or a square causal mask; head dims are padded with zeros to the same size."""
     head_dim, head_dim_v = query.shape[-1], value.shape[-1]
+    if query.numel() == 0 or key.numel() == 0:  # the operators divide by these sizes
+        return Partial.empty(query, head_dim_v)
     if head_dim != head_dim_v:
         width = max(head_dim, head_dim_v)
         query, key, value = (F.pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
-    op: Any = _FlashCPU if query.device.type == "cpu" else _FlashCUDA
-    out, lse = op.apply(query, key, value, is_causal, scale, bias)
-    return Partial(out[..., :head_dim_v], lse)
+    if query.device.type != "cpu":
+        out, lse = _FlashCUDA.apply(query, key, value, is_causal, scale, bias)
+    elif torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        out, lse = _FlashCPU.apply(query, key, value, is_causal, scale, bias)
+    else:
+        out, lse = _flash_cpu(query, key, value, is_causal, scale, bias)
+    return Partial(out if head_dim == head_dim_v else out[..., :head_dim_v], lse)
+
+
+def _flash_cpu(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return _OPS._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale
+    )
 
 
 class _FlashCPU(torch.autograd.Function):
@@ -153,12 +168,10 @@ class _FlashCPU(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        out, lse = _OPS._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale
-        )
+        out, lse = _flash_cpu(query, key, value, is_causal, scale, bias)
         ctx.save_for_backward(query, key, value, out, lse, bias)
         ctx.options = (is_causal, scale)
-        return out, lse.to(lse_dtype(query))
+        return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -205,7 +218,9 @@ class _FlashCUDA(torch.autograd.Function):
         key, value = (x.repeat_interleave(ctx.groups, 1) if ctx.groups > 1 else x for x in (key, value))
         ctx.half = query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0
         if ctx.half:
-            out, lse, *rest = _OPS._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, False, scale=scale)
+            out, lse, *rest = _OPS._scaled_dot_product_flash_attention(
+                query, key, value, 0.0, is_causal, False, scale=scale
+            )
             ctx.rest = rest[:6]
         else:
             out, lse, *ctx.rest = _OPS._scaled_dot_product_efficient_attention(
@@ -224,12 +239,38 @@ class _FlashCUDA(torch.autograd.Function):
         if ctx.half:
             cum_q, cum_k, max_q, max_k, seed, offset = ctx.rest
             d_query, d_key, d_value = _OPS._scaled_dot_product_flash_attention_backward(
-                grad_out, query, key, value, out, lse, cum_q, cum_k, max_q, max_k, 0.0, is_causal, seed, offset, scale=scale
+                grad_out,
+                query,
+                key,
+                value,
+                out,
+                lse,
+                cum_q,
+                cum_k,
+                max_q,
+                max_k,
+                0.0,
+                is_causal,
+                seed,
+                offset,
+                scale=scale,
             )
         else:
             seed, offset = ctx.rest
             d_query, d_key, d_value, _ = _OPS._scaled_dot_product_efficient_attention_backward(
-                grad_out, query, key, value, None, out, lse, seed, offset, 0.0, [True, True, True, False], is_causal, scale=scale
+                grad_out,
+                query,
+                key,
+                value,
+                None,
+                out,
+                lse,
+                seed,
+                offset,
+                0.0,
+                [True, True, True, False],
+                is_causal,
+                scale=scale,
             )
         if ctx.groups > 1:
             d_key, d_value = (x.unflatten(1, (-1, ctx.groups)).sum(2) for x in (d_key, d_value))

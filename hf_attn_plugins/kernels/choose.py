@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 from collections.abc import Callable
 
@@ -15,26 +14,40 @@ from hf_attn_plugins.partial import Partial
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Mask, float, float | None, float], Partial]
 
-# name -> module of this package that holds a function of that name; modules are imported on first use.
-KERNELS = {"reference": "reference", "aten": "aten", "cpu_tiled": "cpu", "triton": "triton_attend"}
+KERNELS = ("reference", "aten", "cpu_tiled", "triton")
 
-# Measured with `hf-attn bench choose` (eval/results/choose.md): below these sizes the tiles' bookkeeping costs more
+# Measured with `hf-attn bench tiled` (eval/results/tiled.md): below these sizes the tiles' bookkeeping costs more
 # than bf16 products save.
-MIN_TILED_ROWS = 256
+MIN_TILED_ROWS = 512
 MIN_TILED_KEYS = 512
 
 
 def load(name: str) -> Kernel:
-    """The kernel called `name`, its module imported now."""
-    return getattr(importlib.import_module(f"{__package__}.{KERNELS[name]}"), name)
+    """The kernel called `name`. Its module is imported here, on first use, by statements torch.compile can trace."""
+    if name == "aten":
+        from hf_attn_plugins.kernels.aten import aten
+
+        return aten
+    if name == "cpu_tiled":
+        from hf_attn_plugins.kernels.cpu import cpu_tiled
+
+        return cpu_tiled
+    if name == "triton":
+        from hf_attn_plugins.kernels.triton_attend import triton
+
+        return triton
+    from hf_attn_plugins.kernels.reference import reference
+
+    return reference
 
 
 @functools.cache
 def cpu_multiplies_bf16() -> bool:
     """Whether this CPU has bfloat16 matrix instructions (AVX512-BF16 or AMX, or Arm's BF16)."""
-    has = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() or getattr(
-        torch.cpu, "_is_amx_tile_supported", lambda: False
-    )()
+    has = (
+        getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+        or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    )
     return bool(has or ("bf16" in _arm_features()))
 
 

@@ -26,7 +26,8 @@ from hf_attn_plugins.partial import Partial, lse_dtype
 
 LOG2_E = math.log2(math.e)
 ROW_TILE, KEY_TILE = 512, 512  # rows of one product (all heads of a group together), keys of one tile
-SCORES = 2**21  # scores held at a time, over all heads of a chunk
+SHORT = 2048  # rows from which on causal tiles have full size
+SCORES = 2**22  # scores held at a time, over all heads of a chunk (8 MiB in bfloat16)
 FIRST_KEYS = 128  # keys that the first guess of a row's maximum looks at
 
 
@@ -56,8 +57,11 @@ class _Tiled(torch.autograd.Function):
         from hf_attn_plugins.kernels.cpu_backward import backward
 
         grad_out, grad_lse = grads
+        query, key, value, out, lse = ctx.saved_tensors
+        mask, scale, softcap, dropout, seed = ctx.options
         needs_bias = ctx.needs_input_grad[3]
-        return (*backward(grad_out, grad_lse, *ctx.saved_tensors, *ctx.options, needs_bias), *[None] * 5)
+        inputs = (query, key, value, out, lse, mask, scale, softcap, dropout, seed, needs_bias)
+        return (*backward(grad_out, grad_lse, *inputs), *[None] * 5)
 
 
 def chunks(query: Tensor, key: Tensor, mask: Mask) -> list[tuple[int, slice, slice, TileMap]]:
@@ -65,7 +69,8 @@ def chunks(query: Tensor, key: Tensor, mask: Mask) -> list[tuple[int, slice, sli
     batch, heads, rows, _ = query.shape
     kv_heads, num_keys = key.shape[1:3]
     groups = heads // kv_heads
-    row_tile = max(1, min(rows, max(64, ROW_TILE // groups)))
+    # A short causal sequence has few tiles besides its diagonal ones, half of which are wasted: make them smaller.
+    row_tile = max(1, min(rows, ROW_TILE if rows >= SHORT or not mask.causal else ROW_TILE // 2))
     at_once = max(1, min(kv_heads, SCORES // (groups * row_tile * min(KEY_TILE, max(1, num_keys)))))
     work = []
     for b in range(batch):
@@ -83,7 +88,14 @@ def is_fast(query: Tensor, mask: Mask, softcap: float | None) -> bool:
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, softcap: float | None, dropout: float, seed: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask,
+    scale: float,
+    softcap: float | None,
+    dropout: float,
+    seed: int,
 ) -> tuple[Tensor, Tensor]:
     """out (B, Hq, T, Dv) and lse (B, Hq, T); see `cpu_tiled`. `seed` starts the dropout's generator."""
     out, lse = Partial.empty(query, value.shape[-1])
@@ -113,23 +125,34 @@ def keep_mask(scores: Tensor, dropout: float, generator: torch.Generator) -> Ten
     return torch.empty_like(scores).bernoulli_(1.0 - dropout, generator=generator).div_(1.0 - dropout)
 
 
-def hidden(tiles: TileMap, t0: int, t1: int, tile: KeyTile, heads: slice, groups: int) -> Tensor:
-    """True for hidden pairs of a tile, broadcastable to (kv heads, groups, rows, keys)."""
-    mask, device = tiles.mask, _device(tiles.mask)
-    rows = torch.arange(t0, t1, device=device)
-    keys = torch.arange(tile.begin, tile.end, device=device)
-    unseen = ~mask.visible(rows, keys, tiles.start)[0]
-    return per_head(unseen, heads, groups)
+class Edges:
+    """Masks of the tiles that need one, as 0 / -inf to add; equal ones are built once."""
+
+    def __init__(self, tiles: TileMap, heads: slice, groups: int, dtype: torch.dtype) -> None:
+        self.tiles, self.heads, self.groups, self.dtype = tiles, heads, groups, dtype
+        held = (tiles.mask.key_padding, tiles.mask.query_segments, tiles.mask.bias)
+        self.device = next((tensor.device for tensor in held if tensor is not None), None)
+        self.cache: dict[tuple[int, int, int], Tensor] = {}
+
+    def bias(self, t0: int, t1: int, tile: KeyTile) -> Tensor:
+        """0 or -inf, broadcastable to (kv heads, groups, rows, keys)."""
+        if not self.tiles.mask.only_positions() or self.tiles.mask.prefix:
+            return self._build(t0, t1, tile)
+        place = (t0 - tile.begin, t1 - t0, tile.end - tile.begin)
+        if place not in self.cache:
+            self.cache[place] = self._build(t0, t1, tile)
+        return self.cache[place]
+
+    def _build(self, t0: int, t1: int, tile: KeyTile) -> Tensor:
+        rows = torch.arange(t0, t1, device=self.device)
+        keys = torch.arange(tile.begin, tile.end, device=self.device)
+        visible = self.tiles.mask.visible(rows, keys, self.tiles.start)[0]
+        return per_head(torch.where(visible, 0.0, -torch.inf).to(self.dtype), self.heads, self.groups)
 
 
 def per_head(tensor: Tensor, heads: slice, groups: int) -> Tensor:
     """(H or 1, rows, keys) as (kv heads or 1, groups or 1, rows, keys) for the heads of a chunk."""
     return tensor.unsqueeze(0) if tensor.shape[0] == 1 else tensor[heads].unflatten(0, (-1, groups))
-
-
-def _device(mask: Mask) -> torch.device | None:
-    held = (mask.key_padding, mask.query_segments, mask.bias)
-    return next((tensor.device for tensor in held if tensor is not None), None)
 
 
 class _Rows:
@@ -150,6 +173,7 @@ class _Rows:
         self.tiles, self.scale, self.softcap, self.heads = tiles, scale, softcap, heads
         self.kv_heads, self.groups = key.shape[0], query.shape[0] // key.shape[0]
         self.wide = lse_dtype(query)
+        self.edges = Edges(tiles, heads, self.groups, self.wide)
 
     def scores(self, index: int, tile: KeyTile) -> Tensor:
         """(kv heads, groups * rows, keys) scaled, capped, biased and masked scores in `self.wide`."""
@@ -164,7 +188,7 @@ class _Rows:
             rows_, keys_ = torch.arange(t0, t1), torch.arange(tile.begin, tile.end)
             view += per_head(self.tiles.mask.bias_tile(rows_, keys_)[0].to(self.wide), self.heads, self.groups)
         if tile.edge:
-            view.masked_fill_(hidden(self.tiles, t0, t1, tile, self.heads, self.groups), -torch.inf)
+            view += self.edges.bias(t0, t1, tile)
         return scores
 
     def run(
@@ -203,27 +227,37 @@ class _FastRows(_Rows):
         # One contiguous (heads, D + 1, keys) and (heads, keys, Dv) block a tile: batched products copy strided inputs.
         self.key_blocks = [torch.cat([key[:, s:e].mT, ones[..., : e - s]], 1) for s, e in tiles.key_tiles]
         self.value_blocks = [value[:, s:e].contiguous() for s, e in tiles.key_tiles]
+        self.edges = Edges(tiles, self.heads, self.groups, query.dtype)
         most_rows = self.groups * tiles.row_tile
         self.rows = query.new_empty(self.kv_heads, most_rows, query.shape[-1] + 1)
         self.weights = query.new_empty(self.kv_heads * most_rows * min(KEY_TILE, tiles.num_keys))
         self.tile_out = query.new_empty(self.kv_heads, most_rows, value.shape[-1])
 
-    def shifted(self, rows: Tensor, index: int, tile: KeyTile, keys: int | None = None) -> Tensor:
-        """log2-scores minus the shift column of `rows`, masked, of the tile's first `keys` keys."""
-        t0, t1 = self.tiles.row_tiles[index]
+    def shifted(self, rows: Tensor, tile: KeyTile, keys: int | None = None) -> Tensor:
+        """log2-scores minus the shift column of `rows`, of the tile's first `keys` keys."""
         width = tile.end - tile.begin if keys is None else keys
         scores = self.weights[: rows.shape[0] * rows.shape[1] * width].view(*rows.shape[:2], width)
-        torch.bmm(rows, self.key_blocks[tile.begin // KEY_TILE][..., :width], out=scores)
-        if tile.edge:
-            view = scores.view(self.kv_heads, self.groups, t1 - t0, width)
-            part = tile._replace(end=tile.begin + width)
-            view.masked_fill_(hidden(self.tiles, t0, t1, part, self.heads, self.groups), -torch.inf)
-        return scores
+        return torch.bmm(rows, self.key_blocks[tile.begin // KEY_TILE][..., :width], out=scores)
+
+    def tile_weights(self, rows: Tensor, index: int, tile: KeyTile) -> tuple[Tensor, Tensor]:
+        """exp2 of the shifted scores, 0 where hidden, and its row sums."""
+        scores = self.shifted(rows, tile)
+        view, (t0, t1) = scores.view(self.kv_heads, self.groups, -1, scores.shape[-1]), self.tiles.row_tiles[index]
+        if tile.edge and not self.tiles.only_causal:
+            view.add_(self.edges.bias(t0, t1, tile))
+        weights = scores.exp2_()
+        if tile.edge and self.tiles.only_causal:  # zeroing a triangle costs a tenth of masking the scores
+            view.tril_(t0 + self.tiles.start - tile.begin)
+        return weights, weights.sum(-1)
 
     def new_shift(self, rows: Tensor, index: int, tile: KeyTile, keys: int | None, top: Tensor) -> Tensor:
         """Raise `top` to the tile's largest scores and write it into the shift column of `rows`."""
         rows[..., -1] = 0
-        top = torch.maximum(top, self.shifted(rows, index, tile, keys).amax(-1))
+        scores = self.shifted(rows, tile, keys)
+        if tile.edge:
+            t0, t1 = self.tiles.row_tiles[index]
+            scores.view(self.kv_heads, self.groups, t1 - t0, -1).add_(self.edges.bias(t0, t1, tile))
+        top = torch.maximum(top, scores.amax(-1))
         rows[..., -1] = torch.where(top == -torch.inf, 0.0, -top)
         return top
 
@@ -243,8 +277,7 @@ class _FastRows(_Rows):
             width = tile.end - tile.begin
             if j == 0:
                 top = self.new_shift(rows, index, tile, None if tile.edge else min(FIRST_KEYS, width), top)
-            weights = self.shifted(rows, index, tile).exp2_()
-            sums = weights.sum(-1)
+            weights, sums = self.tile_weights(rows, index, tile)
             # A weight far above 1, or rows whose first key is in this tile: move the shift, then do the tile again.
             if bool(sums.amax() > 4 * width) or (j and bool((top == -torch.inf).any())):
                 new_top = self.new_shift(rows, index, tile, None, top)
@@ -252,8 +285,7 @@ class _FastRows(_Rows):
                 acc.mul_(fade.unsqueeze(-1))
                 total.mul_(fade)
                 top = new_top
-                weights = self.shifted(rows, index, tile).exp2_()
-                sums = weights.sum(-1)
+                weights, sums = self.tile_weights(rows, index, tile)
             total.add_(sums)
             if dropout:
                 weights.mul_(keep_mask(weights, dropout, generators[j]))

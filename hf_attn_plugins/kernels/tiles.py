@@ -31,6 +31,7 @@ class TileMap:
         self.mask, self.num_keys = mask, num_keys
         self.row_tile, self.key_tile = row_tile, key_tile
         self.start = mask.start(num_rows, num_keys)
+        self.only_causal = mask.causal and mask.window == (None, None) and mask.only_positions() and not mask.prefix
         self.row_tiles = [(t, min(t + row_tile, num_rows)) for t in range(0, num_rows, row_tile)]
         self.key_tiles = [(s, min(s + key_tile, num_keys)) for s in range(0, num_keys, key_tile)]
         self._whole: list[bool] | None = None

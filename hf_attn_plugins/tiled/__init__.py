@@ -22,6 +22,4 @@ def attention(
     options: TiledOptions,
 ) -> Partial:
     """Exact attention by the kernel that `options.kernel` names or `kernels.choose` picks; see `kernels.attend`."""
-    return attend(
-        query, key, value, mask=mask, scale=scale, softcap=softcap, dropout=dropout, kernel=options.kernel
-    )
+    return attend(query, key, value, mask=mask, scale=scale, softcap=softcap, dropout=dropout, kernel=options.kernel)

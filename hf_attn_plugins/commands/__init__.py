@@ -1,0 +1,1 @@
+"""The commands of `hf-attn` that belong to no single method."""

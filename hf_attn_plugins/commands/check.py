@@ -1,0 +1,43 @@
+"""`hf-attn check MODEL --attn NAME`: every attention module honoured, passed through or refused, and why."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+
+from hf_attn_plugins.commands.models import DEMO, demo_folder
+from hf_attn_plugins.registry import PLUGINS
+from hf_attn_plugins.support import check
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("model", nargs="?", default=DEMO, help="folder or hub id; only its config is read")
+    parser.add_argument("--attn", default=None, help=f"one of {', '.join(PLUGINS)}; all of them by default")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the report; exit status 1 when a plugin is refused."""
+    from transformers import AutoConfig, AutoModel
+
+    source = demo_folder() if arguments.model == DEMO else arguments.model
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        where = "" if Path(str(source)).exists() else " (no such folder, and not in the local cache)"
+        raise ValueError(
+            f"cannot read the config of {arguments.model!r}{where}: {str(error).splitlines()[0]}"
+        ) from error
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, attn_implementation="eager")
+    reports = [check(model, name) for name in ([arguments.attn] if arguments.attn else PLUGINS)]
+    if arguments.json:
+        print(json.dumps([{**dataclasses.asdict(report), "ok": report.ok} for report in reports], indent=2))
+    else:
+        print("\n".join(str(report) for report in reports))
+    return 0 if all(report.ok for report in reports) else 1

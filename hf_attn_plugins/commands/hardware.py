@@ -1,0 +1,51 @@
+"""What a measurement was made on: every table that a command writes carries these facts."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+
+def describe(device: torch.device | None = None) -> dict[str, Any]:
+    """Processor, threads, device and versions, JSON-ready."""
+    on_gpu = device is not None and device.type == "cuda"
+    return {
+        "processor": torch.cuda.get_device_name(device) if on_gpu else processor(),
+        "bf16_products": _bf16(),
+        "threads": torch.get_num_threads(),
+        "device": str(device or "cpu"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        "hf_attn_plugins": _version("hf-attn-plugins"),
+    }
+
+
+def processor() -> str:
+    """The CPU's name, with family and model where the name alone says little."""
+    fields: dict[str, str] = {}
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="ignore") as file:
+            for line in file:
+                name, _, value = line.partition(":")
+                fields.setdefault(name.strip(), value.strip())
+    except OSError:
+        return platform.processor() or platform.machine()
+    name = fields.get("model name", platform.machine())
+    return f"{name} (family {fields['cpu family']}, model {fields['model']})" if "cpu family" in fields else name
+
+
+def _bf16() -> bool:
+    from hf_attn_plugins.kernels.choose import cpu_multiplies_bf16
+
+    return cpu_multiplies_bf16()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,181 @@
+"""FlashAttention's forward and backward as the papers write them, one tile at a time, with every step kept for reading.
+
+For reading and checking, one head, (N, d) matrices, any float dtype; `kernels.attend` is what models run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_attn_plugins.tiled.plan import Tile, TilePlan
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one tile did to its rows.
+
+    Attributes:
+        tile: which rows met which keys.
+        scores: (rows, keys), scaled, -inf where hidden.
+        weights: (rows, keys), exp(scores - max_after), not yet divided by any sum.
+        max_before, max_after: (rows,), the largest score seen so far.
+        sum_before, sum_after: (rows,), the sum of exp(score - max) over the keys seen so far.
+        rescale: (rows,), exp(max_before - max_after): what everything gathered earlier is multiplied with.
+        mean: (rows, d), softmax attention over the keys seen so far.
+    """
+
+    tile: Tile
+    scores: Tensor
+    weights: Tensor
+    max_before: Tensor
+    max_after: Tensor
+    sum_before: Tensor
+    sum_after: Tensor
+    rescale: Tensor
+    mean: Tensor
+
+
+@dataclass(frozen=True)
+class Forward:
+    """out (N, d), lse (N,) = max + log(sum), and the steps that led there."""
+
+    out: Tensor
+    lse: Tensor
+    steps: list[Step]
+
+
+def tile_scores(query: Tensor, key: Tensor, tile: Tile, scale: float) -> Tensor:
+    """The scaled scores of a tile, -inf where causality hides the key."""
+    scores = query[_slice(tile.rows)] @ key[_slice(tile.keys)].T * scale
+    if tile.masked:
+        rows, keys = torch.tensor(tile.rows), torch.tensor(tile.keys)
+        scores = scores.masked_fill(keys > rows[:, None], -torch.inf)
+    return scores
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, plan: TilePlan, scale: float) -> Forward:
+    """Attention in the tile order of `plan`: `algorithm_1` when keys are outermost, else `flash_attention_2`."""
+    run = algorithm_1 if plan.order == "keys-outer" else flash_attention_2
+    return run(query, key, value, plan, scale)
+
+
+def algorithm_1(query: Tensor, key: Tensor, value: Tensor, plan: TilePlan, scale: float) -> Forward:
+    """The first FlashAttention: each tile has a maximum of its own, and `out` is a finished mean after every tile.
+
+    Source: arXiv 2205.14135, algorithm 1, lines 9 to 13.
+    """
+    out = torch.zeros_like(value)
+    total, maximum = query.new_zeros(plan.length), query.new_full((plan.length,), -torch.inf)
+    steps = []
+    for tile in plan.tiles():
+        rows, keys = _slice(tile.rows), _slice(tile.keys)
+        old_max, old_sum = maximum[rows].clone(), total[rows].clone()
+        scores = tile_scores(query, key, tile, scale)
+        local_max = scores.amax(1)
+        # A row may see nothing of a tile on the diagonal: exp(-inf + inf) would be NaN, exp(-inf - 0) is 0.
+        local = (scores - torch.where(local_max.isinf(), 0, local_max)[:, None]).exp()
+        new_max = torch.maximum(old_max, local_max)
+        rescale, local_rescale = (old_max - new_max).exp(), (local_max - new_max).exp()
+        new_sum = rescale * old_sum + local_rescale * local.sum(1)
+        gathered = (old_sum * rescale)[:, None] * out[rows] + local_rescale[:, None] * (local @ value[keys])
+        out[rows], maximum[rows], total[rows] = gathered / new_sum[:, None], new_max, new_sum
+        weights = local * local_rescale[:, None]
+        steps.append(Step(tile, scores, weights, old_max, new_max, old_sum, new_sum, rescale, out[rows].clone()))
+    return Forward(out, maximum + total.log(), steps)
+
+
+def flash_attention_2(query: Tensor, key: Tensor, value: Tensor, plan: TilePlan, scale: float) -> Forward:
+    """FlashAttention-2: weights against the running maximum, and one division by the sum after a row's last tile.
+
+    Source: arXiv 2307.08691, algorithm 1.
+    """
+    gathered = torch.zeros_like(value)
+    total, maximum = query.new_zeros(plan.length), query.new_full((plan.length,), -torch.inf)
+    steps = []
+    for tile in plan.tiles():
+        rows, keys = _slice(tile.rows), _slice(tile.keys)
+        old_max, old_sum = maximum[rows].clone(), total[rows].clone()
+        scores = tile_scores(query, key, tile, scale)
+        # Never -inf: every row sees key 0, and the first tile of every row holds it.
+        new_max = torch.maximum(old_max, scores.amax(1))
+        weights, rescale = (scores - new_max[:, None]).exp(), (old_max - new_max).exp()
+        new_sum = rescale * old_sum + weights.sum(1)
+        gathered[rows] = rescale[:, None] * gathered[rows] + weights @ value[keys]
+        maximum[rows], total[rows] = new_max, new_sum
+        mean = gathered[rows] / new_sum[:, None]  # for the reader only; the algorithm divides once, below
+        steps.append(Step(tile, scores, weights, old_max, new_max, old_sum, new_sum, rescale, mean))
+    return Forward(gathered / total[:, None], maximum + total.log(), steps)
+
+
+def backward(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, plan: TilePlan, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, tile by tile: exp(scores - lse) gives the normalised weights back.
+
+    Source: arXiv 2205.14135, appendix B.4; arXiv 2307.08691, algorithm 2.
+    """
+    grad_query, grad_key, grad_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    # Row by row sum_j A_ij dA_ij, which needs no row of A: it equals the product of out and its gradient.
+    delta = (grad_out * out).sum(1)
+    for tile in plan.tiles():
+        rows, keys = _slice(tile.rows), _slice(tile.keys)
+        weights = (tile_scores(query, key, tile, scale) - lse[rows, None]).exp()
+        grad_value[keys] += weights.T @ grad_out[rows]
+        grad_scores = weights * (grad_out[rows] @ value[keys].T - delta[rows, None])
+        grad_query[rows] += grad_scores @ key[keys] * scale
+        grad_key[keys] += grad_scores.T @ query[rows] * scale
+    return grad_query, grad_key, grad_value
+
+
+def unnormalised_backward(
+    query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, scale: float, causal: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A common slip, kept to be compared with: P = exp(S - max) where the weights A = P / sum(P) belong.
+
+    All three gradients come out wrong: dV grows by each row's sum, and dS = P * (dP - sum(P * dP)) mixes a factor of
+    the sum with one of its square, so that not even its direction is right.
+    """
+    scores = query @ key.T * scale
+    if causal:
+        scores, _ = causal_mask(scores)
+    unnormalised = (scores - scores.amax(1, keepdim=True)).exp()
+    grad_scores = softmax_gradient(unnormalised, grad_out @ value.T)
+    return grad_scores @ key * scale, grad_scores.T @ query * scale, unnormalised.T @ grad_out
+
+
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool = False) -> Tensor:
+    """softmax(scale * query key^T) value with every score written out."""
+    scores = query @ key.T * scale
+    return softmax(causal_mask(scores)[0] if causal else scores) @ value
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """Row-wise softmax; the row's maximum is taken off first, which changes nothing but keeps exp() finite."""
+    numerator = (scores - scores.amax(1, keepdim=True)).exp()
+    return numerator / numerator.sum(1, keepdim=True)
+
+
+def softmax_gradient(weights: Tensor, grad_weights: Tensor) -> Tensor:
+    """The gradient of the scores: each row's Jacobian diag(a) - a a^T times g, which is a * (g - sum(a * g)).
+
+    Needs O(N) per row, where the Jacobian written out takes O(N^2). `weights` must be normalised.
+    """
+    return weights * (grad_weights - (weights * grad_weights).sum(1, keepdim=True))
+
+
+def causal_mask(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores (T, S) with -inf above the diagonal, and the bool mask of what stays visible."""
+    visible = torch.ones_like(scores, dtype=torch.bool).tril()
+    return scores.masked_fill(~visible, -torch.inf), visible
+
+
+def causal_mask_gradient(grad_masked: Tensor, visible: Tensor) -> Tensor:
+    """Passes the gradient through where a score was visible; hidden scores get 0, whatever arrives, even NaN or inf."""
+    return torch.where(visible, grad_masked, 0.0)
+
+
+def _slice(positions: range) -> slice:
+    return slice(positions.start, positions.stop)

@@ -7,6 +7,7 @@ Without Triton the same list is done piece by piece with `attend` and merged: th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from hf_attn_plugins.partial import Partial, merge
 
 
 class Piece(NamedTuple):
-    """Rows row_begin..row_end see keys key_begin..key_end; where `banded` only those that the mask's causal and window allow.
+    """Rows row_begin..row_end see keys key_begin..key_end; if `banded`, only those that causal and window allow.
 
     The pieces of one row of the batch must not share a (row, key) pair, or that pair counts twice.
     """
@@ -31,6 +32,7 @@ class Piece(NamedTuple):
     banded: bool = False
 
 
+Tables = list[list[list[tuple[int, ...]]]]
 Plan = Sequence[Piece] | Sequence[Sequence[Piece]]
 
 
@@ -41,7 +43,7 @@ def per_batch(plan: Plan) -> list[list[Piece]]:
     return [list(pieces) for pieces in plan]  # type: ignore[arg-type]
 
 
-def table(plan: list[list[Piece]], length: int, tile: int, *, of_keys: bool = False) -> list[list[list[tuple[int, ...]]]]:
+def table(plan: list[list[Piece]], length: int, tile: int, *, of_keys: bool = False) -> Tables:
     """For every row of the batch and every tile, the pieces that touch it as (begin, end, begin, end, banded).
 
     The held side comes first: rows, or keys when `of_keys`. All lists are padded with empty pieces to one length.
@@ -68,8 +70,8 @@ def check_plan(plan: list[list[Piece]], batch: int, num_rows: int, num_keys: int
     if len(plan) not in (1, batch):
         raise ValueError(f"a plan has one list of pieces, or one per row of the batch ({batch}), got {len(plan)}.")
     for piece in (piece for pieces in plan for piece in pieces):
-        rows_fit = 0 <= piece.row_begin and piece.row_end <= num_rows
-        if not (rows_fit and 0 <= piece.key_begin and piece.key_end <= num_keys):
+        rows_fit = piece.row_begin >= 0 and piece.row_end <= num_rows
+        if not (rows_fit and piece.key_begin >= 0 and piece.key_end <= num_keys):
             raise ValueError(f"{piece} leaves the score matrix of {num_rows} rows and {num_keys} keys.")
 
 
@@ -136,16 +138,20 @@ def attend_pieces(
         cuts = sorted({0, num_rows, *(edge for piece in pieces for edge in piece[:2])})
         done = [one(b, piece) for piece in pieces]
         bands = []
-        for low, high in zip(cuts[:-1], cuts[1:], strict=True):
+        for low, high in itertools.pairwise(cuts):
             inside = [
-                Partial(part_.out[:, :, low - p.row_begin : high - p.row_begin], part_.lse[:, :, low - p.row_begin : high - p.row_begin])
-                for p, part_ in zip(pieces, done, strict=True)
-                if p.row_begin <= low and high <= p.row_end
-            ]  # fmt: skip
-            bands.append(merge([Partial(part.out[:, :, low:high], part.lse[:, :, low:high]), *inside]))
+                _rows(whole, low - piece.row_begin, high - piece.row_begin)
+                for piece, whole in zip(pieces, done, strict=True)
+                if piece.row_begin <= low and high <= piece.row_end
+            ]
+            bands.append(merge([_rows(part, low, high), *inside]))
         outs.append(torch.cat([band.out for band in bands], 2) if bands else part.out)
         lses.append(torch.cat([band.lse for band in bands], 2) if bands else part.lse)
     return Partial(torch.cat(outs), torch.cat(lses))
+
+
+def _rows(part: Partial, low: int, high: int) -> Partial:
+    return Partial(part.out[:, :, low:high], part.lse[:, :, low:high])
 
 
 def sub_mask(mask: Mask, rows: slice, keys: slice, start: int) -> Mask:
@@ -154,6 +160,8 @@ def sub_mask(mask: Mask, rows: slice, keys: slice, start: int) -> Mask:
     bias = mask.bias
     if bias is not None and bias.shape[-2] > 1:
         bias = bias[..., rows, :]
-    part = mask.replace(query_segments=None if segments is None else segments[:, rows], bias=bias, offset=start + rows.start)
+    part = mask.replace(
+        query_segments=None if segments is None else segments[:, rows], bias=bias, offset=start + rows.start
+    )
     part = part._slice_keys(keys)
     return part.replace(offset=start + rows.start - keys.start, prefix=max(0, mask.prefix - keys.start))

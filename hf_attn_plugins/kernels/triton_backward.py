@@ -5,23 +5,18 @@ Source: FlashAttention-2, arXiv 2307.08691, algorithm 2, in two passes; the lse'
 dS = P * (dO V^T - delta) with delta = sum(dO * O) - dlse.
 """
 
+# mypy: disallow-untyped-defs=False
+# Device functions take tensors, pointers and numbers that Triton types by use.
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 from hf_attn_plugins.kernels.triton_tiles import (
-    BOTH_LABELS,
     LOG2_E,
     NO_BIAS,
-    NO_LABELS,
-    keep,
     load_bias,
-    load_bounds,
-    load_piece,
     load_tile,
-    span,
-    store_tile,
     tanh,
     visible,
 )

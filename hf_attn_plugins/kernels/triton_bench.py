@@ -16,13 +16,14 @@ from hf_attn_plugins.kernels.triton_support import INSTALLED, interpreting
 
 NOTES = """\
 Compiled ahead of time by `hf-attn bench triton --static`; no GPU was used and nothing here is a timing. Each row is one
-launch of a call with {tokens} tokens, {heads} query and {kv_heads} key heads, batch 1 (decode: one row against as many keys).
+launch of a call with {tokens} tokens, {heads} query and {kv_heads} key heads, batch 1 (decode: one row).
 
 * registers: per thread; spilled: bytes of stack per thread; shared: bytes per block (limits: sm80 {sm80}, sm90 {sm90},
   sm100 {sm100}, gfx942 {gfx942}).
 * matrix: matrix instructions in the binary, by name. resident: blocks that fit on one multiprocessor (NVIDIA only).
-* floor_ms: milliseconds that the call's matrix products take at the data sheet's dense bfloat16 peak ({peaks} TFLOP/s):
-  a bound that no kernel can beat, not an estimate of this one. Left out for float32, decode, and kernels without products.
+* floor_ms: milliseconds that the call's matrix products take at the data sheet's dense bfloat16 peak
+  ({peaks} TFLOP/s): a bound that no kernel can beat, not an estimate of this one.
+  Left out for float32, decode, and kernels without products.
 """
 
 
@@ -109,8 +110,8 @@ def write(folder: Path, rows: Sequence[Any], found: Sequence[str]) -> None:
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     verdict = ["Requirements not met:", "", *(f"* {line}" for line in found)] if found else [
-        "Required of bfloat16 at head_dim 64 and 128, and met by these rows: no spills in the forward on NVIDIA and in the backward "
-        "on sm90, HGMMA in the forward on sm90; shared memory within the chip's limit everywhere."
+        "Required of bfloat16 at head_dim 64 and 128, and met by these rows: no spills in the forward on NVIDIA and in "
+        "the backward on sm90, HGMMA in the forward on sm90; shared memory within the chip's limit everywhere."
     ]  # fmt: skip
     page = [
         "# Triton kernels, compiled ahead of time", "", f"Triton {versions['triton']}, torch {versions['torch']}.", "",

@@ -5,6 +5,8 @@ rows may see by position, not the cache: a static cache that is nearly empty cos
 Source: Flash-Decoding (Dao et al., 2023), the merge of `partial.merge`.
 """
 
+# mypy: disallow-untyped-defs=False
+# Device functions take tensors, pointers and numbers that Triton types by use.
 from __future__ import annotations
 
 import triton
@@ -59,9 +61,7 @@ def decode_kernel(
     if BIAS != NO_BIAS:
         bias_rows = (bias + batch * stride_bias_b + head * stride_bias_h + row * stride_bias_t)[:, None]
     limits = load_bounds(bounds, num_keys, LABELS != NO_LABELS)
-    begin, _, _, end = span(
-        0, num_rows - 1, shift, left, right, 0, num_keys, limits, HAS_LEFT, HAS_RIGHT, BLOCK_N
-    )
+    begin, _, _, end = span(0, num_rows - 1, shift, left, right, 0, num_keys, limits, HAS_LEFT, HAS_RIGHT, BLOCK_N)
     length = (tl.maximum(end - begin, 0) + num_splits * BLOCK_N - 1) // (num_splits * BLOCK_N) * BLOCK_N
     begin += split * length
     end = tl.minimum(begin + length, end)
@@ -97,7 +97,8 @@ def decode_kernel(
 
 @triton.jit
 def merge_kernel(
-    part_out, part_lse, out, lse, row_lse, stride_out_b, stride_out_h, stride_out_t, stride_out_d, num_rows, num_heads, num_splits,
+    part_out, part_lse, out, lse, row_lse,
+    stride_out_b, stride_out_h, stride_out_t, stride_out_d, num_rows, num_heads, num_splits,
     HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of one row and head."""

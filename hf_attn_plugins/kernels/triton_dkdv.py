@@ -1,5 +1,7 @@
 """Backward, second pass: dK and dV, one program per tile of keys and key head, walking over query rows."""
 
+# mypy: disallow-untyped-defs=False
+# Device functions take tensors, pointers and numbers that Triton types by use.
 from __future__ import annotations
 
 import triton
@@ -23,8 +25,8 @@ from hf_attn_plugins.kernels.triton_tiles import (
 
 @triton.jit
 def dkdv_range(
-    d_key, d_value, key, value, query_base, grad_base, row_lse, delta, strides, limits, keys, head, groups, piece, shift,
-    row_labels, key_labels, bias, bias_strides, scale, softcap, dropout, seed,
+    d_key, d_value, key, value, query_base, grad_base, row_lse, delta, strides, limits, keys, head, groups, piece,
+    shift, row_labels, key_labels, bias, bias_strides, scale, softcap, dropout, seed,
     MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PLAN: tl.constexpr,
     LABELS: tl.constexpr, BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -44,8 +46,8 @@ def dkdv_range(
         start = step_start(turn - group * steps, begin, whole_begin, whole_end, not MASKED, BLOCK_M)
         wide = tl.cast(group, tl.int64)
         query = load_tile(
-            query_base + wide * stride_query_h, start, stride_query, stride_query_dim, row_end, MASKED, HEAD_DIM, BLOCK_M,
-            BLOCK_D,
+            query_base + wide * stride_query_h, start, stride_query, stride_query_dim, row_end, MASKED, HEAD_DIM,
+            BLOCK_M, BLOCK_D,
         )  # fmt: skip
         grad_out = load_tile(
             grad_base + wide * stride_grad_h, start, stride_grad, stride_grad_dim, row_end, MASKED, HEAD_DIM_V, BLOCK_M,
@@ -156,9 +158,10 @@ def dkdv_kernel(
         piece = (row_begin, row_end, key_begin, key_end, piece_left, piece_right, num_rows)
         for MASKED in tl.static_range(1 if BIAS != NO_BIAS else 0, 2):  # the whole tiles, then the others
             dk, dv = dkdv_range(
-                dk, dv, k, v, query, grad_out, row_lse, delta, strides, (begin, whole_begin, whole_end, end), keys, head, groups, piece,
-                shift, row_labels, key_labels, bias, bias_strides, scale, softcap, dropout, seed, MASKED == 1, HAS_LEFT,
-                HAS_RIGHT, HAS_PLAN, LABELS, BIAS, HAS_SOFTCAP, HAS_DROPOUT, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
+                dk, dv, k, v, query, grad_out, row_lse, delta, strides,
+                (begin, whole_begin, whole_end, end), keys, head, groups, piece, shift, row_labels,
+                key_labels, bias, bias_strides, scale, softcap, dropout, seed, MASKED == 1, HAS_LEFT, HAS_RIGHT,
+                HAS_PLAN, LABELS, BIAS, HAS_SOFTCAP, HAS_DROPOUT, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV,
                 BLOCK_M, PRECISION,
             )  # fmt: skip
     store_tile(d_key, dk * scale, first, stride_dk_s, stride_dk_d, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D)

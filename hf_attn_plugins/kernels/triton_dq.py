@@ -1,5 +1,7 @@
 """Backward, first pass: dQ, one program per tile of query rows and head, walking over keys."""
 
+# mypy: disallow-untyped-defs=False
+# Device functions take tensors, pointers and numbers that Triton types by use.
 from __future__ import annotations
 
 import triton
@@ -126,8 +128,9 @@ def dq_kernel(
             whole_begin, whole_end = begin, begin
         for MASKED in tl.static_range(1 if BIAS != NO_BIAS else 0, 2):  # the whole tiles, then the others
             acc = dq_range(
-                acc, q, g, tile_lse, tile_delta, key, value, strides, (begin, whole_begin, whole_end, end), rows, head, piece, shift,
-                row_labels, key_labels, bias_rows, stride_bias_s, scale, softcap, dropout, seed, MASKED == 1,
+                acc, q, g, tile_lse, tile_delta, key, value, strides,
+                (begin, whole_begin, whole_end, end), rows, head, piece, shift, row_labels, key_labels,
+                bias_rows, stride_bias_s, scale, softcap, dropout, seed, MASKED == 1,
                 HAS_LEFT, HAS_RIGHT, HAS_PLAN, LABELS, BIAS, HAS_SOFTCAP, HAS_DROPOUT, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
                 BLOCK_DV, BLOCK_N, PRECISION,
             )  # fmt: skip

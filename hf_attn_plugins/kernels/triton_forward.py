@@ -3,6 +3,8 @@
 Source: FlashAttention-2, arXiv 2307.08691, algorithm 1, with scores in units of log 2.
 """
 
+# mypy: disallow-untyped-defs=False
+# Device functions take tensors, pointers and numbers that Triton types by use.
 from __future__ import annotations
 
 import triton
@@ -102,8 +104,9 @@ def walk(
         whole_begin, whole_end = begin, begin
     for MASKED in tl.static_range(1 if BIAS != NO_BIAS else 0, 2):  # the whole tiles, then the others
         acc, total, top = accumulate(
-            acc, total, top, query, key_base, value_base, strides, (begin, whole_begin, whole_end, end), rows, heads, piece, shift,
-            row_labels, key_labels, bias_rows, stride_bias, scale, softcap, dropout, seed, MASKED == 1,
+            acc, total, top, query, key_base, value_base, strides,
+            (begin, whole_begin, whole_end, end), rows, heads, piece, shift, row_labels, key_labels,
+            bias_rows, stride_bias, scale, softcap, dropout, seed, MASKED == 1,
             HAS_LEFT, HAS_RIGHT, HAS_PLAN, LABELS, BIAS, HAS_SOFTCAP, HAS_DROPOUT, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
             BLOCK_DV, BLOCK_N, PRECISION,
         )  # fmt: skip

@@ -22,7 +22,9 @@ class Labels(NamedTuple):
     keys: Tensor
 
 
-def make_labels(key_padding: Tensor | None, query_segments: Tensor | None, key_segments: Tensor | None) -> Labels | None:
+def make_labels(
+    key_padding: Tensor | None, query_segments: Tensor | None, key_segments: Tensor | None
+) -> Labels | None:
     """The labels of a mask's padding and segments, None when it has neither."""
     if query_segments is None or key_segments is None:
         if key_padding is None:
@@ -35,7 +37,7 @@ def make_labels(key_padding: Tensor | None, query_segments: Tensor | None, key_s
 
 
 def row_bounds(labels: Labels, num_rows: int, row_tile: int) -> Tensor:
-    """(B, row tiles, 4) int32: the keys begin..end that a tile of rows may see and whole_begin..whole_end that it does."""
+    """(B, row tiles, 4) int32: the keys begin..end that a tile of rows may see, whole_begin..whole_end that all see."""
     rows = labels.rows
     if rows is None:
         rows = labels.keys.new_zeros(1, 1).expand(1, num_rows)
@@ -81,7 +83,7 @@ def _extremes(labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
 def segments_from_offsets(cu_seqlens: Tensor, total: int) -> Tensor:
     """(1, total) segment numbers of a packed batch from its cumulated lengths (sequences + 1,), as in flash-attention.
 
-    Example: cu_seqlens [0, 2, 5] and total 6 give [[0, 0, 1, 1, 1, 2]]: what follows the last sequence is one of its own.
+    Example: cu_seqlens [0, 2, 5] and total 6 give [[0, 0, 1, 1, 1, 2]]: what follows the last one is one of its own.
     """
     index = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return (torch.searchsorted(cu_seqlens.contiguous(), index, right=True) - 1).to(torch.int32).unsqueeze(0)

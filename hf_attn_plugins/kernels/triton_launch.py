@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -13,12 +10,15 @@ from torch import Tensor
 
 from hf_attn_plugins.kernels import triton_backward, triton_decode, triton_dkdv, triton_dq, triton_forward
 from hf_attn_plugins.kernels.pieces import Piece, table
+from hf_attn_plugins.kernels.triton_device import architecture, launch, multiprocessors, on_device, precision
 from hf_attn_plugins.kernels.triton_labels import Labels, key_bounds, row_bounds
 from hf_attn_plugins.kernels.triton_tuning import Config, configuration
 
 MAX_DECODE_ROWS = 16
 MAX_DECODE_LANES = 128  # query rows times the heads that share a key head
 MAX_SPLITS = 64
+
+override: dict[str, Config] = {}  # kind -> configuration: what tuning tries
 
 
 class Call(NamedTuple):
@@ -43,37 +43,6 @@ class Call(NamedTuple):
     pieces: tuple[int, ...]
 
 
-class Launch(NamedTuple):
-    """One launch as it was asked for: what the ahead-of-time check compiles."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
-
-
-_recording: tuple[str, list[Launch]] | None = None
-
-
-@contextlib.contextmanager
-def recording(arch: str) -> Iterator[list[Launch]]:
-    """Collect launches on meta tensors, as if they were on a GPU of architecture `arch`, instead of running them."""
-    global _recording
-    _recording = (arch, [])
-    try:
-        yield _recording[1]
-    finally:
-        _recording = None
-
-
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **keywords: Any) -> None:
-    """kernel[grid](...), unless launches are being recorded."""
-    if _recording is not None:
-        _recording[1].append(Launch(kernel, grid, arguments, keywords))
-    else:
-        kernel[grid](*arguments, **keywords)
-
-
 def empty(*size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Uninitialised memory for the kernels to fill (tests fill it with NaN first)."""
     return torch.empty(*size, dtype=dtype, device=device)
@@ -84,16 +53,11 @@ def token_major(batch: int, heads: int, tokens: int, dim: int, like: Tensor) -> 
     return empty(batch, tokens, heads, dim, dtype=like.dtype, device=like.device).transpose(1, 2)
 
 
-def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which is not the tensor's when a model is spread over several."""
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
-
-
 def forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """out (B, Hq, T, Dv), lse (B, Hq, T), and the lse as the backward wants it (`triton_tiles.store_lse`)."""
     if _without_bfloat16(query):
-        out, *lses = forward(query.float(), key.float(), value.float(), call)
-        return out.to(query.dtype), *lses
+        out, lse, row_lse = forward(query.float(), key.float(), value.float(), call)
+        return out.to(query.dtype), lse, row_lse
     batch, heads, rows, _ = query.shape
     out = token_major(batch, heads, rows, value.shape[-1], query)
     lse, row_lse = (empty(batch, heads, rows, dtype=torch.float32, device=query.device) for _ in range(2))
@@ -127,7 +91,9 @@ def _decode(query: Tensor, key: Tensor, value: Tensor, call: Call, out: Tensor, 
     batch, heads, rows, _ = query.shape
     groups, num_keys = heads // key.shape[1], key.shape[2]
     tasks = batch * key.shape[1]
-    splits = max(1, min(-(-2 * _multiprocessors(query.device) // tasks), -(-num_keys // (2 * config.block_n)), MAX_SPLITS))
+    splits = max(
+        1, min(-(-2 * multiprocessors(query.device) // tasks), -(-num_keys // (2 * config.block_n)), MAX_SPLITS)
+    )
     parts = (batch, heads, rows, splits)
     part_out = empty(*parts, value.shape[-1], dtype=torch.float32, device=query.device)
     part_lse = empty(*parts, dtype=torch.float32, device=query.device)
@@ -154,7 +120,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of query, key and value."""
     if _without_bfloat16(query):
-        wide = (x.float() for x in (query, key, value, out))
+        wide = (query.float(), key.float(), value.float(), out.float())
         d_query, d_key, d_value = backward(grad_out.float(), grad_lse, *wide, row_lse, call)
         return d_query.to(query.dtype), d_key.to(query.dtype), d_value.to(query.dtype)
     batch, heads, rows, head_dim = query.shape
@@ -206,12 +172,15 @@ def _row_side(call: Call, rows: int, tile: int, device: torch.device) -> tuple[T
 
 
 @functools.lru_cache(maxsize=32)  # every layer of a model asks for the same plan
-def _plan(pieces: tuple[int, ...], length: int, tile: int, of_keys: bool, device: torch.device) -> tuple[Tensor | None, int]:
+def _plan(
+    pieces: tuple[int, ...], length: int, tile: int, of_keys: bool, device: torch.device
+) -> tuple[Tensor | None, int]:
     if not pieces:
         return None, 1
     lists: list[list[Piece]] = [[] for _ in range(max(pieces[::6]) + 1)]
     for i in range(0, len(pieces), 6):
-        lists[pieces[i]].append(Piece(*pieces[i + 1 : i + 5], banded=bool(pieces[i + 5])))
+        row_begin, row_end, key_begin, key_end, banded = pieces[i + 1 : i + 6]
+        lists[pieces[i]].append(Piece(row_begin, row_end, key_begin, key_end, bool(banded)))
     entries = torch.tensor(table(lists, length, tile, of_keys=of_keys), dtype=torch.int32)
     return entries.to(device), entries.shape[2]
 
@@ -267,36 +236,11 @@ def _constants(query: Tensor, value: Tensor, call: Call) -> dict[str, Any]:
     }
 
 
-def precision(dtype: torch.dtype, arch: str) -> str:
-    """How products of float32 tiles are done: three TF32 products on NVIDIA, plain float32 elsewhere."""
-    return "tf32x3" if dtype == torch.float32 and arch.startswith("sm") else "ieee"
-
-
 def _config(kind: str, query: Tensor, value: Tensor, call: Call) -> Config:
     head_dim = max(query.shape[-1], value.shape[-1])
-    return configuration(architecture(query.device), kind, query.dtype, head_dim, call.right is not None)
-
-
-def architecture(device: torch.device) -> str:
-    """ "sm90", "gfx942", ...; "interpreter" for CPU tensors."""
-    if _recording is not None:
-        return _recording[0]
-    return "interpreter" if device.type == "cpu" else _architecture(device)
-
-
-@functools.cache
-def _architecture(device: torch.device) -> str:
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm{major}{minor}"
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4  # the interpreter has none; this many make it split
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return override.get(kind) or configuration(
+        architecture(query.device), kind, query.dtype, head_dim, call.right is not None
+    )
 
 
 def _without_bfloat16(tensor: Tensor) -> bool:

@@ -24,7 +24,7 @@ NUM_OPTIONS = OPTIONS.count(",") + 1
     schema=f"(Tensor query, Tensor key, Tensor value, {OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
 def triton_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """`triton_launch.forward`: out, lse and the backward's lse; options as in `triton_launch.Call`, in the order of `OPTIONS`."""
+    """`triton_launch.forward`: out, lse and the backward's lse; options of `triton_launch.Call` as in `OPTIONS`."""
     return triton_launch.forward(query, key, value, _call(*options))
 
 

@@ -1,6 +1,6 @@
-"""What the compiler makes of the Triton kernels, without a GPU: registers, spills, shared memory, tensor-core instructions.
+"""What the compiler makes of the Triton kernels, without a GPU: registers, spills, shared memory, matrix instructions.
 
-Every launch of a real call is recorded on meta tensors (`triton_launch.recording`) and compiled ahead of time for each
+Every launch of a real call is recorded on meta tensors (`triton_device.recording`) and compiled ahead of time for each
 target, specialised as Triton's own launcher would; the resources are read from the binary.
 """
 
@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from hf_attn_plugins.kernels.triton_launch import Call, Launch, backward, forward, recording
+from hf_attn_plugins.kernels.triton_device import Launch, recording
+from hf_attn_plugins.kernels.triton_launch import Call, backward, forward
 
 TOKENS, HEADS, KV_HEADS = 16384, 32, 8
 
@@ -46,6 +47,10 @@ CHIPS = {
     "sm100": Chip("cuda", 100, 32, 227 * 1024, 228 * 1024, 2250.0),
     "gfx942": Chip("hip", "gfx942", 64, 64 * 1024, 64 * 1024, 1307.0),
 }
+TYPES = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
+    torch.bool: "u1",
+}  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PRODUCTS = {"forward_kernel": 2, "decode_kernel": 2, "dq_kernel": 3, "dkdv_kernel": 4}  # matrix products a score
 
@@ -58,7 +63,7 @@ class Resources:
         registers: per thread; spilled: bytes of stack per thread; shared: bytes per block.
         matrix: tensor-core instructions in the binary, by name.
         resident: blocks that fit on one multiprocessor; None where the target's rules are not modelled (AMD).
-        floor_ms: milliseconds of arithmetic in a call of TOKENS tokens at the data sheet's peak: a lower bound, no estimate.
+        floor_ms: milliseconds of arithmetic in a call of TOKENS tokens at the data sheet's peak: a lower bound.
     """
 
     kernel: str
@@ -121,9 +126,7 @@ def compile_launch(launch: Launch, target: str) -> Any:
 def _type(value: Any) -> str:
     """An argument's type in Triton's signature, as its launcher specialises it."""
     if isinstance(value, torch.Tensor):
-        return "*" + {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32", "int64": "i64", "bool": "u1"}[
-            str(value.dtype).removeprefix("torch.")
-        ]  # fmt: skip
+        return "*" + TYPES[value.dtype]
     if value is None or (isinstance(value, int) and value == 1):
         return "constexpr"
     return "fp32" if isinstance(value, float) else "i32"
@@ -143,7 +146,8 @@ def measure(launch: Launch, target: str, dtype: str, head_dim: int, causal: bool
     tile = "x".join(sizes) + f", {words['num_warps']} warps, {words.get('num_stages', 1)} stages"
     resident = None if chip.backend == "hip" else resident_blocks(registers, shared, words["num_warps"], chip)
     return Resources(
-        name.removesuffix("_kernel"), target, dtype, head_dim, causal, tile, registers, spilled, shared, matrix, resident, floor
+        name.removesuffix("_kernel"), target, dtype, head_dim, causal, tile, registers, spilled, shared, matrix,
+        resident, floor,
     )  # fmt: skip
 
 
@@ -202,7 +206,7 @@ def report(
 
 
 def problems(rows: list[Resources]) -> list[str]:
-    """Which rows break what is required: shared memory within the chip, and for bfloat16 at head_dim 64 and 128 no spills
+    """Which rows break what is required: shared memory within the chip; for bfloat16 at head_dim 64 and 128 no spills
     (forward everywhere on NVIDIA, backward on sm90) and HGMMA in the forward on sm90."""
     found = []
     for row in rows:

@@ -26,8 +26,14 @@ def supported(
     if not INSTALLED:
         return "anything, because Triton is not installed (pip install 'hf-attn-plugins[triton]')"
     if query.device.type != "cuda" and not interpreting():
-        return f"tensors on {query.device.type} (its interpreter can, with TRITON_INTERPRET=1 set before Triton's import)"
-    if query.device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(query.device) < (8, 0):
+        return (
+            f"tensors on {query.device.type} (its interpreter can, with TRITON_INTERPRET=1 set before Triton's import)"
+        )
+    if (
+        query.device.type == "cuda"
+        and not torch.version.hip
+        and torch.cuda.get_device_capability(query.device) < (8, 0)
+    ):
         return "GPUs older than sm_80"
     if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"{query.dtype}"

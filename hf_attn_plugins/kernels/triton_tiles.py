@@ -1,12 +1,14 @@
 """Device functions that every Triton kernel shares: which columns a tile of rows sees, tile loads, scores, dropout.
 
-"Rows" and "columns" are the two sides of the score matrix. The forward and dQ kernels hold a tile of query rows and walk
-over keys; the dK/dV kernel holds keys and walks over query rows, with the same functions and the sides swapped.
+"Rows" and "columns" are the two sides of the score matrix. The forward and dQ kernels hold a tile of query rows and
+walk over keys; the dK/dV kernel holds keys and walks over query rows, with the same functions and the sides swapped.
 
-Only builtins of `triton.language` are used, none of its standard library's jitted helpers, so that these functions run in
-the interpreter even where Triton was imported before TRITON_INTERPRET was set.
+Only builtins of `triton.language` are used, none of its standard library's jitted helpers, so that these functions run
+in the interpreter even where Triton was imported before TRITON_INTERPRET was set.
 """
 
+# mypy: disallow-untyped-defs=False
+# Device functions take tensors, pointers and numbers that Triton types by use.
 from __future__ import annotations
 
 import triton
@@ -157,9 +159,9 @@ def store_tile(
 
 @triton.jit
 def store_lse(lse, row_lse, places, top, total, inside):
-    """The lse of rows whose weights sum to total * 2**top, -inf for none; and for the backward in units of log 2, +inf for none.
+    """The lse of rows whose weights sum to total * 2**top, -inf for none; row_lse: in units of log 2, +inf for none.
 
-    Both are kept because converting one into the other costs float32 gradients more than all their other roundings.
+    The backward gets row_lse, because converting the lse costs float32 gradients more than all their other roundings.
     """
     seen = total > 0
     value = top + tl.log2(tl.where(seen, total, 1.0))

@@ -1,4 +1,4 @@
-"""Tile sizes, warps and pipeline stages of the Triton kernels: a committed table, so that no first call waits for tuning.
+"""Tile sizes, warps and pipeline stages of the Triton kernels: a committed table, so that no first call waits.
 
 The table's rows were chosen by what the compiler makes of them (no spilled registers, shared memory within the chip's
 limit: eval/results/triton_static.md), not by timings. `hf-attn bench gpu --tune FILE` times the candidates on the
@@ -29,25 +29,27 @@ class Config(NamedTuple):
     num_stages: int
 
 
+def _split(sm80: Config, sm90: Config, sm100: Config, gfx942: Config) -> dict[str, Config]:
+    return {"sm80": sm80, "sm90": sm90, "sm100": sm100, "gfx942": gfx942}
+
+
 # kind -> head_dim -> one Config for every architecture, or one each.
 HALF: dict[str, dict[int, Config | dict[str, Config]]] = {
     "forward": {
         64: Config(128, 64, 4, 3),
-        128: {
-            "sm80": Config(128, 64, 8, 3),
-            "sm90": Config(128, 128, 8, 2),
-            "sm100": Config(128, 64, 8, 3),
-            "gfx942": Config(128, 64, 4, 1),
-        },
-        256: {
-            "sm80": Config(64, 32, 8, 2),
-            "sm90": Config(128, 64, 8, 2),
-            "sm100": Config(64, 32, 8, 2),
-            "gfx942": Config(64, 32, 4, 1),
-        },
+        128: _split(Config(128, 64, 8, 3), Config(128, 128, 8, 2), Config(128, 64, 8, 3), Config(128, 64, 4, 1)),
+        256: _split(Config(64, 32, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 4, 1)),
     },
-    "dq": {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)},
-    "dkdv": {64: Config(64, 128, 8, 2), 128: Config(32, 128, 8, 2), 256: Config(32, 64, 8, 1)},
+    "dq": {
+        64: _split(Config(64, 32, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
+        128: _split(Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 32, 4, 1)),
+        256: _split(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 4, 1)),
+    },
+    "dkdv": {
+        64: _split(Config(64, 128, 8, 2), Config(64, 128, 8, 2), Config(64, 128, 8, 2), Config(32, 64, 4, 1)),
+        128: _split(Config(32, 64, 4, 2), Config(32, 128, 8, 2), Config(32, 128, 8, 2), Config(32, 64, 4, 1)),
+        256: _split(Config(32, 64, 8, 1), Config(32, 32, 8, 1), Config(32, 64, 8, 1), Config(16, 32, 4, 1)),
+    },
     "decode": {64: Config(16, 64, 4, 3), 128: Config(16, 64, 4, 3), 256: Config(16, 32, 4, 2)},
 }
 SINGLE: dict[str, dict[int, Config | dict[str, Config]]] = {
@@ -84,7 +86,7 @@ def nearest(arch: str) -> str:
     if arch.startswith("gfx"):
         return "gfx942"
     number = int(arch.removeprefix("sm"))
-    if 110 <= number:  # consumer Blackwell has Ampere's shared memory
+    if number >= 110:  # consumer Blackwell has Ampere's shared memory
         return "sm80"
     return next(name for name in ("sm100", "sm90", "sm80") if number >= int(name[2:]) or name == "sm80")
 
@@ -95,7 +97,7 @@ def key(arch: str, kind: str, dtype: torch.dtype, head_dim: int, causal: bool) -
 
 
 def candidates(kind: str, head_dim: int) -> Iterator[Config]:
-    """The short list that tuning times: `INTERPRETER`'s neighbours are left out, spilling ones drop out by themselves."""
+    """The short list that tuning times; what spills or does not fit drops out by itself."""
     rows = (16,) if kind == "decode" else (64, 128)
     for block_m in rows:
         for block_n in (32, 64, 128):

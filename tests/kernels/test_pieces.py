@@ -54,16 +54,21 @@ def test_a_plan_is_what_its_pairs_say(plan, kernel):
 
 @needs_interpreter
 def test_a_plan_is_one_launch_forward_and_three_backward():
-    from hf_attn_plugins.kernels import triton_launch
+    from hf_attn_plugins.kernels import triton_device, triton_launch
 
     query, key, value = (x.to("meta") for x in sharp_inputs(3, 2, 1, 50, 50, 16))
     flat = tuple(number for piece in STAR for number in (0, *piece))
     call = triton_launch.Call(0.25, None, None, 0, 0, None, None, 0.0, None, flat)
-    with triton_launch.recording("sm90") as launches:
+    with triton_device.recording("sm90") as launches:
         out, _, row_lse = triton_launch.forward(query, key, value, call)
         assert len(launches) == 1
         triton_launch.backward(out, None, query, key, value, out, row_lse, call)
-    assert [launch.kernel.__name__ for launch in launches] == ["forward_kernel", "delta_kernel", "dq_kernel", "dkdv_kernel"]
+    assert [launch.kernel.__name__ for launch in launches] == [
+        "forward_kernel",
+        "delta_kernel",
+        "dq_kernel",
+        "dkdv_kernel",
+    ]
 
 
 def test_table_by_hand():
@@ -76,7 +81,11 @@ def test_table_by_hand():
 edges = st.integers(0, 40)
 
 
-@given(st.lists(st.tuples(edges, edges, edges, edges, st.booleans()), max_size=6), st.sampled_from([1, 3, 16]), st.booleans())
+@given(
+    st.lists(st.tuples(edges, edges, edges, edges, st.booleans()), max_size=6),
+    st.sampled_from([1, 3, 16]),
+    st.booleans(),
+)
 @settings(deadline=None, max_examples=60)
 def test_tables_name_every_pair_of_every_piece(pieces, tile, of_keys):
     plan = [Piece(*piece) for piece in pieces]

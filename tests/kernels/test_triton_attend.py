@@ -112,7 +112,7 @@ def test_huge_scores_stay_finite():
 
 
 def test_strided_inputs_are_read_in_place():
-    """Views as models make them: heads behind tokens, a slice of a fused projection, a cache longer than its filling."""
+    """Views as models make them: heads behind tokens, slices of a projection, a cache longer than its filling."""
     base = sharp_inputs(2, 8, 8, 20, 40, 16)[1]  # (2, 8, 40, 16)
     query = base.transpose(1, 2).contiguous().transpose(1, 2)[:, :4, 3:23]
     key, value = base[:, ::2][:, :2, :30], base.flip(-1).transpose(2, 3).contiguous().transpose(2, 3)[:, 2:4, 5:35]
@@ -151,7 +151,9 @@ def test_unsupported_calls_are_refused():
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("pair", list(itertools.combinations(["causal", "window", "padding", "segments", "prefix", "bias"], 2)))
+@pytest.mark.parametrize(
+    "pair", list(itertools.combinations(["causal", "window", "padding", "segments", "prefix", "bias"], 2))
+)
 @pytest.mark.parametrize("shape", [(1, 40), (9, 40), (35, 35), (17, 53), (53, 17)])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -35,7 +35,20 @@ def compile_rows(folder, *words):
 
 
 def test_forward_and_decode_compile_for_hopper_without_spills(tmp_path):
-    words = "--targets sm90 --dtypes bf16 --head-dims 64 --masks causal --kernels forward decode merge".split()
+    words = [
+        "--targets",
+        "sm90",
+        "--dtypes",
+        "bf16",
+        "--head-dims",
+        "64",
+        "--masks",
+        "causal",
+        "--kernels",
+        "forward",
+        "decode",
+        "merge",
+    ]
     rows = {row["kernel"]: row for row in compile_rows(tmp_path, *words)}
     assert set(rows) == {"forward", "decode", "merge"}
     assert rows["forward"]["spilled"] == 0 and rows["forward"]["matrix"]["HGMMA"] > 0
@@ -46,13 +59,28 @@ def test_forward_and_decode_compile_for_hopper_without_spills(tmp_path):
 
 
 def test_backward_compiles_for_hopper_without_spills(tmp_path):
-    words = "--targets sm90 --dtypes bf16 --head-dims 128 --masks causal --kernels dq dkdv".split()
+    words = [
+        "--targets",
+        "sm90",
+        "--dtypes",
+        "bf16",
+        "--head-dims",
+        "128",
+        "--masks",
+        "causal",
+        "--kernels",
+        "dq",
+        "dkdv",
+    ]
     rows = compile_rows(tmp_path, *words)
     assert [row["kernel"] for row in rows] == ["dq", "dkdv"] and all(row["spilled"] == 0 for row in rows)
 
 
 def test_forward_compiles_for_amd(tmp_path):
-    rows = compile_rows(tmp_path, *"--targets gfx942 --dtypes bf16 --head-dims 64 --masks causal --kernels forward".split())
+    rows = compile_rows(
+        tmp_path,
+        *["--targets", "gfx942", "--dtypes", "bf16", "--head-dims", "64", "--masks", "causal", "--kernels", "forward"],
+    )
     assert rows[0]["matrix"]["v_mfma"] > 0 and rows[0]["shared"] <= 65536 and rows[0]["resident"] is None
 
 
@@ -70,13 +98,13 @@ def test_problems_name_what_is_not_met():
 
 
 def test_recorded_launches_are_those_of_a_real_call():
-    from hf_attn_plugins.kernels import triton_launch
+    from hf_attn_plugins.kernels import triton_device
     from hf_attn_plugins.kernels.triton_static import record
 
     launches = record("sm90", torch.bfloat16, 128, True)
     names = [launch.kernel.__name__ for launch in launches]
     assert names == ["forward_kernel", "delta_kernel", "dq_kernel", "dkdv_kernel", "decode_kernel", "merge_kernel"]
-    assert triton_launch._recording is None
+    assert triton_device._recording is None
 
 
 FEATURES = """

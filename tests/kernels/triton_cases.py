@@ -53,7 +53,13 @@ def oracle(query: Tensor, key: Tensor, value: Tensor, fields: dict[str, Any], **
 
 
 def base_two(
-    query: Tensor, key: Tensor, value: Tensor, fields: dict[str, Any], grads: list[Tensor], reordered: bool, **options: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    fields: dict[str, Any],
+    grads: list[Tensor],
+    reordered: bool,
+    **options: Any,
 ) -> list[Tensor]:
     """The kernels' mathematics done the plain way in float32: base-2 scores, P again from the lse, dS = P (dP - delta).
 
@@ -141,10 +147,14 @@ def check(
     for index, (name, ours, ref) in enumerate(zip(names, outputs["ours"], outputs["ref"], strict=False)):
         if name != "finite":
             factor = 3.0 if name.startswith("d_") or "softcap" in options else 2.0
-            worst = max((low[index] for low in lows), key=lambda low: float((low - ref).abs().max()) if ref.numel() else 0)
+            worst = max(
+                (low[index] for low in lows), key=lambda low: float((low - ref).abs().max()) if ref.numel() else 0
+            )
             assert_close_to_reference(ours, worst, ref, factor, name)
 
 
-def draw(batch: int, rows: int, keys: int, *, heads: tuple[int, int] = (2, 1), dims: tuple[int, int] = (16, 16), **more: Any):
+def draw(
+    batch: int, rows: int, keys: int, *, heads: tuple[int, int] = (2, 1), dims: tuple[int, int] = (16, 16), **more: Any
+):
     """`sharp_inputs` with GQA by default."""
     return sharp_inputs(batch, *heads, rows, keys, *dims, **more)

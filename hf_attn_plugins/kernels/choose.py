@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
+import platform
 from collections.abc import Callable
 
 import torch
@@ -52,7 +52,7 @@ def cpu_multiplies_bf16() -> bool:
 
 
 def _arm_features() -> str:
-    if os.uname().machine != "aarch64":
+    if platform.machine() != "aarch64":
         return ""
     try:
         with open("/proc/cpuinfo", encoding="ascii", errors="ignore") as cpuinfo:

@@ -14,13 +14,17 @@ COMMANDS: Table = {
     "check": ("hf_attn_plugins.commands.check", "what a plugin would do in every attention module of a model"),
     "compare": ("hf_attn_plugins.commands.compare", "agreement, speed and memory of a plugin against another backend"),
     "plan": {
+        "cqs": ("hf_attn_plugins.cqs.command", "Scheduler, Workers and Tiler; bytes, peaks and balance of a plan"),
         "star": ("hf_attn_plugins.star.command", "a prompt in blocks, anchor and query: cells, FLOPs, bytes"),
         "tiled": ("hf_attn_plugins.tiled.command", "FlashAttention's tiles, step by step, drawn or animated"),
     },
     "bench": {
-        "star": ("hf_attn_plugins.commands.bench_star", "what Star's sizes cost in agreement and save in time, on a model"),
+        "cqs": ("hf_attn_plugins.cqs.bench", "one worker's time and memory, executed cells and balance, over W and N"),
+        "indexed": ("hf_attn_plugins.indexed.command", "indexed attention against the direct form, and on a real text"),
+        "star": ("hf_attn_plugins.commands.bench_star", "what Star's sizes cost in agreement and save in time"),
         "tiled": ("hf_attn_plugins.commands.bench_tiled", "the tiles against PyTorch's attention, call by call"),
     },
+    "patch": ("hf_attn_plugins.patches.command", "change a checkpoint by a recipe, show what was done, undo it"),
     "run": ("hf_attn_plugins.commands.run", "any Python command with the plugins registered: hf-attn run -- CMD ..."),
 }
 

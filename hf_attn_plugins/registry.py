@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
-import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from hf_attn_plugins.late import forget, when_imported
 
 if TYPE_CHECKING:
     from hf_attn_plugins.options import Options
@@ -61,7 +60,7 @@ PLUGINS: dict[str, Plugin] = {
         ),
         Plugin(
             name="star_attention",
-            summary="Star Attention: blocks and an anchor for the context, everything for the last tokens and for answers",
+            summary="Star Attention: blocks and an anchor for the context, everything for query and answer",
             exact=False,
             source="Star Attention, arXiv 2411.17116",
             entry="hf_attn_plugins.star.attention:attention",
@@ -90,17 +89,26 @@ def plugin(name: str) -> Plugin:
     return PLUGINS[name]
 
 
+# Once the module on the left has been imported, the function on the right is called.
+REGISTRATIONS = (
+    (MODELING, "hf_attn_plugins.registry:register_attention"),
+    ("transformers.pipelines", "hf_attn_plugins.star_pipeline:register_pipeline"),
+    ("transformers.models.auto.configuration_auto", "hf_attn_plugins.indexed_config:register"),
+    ("transformers.models.auto.modeling_auto", "hf_attn_plugins.indexed_model:register"),
+    ("transformers.quantizers.auto", "hf_attn_plugins.checkpoint.loader:register"),
+)
+
+
 def register() -> None:
-    """Make every plugin known to Transformers, now or as soon as its modeling code is imported. Idempotent."""
-    if getattr(sys.modules.get(MODELING), "AttentionInterface", None) is not None:
-        _register_now()
-    elif not any(isinstance(finder, _AfterModeling) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterModeling())
+    """Make everything of this package known to Transformers, each part as soon as it is imported. Idempotent."""
+    for module, action in REGISTRATIONS:
+        when_imported(module, functools.partial(_call, action))
 
 
 def unregister() -> None:
-    """Take every plugin out of Transformers again."""
-    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _AfterModeling)]
+    """Take every attention implementation of this package out of Transformers again."""
+    for module, _ in REGISTRATIONS:
+        forget(module)
     if MODELING in sys.modules:
         from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -109,7 +117,8 @@ def unregister() -> None:
             AttentionMaskInterface._global_mapping.pop(name, None)
 
 
-def _register_now() -> None:
+def register_attention() -> None:
+    """Register every plugin's attention function and the mask function, under one name each."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     from hf_attn_plugins.interface import attention_function
@@ -121,28 +130,6 @@ def _register_now() -> None:
         AttentionMaskInterface.register(name, mask_function)
 
 
-class _AfterModeling(MetaPathFinder):
-    """Registers right after `transformers.modeling_utils` was imported: importing it now would double import time."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != MODELING:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _RegisteringLoader(spec.loader)
-        return spec
-
-
-class _RegisteringLoader(Loader):
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
-        _register_now()
+def _call(action: str) -> None:
+    module, function = action.split(":")
+    getattr(importlib.import_module(module), function)()

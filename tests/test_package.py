@@ -24,9 +24,10 @@ KNOW_TRANSFORMERS = {
     "support.py",
     "agreement.py",
     "checkpoint.py",
-    "intercept.py",
+    "interception.py",
     "star_cache.py",
     "star_pipeline.py",
+    "indexed_config.py",
     "indexed_model.py",
 }
 

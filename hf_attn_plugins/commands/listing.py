@@ -24,9 +24,11 @@ def run(arguments: argparse.Namespace) -> None:
         print(markdown())
     else:
         from rich.console import Console
-        from rich.table import Table
+        from rich.table import Column, Table
 
-        table = Table("name", "what it does", "exact", "options", "source")
+        table = Table(
+            Column("name", no_wrap=True), "what it does", "exact", Column("options", overflow="fold"), "source"
+        )
         for row in _rows():
             table.add_row(*row)
         Console().print(table)

@@ -33,10 +33,10 @@ NOTES = f"""\
 and results included, for the worker with the most work and for the whole sequence: `scores` with textbook attention,
 which holds float32 scores (a worker those of one range of rows at a time), `linear` with `kernels.attend`.
 `longest / whole` is the slowest worker's seconds over those of `attend` on everything, `all + tiler / whole` the
-seconds of all workers one after another and of the merge: what the division costs on a single device (medians,
-interleaved). `cells` counts (query, key) pairs handed to the kernel over N^2, diagonal blocks of causal attention in
-full; `dense cells` what a kernel computes that masks banned blocks instead of skipping them (computed, m^2 / W).
-`balance` is the largest worker's pairs over the mean (computed).
+seconds of all workers one after another and of the merge: what the division costs on a single device (medians of
+ratios, the whole timed again beside every number of workers). `cells` counts (query, key) pairs handed to the kernel
+over N^2, diagonal blocks of causal attention in full; `dense cells` what a kernel computes that masks banned blocks
+instead of skipping them (computed, m^2 / W). `balance` is the largest worker's pairs over the mean (computed).
 
 The paper (one A100, float16, textbook scores, all workers on one device) publishes peak memory of 0.563, 0.184, 0.251
 and 0.038 of the whole for 4, 7, 8 and 31 workers, which is (L / N)^2: each of its workers holds all its scores, banned
@@ -84,12 +84,12 @@ def run(arguments: argparse.Namespace) -> None:
 def measure(
     tokens: int, worker_counts: list[int], is_causal: bool, repeats: int, scores_up_to: int
 ) -> list[dict[str, Any]]:
-    """One row per number of workers; all of them are timed in the same interleaved rounds."""
+    """One row per number of workers."""
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(1, heads, tokens, HEAD_DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS)]
     leaves = {count: list(plan(tokens, count).leaves()) for count in worker_counts}
     with torch.no_grad():
-        whole, times = _times(inputs, leaves, is_causal, repeats)
+        attend(*inputs, is_causal=is_causal)  # warms up
         measured = tokens <= scores_up_to
         whole_linear = _peak(lambda x: attend(x[0], x[1], x[2], is_causal=is_causal), inputs)
         whole_scores = _peak(lambda x: _textbook(x[0], x[1], x[2], is_causal), inputs) if measured else None
@@ -101,7 +101,7 @@ def measure(
             scores = _peak(partial(_textbook_worker, most, is_causal), material) if measured else None
             cells = [leaf.cells(is_causal) for leaf in shares]
             handed = sum(_size(p.rows) * sum(map(_size, p.keys)) for leaf in shares for p in leaf.pieces(is_causal))
-            seconds, together = times[count]
+            longest, together = _times(inputs, shares, is_causal, repeats)
             rows.append(
                 {
                     "tokens": tokens,
@@ -110,8 +110,8 @@ def measure(
                     "L / N": max(leaf.length for leaf in shares) / tokens,
                     **_memory("scores", scores, whole_scores),
                     **_memory("linear", linear, whole_linear),
-                    "longest / whole": max(seconds) / whole,
-                    "all + tiler / whole": together / whole,
+                    "longest / whole": longest,
+                    "all + tiler / whole": together,
                     "cells": handed / tokens**2,
                     "dense cells": sum(leaf.length**2 for leaf in shares) / tokens**2,
                     "balance": max(cells) / statistics.mean(cells),
@@ -120,30 +120,24 @@ def measure(
     return rows
 
 
-def _times(
-    inputs: list[Tensor], leaves: dict[int, list[Leaf]], is_causal: bool, repeats: int
-) -> tuple[float, dict[int, tuple[list[float], float]]]:
-    """Median seconds of the whole, and per number of workers of each worker and of all with the Tiler."""
-    whole: list[float] = []
-    single: dict[int, list[list[float]]] = {count: [] for count in leaves}
-    together: dict[int, list[float]] = {count: [] for count in leaves}
-    for round_ in range(repeats + 1):  # the first round warms up
-        seconds, _ = _timed(lambda: attend(*inputs, is_causal=is_causal))
-        whole += [seconds] if round_ else []
-        for count, shares in leaves.items():
-            tiler = Tiler(shares, inputs[0], HEAD_DIM)
-            each = []
-            for leaf in shares:
-                material = _material(inputs, leaf)
-                seconds, result = _timed(partial(_work, leaf, is_causal, material))
-                each.append(seconds)
-                tiler.add(result)
-            merging, _ = _timed(tiler.result)
-            if round_:
-                single[count].append(each)
-                together[count].append(sum(each) + merging)
-    medians = {count: [statistics.median(x) for x in zip(*rounds, strict=True)] for count, rounds in single.items()}
-    return statistics.median(whole), {count: (medians[count], statistics.median(together[count])) for count in leaves}
+def _times(inputs: list[Tensor], leaves: list[Leaf], is_causal: bool, repeats: int) -> tuple[float, float]:
+    """The slowest worker's, and all workers' and the Tiler's, seconds over those of the whole: medians of ratios.
+
+    The whole is timed right before the workers of every round, so that a machine that slows down slows both.
+    """
+    single: list[list[float]] = []
+    together: list[float] = []
+    for _ in range(repeats):
+        whole, _result = _timed(lambda: attend(inputs[0], inputs[1], inputs[2], is_causal=is_causal))
+        tiler, each = Tiler(leaves, inputs[0], HEAD_DIM), []
+        for leaf in leaves:
+            seconds, result = _timed(partial(_work, leaf, is_causal, _material(inputs, leaf)))
+            each.append(seconds / whole)
+            tiler.add(result)
+        merging, _result = _timed(tiler.result)
+        single.append(each)
+        together.append(sum(each) + merging / whole)
+    return max(map(statistics.median, zip(*single, strict=True))), statistics.median(together)
 
 
 def _work(leaf: Leaf, is_causal: bool, material: list[Tensor]) -> WorkerResult:

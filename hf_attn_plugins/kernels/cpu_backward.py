@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_attn_plugins.kernels.cpu import LOG2_E, Edges, chunks, dropout_generator, is_fast, keep_mask, per_head
+from hf_attn_plugins.kernels.cpu import LOG2_E, chunks, is_fast
+from hf_attn_plugins.kernels.cpu_masks import Edges, dropout_generator, keep_mask, per_head
 from hf_attn_plugins.kernels.tiles import KeyTile, TileMap
 from hf_attn_plugins.masks import Mask
 from hf_attn_plugins.partial import lse_dtype

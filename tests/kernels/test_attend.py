@@ -116,8 +116,10 @@ def test_gradients_of_out_and_lse(name, dtype, softcap):
     for kernel in kernels_for(*inputs, mask, softcap):
         got = gradients(lambda q, k, v: attend(q, k, v, mask=mask, softcap=softcap, kernel=kernel), dtype)  # noqa: B023
         for which, g, lo, r in zip(("query", "key", "value"), got, low, ref, strict=True):
-            # PyTorch's fused kernel trades some of float32's last digits for a faster exp.
-            assert_close_to_reference(g, lo, r, 10.0 if kernel == "aten" else 3.0, f"{kernel} grad_{which}")
+            # Weights come back as exp(score - lse): with scores near 100, rounding the lse costs float32 more than the
+            # plain formula's error; in bfloat16 it is lost among the other roundings.
+            factor = 10.0 if dtype == torch.float32 else 3.0
+            assert_close_to_reference(g, lo, r, factor, f"{kernel} grad_{which}")
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1, 21, 37), (3, 1, 1, 37), (1, 4, 21, 37), (3, 4, 21, 37)], ids=str)

@@ -1,0 +1,203 @@
+"""Timing indexed attention against the direct form, interleaved in one run: the stages, and how they scale."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_attn_plugins.indexed.attention import (
+    column_weights,
+    indexed_attention,
+    indexed_scores,
+    indexed_values,
+    pooled_values,
+)
+from hf_attn_plugins.indexed.direct import direct_attention, direct_scores, project_direct, project_indexed
+from hf_attn_plugins.indexed.plan import Sizes, direct_cost, table_cost
+from hf_attn_plugins.indexed.tables import Projections, build_tables, project_tables, sinusoids
+
+SEED_SIZES = Sizes(words=500, length=32, characters=64, width=512)
+SWEEPS = {
+    "words": (1, 2, 5, 20, 100, 500, 2000),
+    "characters": (16, 64, 256, 1024, 4096, 8192),
+    "length": (4, 8, 16, 32, 64, 128),
+    "width": (32, 64, 128, 256, 512, 1024),
+}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median seconds of one stage and the largest difference between the two results."""
+
+    name: str
+    direct: float
+    tables: float
+    error: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster the tables are."""
+        return self.direct / self.tables
+
+
+def interleaved(functions: list[Callable[[], Any]], repeats: int, batch: list[int] | None = None) -> list[float]:
+    """Median seconds of each function, the functions taking turns so that a change of the machine's pace hits all.
+
+    Args:
+        functions: what to time.
+        repeats: turns.
+        batch: how often each function runs within one turn (1 each when None).
+    """
+    batch = batch or [1] * len(functions)
+    seconds: list[list[float]] = [[] for _ in functions]
+    for function in functions:
+        function()
+    for _ in range(repeats):
+        for function, count, record in zip(functions, batch, seconds, strict=True):
+            start = time.perf_counter()
+            for _ in range(count):
+                function()
+            record.append((time.perf_counter() - start) / count)
+    return [statistics.median(record) for record in seconds]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Random tables, weights (tied, as in the seed's proof) and words of the given sizes."""
+
+    characters: Tensor
+    positions: Tensor
+    indices: Tensor
+    weights: Projections
+
+    @classmethod
+    def draw(cls, sizes: Sizes, seed: int = 0) -> Inputs:
+        """float32 normal characters, sinusoids, weights as nn.Linear draws them, uniform words without padding."""
+        generator = torch.Generator().manual_seed(seed)
+        columns, bound = sizes.heads * sizes.dim, sizes.width**-0.5
+
+        def weight() -> Tensor:
+            return (torch.rand(columns, sizes.width, generator=generator) * 2 - 1) * bound
+
+        return cls(
+            torch.randn(sizes.characters, sizes.width, generator=generator),
+            sinusoids(sizes.length, sizes.width),
+            torch.randint(0, sizes.characters, (sizes.words, sizes.length), generator=generator),
+            Projections(weight(), weight(), weight()),
+        )
+
+
+def stages(sizes: Sizes) -> Iterator[tuple[str, Callable[[], Tensor], Callable[[], Tensor]]]:
+    """The stages the seed times, and the whole in its forms: (name, direct, by tables); tables are built each time."""
+    x, n = Inputs.draw(sizes), sizes.characters
+    tables = build_tables(x.characters, x.positions, x.weights)
+    only_query = Projections(x.weights.query, x.weights.query[:1], x.weights.query[:1])
+
+    def direct_projection() -> Tensor:
+        return project_direct(x.characters, x.positions, x.indices, only_query, None, 1).query
+
+    def project_first() -> Tensor:
+        rows = project_tables(x.characters, x.positions, only_query, None, 1)
+        return project_indexed(Projections(rows.query, rows.key[:, :, :0], rows.value[:, :, :0]), x.indices, n).query
+
+    def direct_qk() -> Tensor:
+        two = Projections(x.weights.query, x.weights.key, x.weights.value[:1])
+        query, key, _ = project_direct(x.characters, x.positions, x.indices, two, None, 1)
+        return direct_scores(query, key)
+
+    def direct_qk_and_v() -> Tensor:
+        query, key, _ = project_direct(x.characters, x.positions, x.indices, x.weights, None, 1)
+        return direct_scores(query, key)
+
+    def build() -> Any:
+        return build_tables(x.characters, x.positions, x.weights)
+
+    def indexed_qk_and_v() -> Tensor:
+        built = build()
+        indexed_values(built, x.indices)
+        return indexed_scores(built, x.indices)
+
+    def with_values_built() -> Tensor:
+        built = build()
+        weights = column_weights(indexed_scores(built, x.indices))
+        return torch.einsum("whl,whld->whd", weights, indexed_values(built, x.indices))
+
+    def direct() -> Tensor:
+        return direct_attention(x.characters, x.positions, x.indices, x.weights)
+
+    yield "Q: project first, then index", direct_projection, project_first
+    yield "Q K^T by index", direct_qk, lambda: indexed_scores(build(), x.indices)
+    yield "Q K^T by index, V built (the seed's)", direct_qk_and_v, indexed_qk_and_v
+    yield "whole, V built (the seed's ISDPA)", direct, with_values_built
+    yield "whole, V never built", direct, lambda: indexed_attention(build(), x.indices)
+    yield "whole, tables frozen", direct, lambda: indexed_attention(tables, x.indices)
+    weights = column_weights(indexed_scores(tables, x.indices))
+    yield (
+        "pooling alone (tables and weights given)",
+        lambda: torch.einsum("whl,whld->whd", weights, indexed_values(tables, x.indices)),
+        lambda: pooled_values(tables, x.indices, weights),
+    )
+
+
+@torch.no_grad()
+def time_stages(sizes: Sizes = SEED_SIZES, repeats: int = 7) -> list[Timing]:
+    """Time every stage; each turn runs the table form five times, because it is that much shorter."""
+    found = []
+    for name, direct, tables in stages(sizes):
+        error = (direct() - tables()).abs().max().item()
+        slow, fast = interleaved([direct, tables], repeats, [1, 5])
+        found.append(Timing(name, slow, fast, error))
+    return found
+
+
+@torch.no_grad()
+def time_scaling(base: Sizes = SEED_SIZES, repeats: int = 5) -> list[dict]:
+    """Vary one size at a time: seconds of the direct form, the tables and the frozen ones, and the plan's forecast."""
+    found = []
+    for name, values in SWEEPS.items():
+        for value in values:
+            sizes = replace(base, **{name: value})
+            x = Inputs.draw(sizes)
+            kept = build_tables(x.characters, x.positions, x.weights)
+
+            def direct(x: Inputs = x) -> Tensor:
+                return direct_attention(x.characters, x.positions, x.indices, x.weights)
+
+            def tables(x: Inputs = x) -> Tensor:
+                return indexed_attention(build_tables(x.characters, x.positions, x.weights), x.indices)
+
+            def frozen(x: Inputs = x, kept: Any = kept) -> Tensor:
+                return indexed_attention(kept, x.indices)
+
+            seconds = interleaved([direct, tables, frozen], repeats, [1, 3, 3])
+            forecast = [direct_cost(sizes).total / table_cost(sizes, of).total for of in (False, True)]
+            row = dict(zip(("direct", "tables", "frozen"), seconds, strict=True))
+            found.append(
+                {"varied": name, "value": value, **row, "forecast": forecast[0], "forecast_frozen": forecast[1]}
+            )
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as lines:
+            name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass  # another system than Linux: the processor's name is all there is
+    return {
+        "processor": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }

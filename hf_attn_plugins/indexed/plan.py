@@ -1,0 +1,89 @@
+"""What the direct and the table form of indexed attention cost, in integers: which of them a size calls for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# One element read or written by an index costs about as much time as this many multiply-adds of a matrix product
+# (measured on CPUs with AVX-512: 0.25 ns against 95e9 multiply-adds per second).
+MOVE = 20
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of one call.
+
+    Attributes:
+        words: W, rows of character indices.
+        length: L, characters of a word, padding included; also the number of positions.
+        characters: n, rows of the character table.
+        width: d, columns of the character table and of the positions.
+        heads: H.
+        head_dim: columns of one head's query, key and value; None means d // H.
+    """
+
+    words: int
+    length: int
+    characters: int
+    width: int
+    heads: int = 1
+    head_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("words", 0), ("length", 1), ("characters", 1), ("width", 1), ("heads", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: at least {least} is needed.")
+        if self.head_dim is None and self.width % self.heads:
+            raise ValueError(f"width={self.width} is no multiple of heads={self.heads}: pass head_dim as well.")
+
+    @property
+    def dim(self) -> int:
+        """Columns of one head."""
+        return self.head_dim or self.width // self.heads
+
+    @property
+    def rows(self) -> int:
+        """n + L, the rows of every table: characters first, then positions."""
+        return self.characters + self.length
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Multiply-adds of matrix products and elements moved by indices, per stage of one call."""
+
+    projections: int
+    scores: int
+    values: int
+    moves: int
+
+    @property
+    def total(self) -> int:
+        """Multiply-adds, each move counted as `MOVE` of them."""
+        return self.projections + self.scores + self.values + MOVE * self.moves
+
+
+def direct_cost(sizes: Sizes) -> Cost:
+    """Index first: every character of every word is projected, then words x L x L scores and one pooled row a word."""
+    s, tokens = sizes, sizes.words * sizes.length
+    return Cost(
+        projections=3 * tokens * s.width * s.heads * s.dim,
+        scores=tokens * s.length * s.heads * s.dim,
+        values=tokens * s.heads * s.dim,
+        moves=tokens * s.width,
+    )
+
+
+def table_cost(sizes: Sizes, frozen: bool = False) -> Cost:
+    """Project first: n + L rows are projected once (`frozen`: not at all), scores and pooled values come by index."""
+    s, tokens, build = sizes, sizes.words * sizes.length, 0 if frozen else 1
+    return Cost(
+        projections=build * 3 * s.rows * s.width * s.heads * s.dim,
+        scores=build * s.rows * s.rows * s.heads * s.dim,
+        values=s.words * s.heads * s.rows * s.dim,
+        moves=tokens * s.heads * min(s.rows + s.length, 6 * s.length),  # whole rows, or score by score
+    )
+
+
+def prefers_tables(sizes: Sizes, frozen: bool = False) -> bool:
+    """Whether the table form is the cheaper one; the direct form wins for few words and for large character sets."""
+    return table_cost(sizes, frozen).total < direct_cost(sizes).total

@@ -1,0 +1,78 @@
+"""First-layer tables: a row per token id in place of the first layer's norm and projections."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hf_attn_plugins.checkpoint.source import Source
+from hf_attn_plugins.checkpoint.write import Patch
+
+SUMMARY = "add a table row per token that replaces the first layer's norm and projections"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --text."""
+    parser.add_argument("--text", type=Path, help="UTF-8 text to verify on, where the checkpoint has a tokenizer")
+
+
+def plan(source: Source, arguments: argparse.Namespace) -> Patch:
+    """Audit the model, compute its tables, and verify them in the folder as it will be loaded.
+
+    Raises:
+        ValueError: the audit refuses the model, or the patched logits break the error rule.
+        FileNotFoundError: there is no such text.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from hf_attn_plugins.checkpoint import first_layer
+
+    if arguments.text is not None and not arguments.text.is_file():
+        raise FileNotFoundError(f"--text {arguments.text}: no such file.")
+    if source.config.get("quantization_config"):
+        method = source.config["quantization_config"].get("quant_method")
+        raise ValueError(
+            f"{source.folder} already has a quantization_config ({method}): it cannot take tables as well."
+        )
+    original: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto").eval()
+    audit = first_layer.audit(original)
+    places = audit.require()
+    tables = first_layer.build(original, places)
+    gain = first_layer.gain(original, places)
+    config = copy.deepcopy(source.config)
+    from hf_attn_plugins.checkpoint.loader import METHOD, TABLES
+
+    config["quantization_config"] = {"quant_method": METHOD, **places.as_dict(), "tables": TABLES}
+    text = None if arguments.text is None else arguments.text.read_text(encoding="utf-8")
+
+    def write(path: Path) -> None:
+        from safetensors.torch import save_file
+
+        save_file(tables, path, metadata={"format": "pt"})
+
+    return Patch(
+        "first-layer",
+        {"places": places.as_dict(), "bytes_added": gain.bytes_added, "flops_saved": gain.flops_saved},
+        config,
+        [*audit.reasons, *gain.lines()],
+        {TABLES: (write, gain.bytes_added + 1024)},
+        partial(_verify, original, text),
+    )
+
+
+def _verify(original: Any, text: str | None, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from hf_attn_plugins.checkpoint import loader
+    from hf_attn_plugins.checkpoint.attach import ATTRIBUTE
+    from hf_attn_plugins.checkpoint.verify import compare, samples
+
+    loader.register()
+    patched: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    if getattr(patched, ATTRIBUTE, None) is None:
+        raise ValueError("the tables did not attach when the patched folder was loaded.")
+    for line in compare(original, patched, samples(folder, original.config.get_text_config().vocab_size, text)):
+        print(line)

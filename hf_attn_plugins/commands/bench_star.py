@@ -174,7 +174,7 @@ class Bench:
             dense = self._dense_logits(index, ids).double().log_softmax(-1)
             kl.append((dense.exp() * (dense - star)).sum(-1))
             same.append(dense.argmax(-1) == star.argmax(-1))
-            targets = ids[0, 1 - SCORED :, None]
+            targets = ids[0, 1 - len(dense) :, None]
             dense_nll.append(-dense[:-1].gather(1, targets))
             star_nll.append(-star[:-1].gather(1, targets))
         row = {

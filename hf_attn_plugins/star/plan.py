@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# Chosen on SmolLM2-135M with `hf-attn bench star`; eval/results/star.md has the table they were read from.
-DENSE_BELOW = 2048  # tokens: shorter prompts gain little from the pattern and lose quality
+# Sizes for prompts that come without any: a quarter of the prompt a block, after passkeys asked of SmolLM2-135M, where
+# that cost little and an eighth cost much; `hf-attn bench star` measures them on any model.
+DENSE_BELOW = 2048  # tokens: attention is a small part of shorter prompts' cost
 BLOCKS = 4  # blocks a prompt is cut into where no block size is given
 BLOCK_STEP = 256  # a default block is a multiple of this
 ANCHOR_SHARE = 4  # a default anchor is a block divided by this

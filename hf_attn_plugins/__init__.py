@@ -12,15 +12,33 @@ from hf_attn_plugins.registry import PLUGINS, Plugin, register, unregister
 
 if TYPE_CHECKING:
     from hf_attn_plugins.agreement import compare
+    from hf_attn_plugins.interception import intercept
     from hf_attn_plugins.support import check
     from hf_attn_plugins.switch import configure, use
 
 __version__ = "0.1.0"
-__all__ = ["PLUGINS", "Plugin", "check", "compare", "configure", "plugins", "register", "unregister", "use"]
+__all__ = [
+    "PLUGINS",
+    "Plugin",
+    "check",
+    "compare",
+    "configure",
+    "intercept",
+    "plugins",
+    "register",
+    "unregister",
+    "use",
+]
 
 # Verbs and method folders are imported on first use, which keeps `import hf_attn_plugins` as cheap as its registration.
-_VERBS = {"check": "support", "compare": "agreement", "configure": "switch", "use": "switch"}
-_FOLDERS = ("cqs", "kernels", "star", "tiled")
+_VERBS = {
+    "check": "support",
+    "compare": "agreement",
+    "configure": "switch",
+    "intercept": "interception",
+    "use": "switch",
+}
+_FOLDERS = ("cqs", "indexed", "kernels", "star", "tiled")
 
 
 def plugins() -> list[Plugin]:

@@ -24,7 +24,7 @@ COMMANDS: Table = {
         "star": ("hf_attn_plugins.commands.bench_star", "what Star's sizes cost in agreement and save in time"),
         "tiled": ("hf_attn_plugins.commands.bench_tiled", "the tiles against PyTorch's attention, call by call"),
     },
-    "patch": ("hf_attn_plugins.patches.command", "change a checkpoint by a recipe: list, show, set-attention, ..., --undo"),
+    "patch": ("hf_attn_plugins.patches.command", "change a checkpoint by a recipe, show what was done, undo it"),
     "run": ("hf_attn_plugins.commands.run", "any Python command with the plugins registered: hf-attn run -- CMD ..."),
 }
 

@@ -16,7 +16,7 @@ PARTS = ("stages", "scaling", "text")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `hf-attn bench indexed`."""
     seed = bench.SEED_SIZES
-    parser.add_argument("--only", choices=PARTS, help="measure this part alone (all three otherwise)")
+    parser.add_argument("--only", choices=PARTS, help="measure this part alone; the others are kept in --output")
     parser.add_argument("--words", type=int, default=seed.words, help="words of the stages (default: %(default)s)")
     parser.add_argument("--length", type=int, default=seed.length, help="characters a word (default: %(default)s)")
     parser.add_argument(
@@ -49,17 +49,22 @@ def run(arguments: argparse.Namespace) -> None:
         raise FileNotFoundError(f"--output {arguments.output}: no such folder, create it first.")
     parts = [arguments.only] if arguments.only else list(PARTS)
     sizes = Sizes(arguments.words, arguments.length, arguments.characters, arguments.width)
-    found: dict[str, Any] = {"machine": bench.machine(), "repeats": arguments.repeats}
+    found: dict[str, Any] = {"machine": bench.machine(), "repeats": dict.fromkeys(parts, arguments.repeats)}
     if "stages" in parts:
         timings = bench.time_stages(sizes, arguments.repeats)
         found["sizes"] = {name: getattr(sizes, name) for name in ("words", "length", "characters", "width")}
         found["stages"] = [{**vars(timing), "ratio": timing.ratio} for timing in timings]
     if "scaling" in parts:
-        found["scaling"] = bench.time_scaling(sizes, max(1, arguments.repeats // 2))
+        found["scaling"] = bench.time_scaling(sizes, arguments.repeats)
     if "text" in parts:
         text, name = demo.read_text(arguments.text)
         settings = demo.Settings(steps=arguments.steps, repeats=arguments.repeats)
         found["text"] = {"name": name, **demo.run(text, arguments.query, settings)}
+    if arguments.output is not None and (arguments.output / "indexed.json").is_file():
+        # Parts that this run did not measure are kept, if they come from the same machine and versions.
+        earlier = json.loads((arguments.output / "indexed.json").read_text(encoding="utf-8"))
+        if earlier["machine"] == found["machine"]:
+            found = {**earlier, **found, "repeats": {**earlier["repeats"], **found["repeats"]}}
     report = render(found)
     print(report)
     if arguments.output is not None:
@@ -70,12 +75,12 @@ def run(arguments: argparse.Namespace) -> None:
 def render(found: dict[str, Any]) -> str:
     """The measurements as Markdown."""
     on = found["machine"]
+    turns = ", ".join(f"{part}: {repeats} turns" for part, repeats in found["repeats"].items())
     lines = [
         "# Indexed attention against the direct form",
         "",
         f"{on['processor']}, {on['cores']} cores, {on['threads']} threads; torch {on['torch']}, Python {on['python']}; "
-        f"float32. Medians of interleaved runs in one process ({found['repeats']} turns; the scaling tables half as "
-        "many): read the ratios, not the seconds.",
+        f"float32. Medians of interleaved runs, both forms in one process ({turns}): read the ratios, not the seconds.",
     ]
     if "stages" in found:
         lines += ["", *_stages(found)]

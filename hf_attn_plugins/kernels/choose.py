@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
+import platform
 from collections.abc import Callable
 
 import torch
@@ -14,7 +14,7 @@ from hf_attn_plugins.partial import Partial
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Mask, float, float | None, float], Partial]
 
-KERNELS = ("reference", "aten", "cpu_tiled")
+KERNELS = ("reference", "aten", "cpu_tiled", "triton")
 
 # Measured with `hf-attn bench tiled` (eval/results/tiled.md): below these sizes the tiles' bookkeeping costs more
 # than bf16 products save.
@@ -32,6 +32,10 @@ def load(name: str) -> Kernel:
         from hf_attn_plugins.kernels.cpu import cpu_tiled
 
         return cpu_tiled
+    if name == "triton":
+        from hf_attn_plugins.kernels.triton_attend import triton
+
+        return triton
     from hf_attn_plugins.kernels.reference import reference
 
     return reference
@@ -48,7 +52,7 @@ def cpu_multiplies_bf16() -> bool:
 
 
 def _arm_features() -> str:
-    if os.uname().machine != "aarch64":
+    if platform.machine() != "aarch64":
         return ""
     try:
         with open("/proc/cpuinfo", encoding="ascii", errors="ignore") as cpuinfo:
@@ -58,8 +62,13 @@ def _arm_features() -> str:
 
 
 def choose(query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float) -> str:
-    """Name of the kernel for one call: PyTorch's fused op wherever it can do the job and tiles do not pay."""
+    """Name of the kernel for one call: Triton on GPUs; on CPUs PyTorch's fused op, where tiles do not pay."""
+    from hf_attn_plugins.kernels import triton_support
     from hf_attn_plugins.kernels.aten import supported
+
+    on_gpu = query.device.type == "cuda"
+    if on_gpu and triton_support.supported(query, key, value, mask, softcap, dropout) is None:
+        return "triton"
 
     if supported(query, key, value, mask, softcap, dropout) is not None:
         return "cpu_tiled"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -46,6 +47,8 @@ def check_model(model: nn.Module) -> None:
         reason = f"made of layers of kind {', '.join(sorted(kinds))}, whose reach blocks would change"
     elif getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", True) is False:
         reason = "bidirectional, so that its anchor would differ from block to block"
+    elif "position_ids" not in inspect.signature(decoder(model).forward).parameters or getattr(config, "alibi", False):
+        reason = "one that counts positions by places in its cache, which are not a block's true positions"
     if reason:
         raise NotImplementedError(
             f"star.encode cannot encode {type(model).__name__} by blocks: it is {reason}. Use "
@@ -167,9 +170,10 @@ def fingerprint(model: nn.Module) -> str:
     config = {k: v for k, v in text_config(model).to_dict().items() if k not in VOLATILE}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)][:64].double().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {sample.tolist()}".encode())
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        if not parameter.is_meta:  # offloaded weights are not looked at
+            flat = parameter.detach().flatten()
+            digest.update(str(flat[:: max(1, flat.numel() // 64)][:64].double().tolist()).encode())
     return digest.hexdigest()
 
 

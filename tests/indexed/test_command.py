@@ -44,6 +44,20 @@ def test_all_parts_are_printed_and_written(tmp_path, capsys, monkeypatch):
     assert found["text"]["error"] < 1e-4 and "foxes" in found["text"]["neighbours"]["foxs"][0]
 
 
+def test_parts_measured_apart_are_kept_together(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "SWEEPS", {"words": (1, 3)})
+    run(*SMALL, "--only", "stages", "--output", str(tmp_path))
+    stages = json.loads((tmp_path / "indexed.json").read_text())["stages"]
+    run(*SMALL, "--only", "scaling", "--output", str(tmp_path))
+    found = json.loads((tmp_path / "indexed.json").read_text())
+    assert found["stages"] == stages and len(found["scaling"]) == 2
+    assert found["repeats"] == {"stages": 1, "scaling": 1}
+    assert "## Stages" in capsys.readouterr().out.rpartition("# Indexed attention")[2]
+    monkeypatch.setattr(bench, "machine", lambda: {**found["machine"], "torch": "another"})
+    run(*SMALL, "--only", "scaling", "--output", str(tmp_path))
+    assert "stages" not in json.loads((tmp_path / "indexed.json").read_text())
+
+
 def test_training_brings_misspellings_closer():
     words = [a + b + c for a in ("cat", "dog", "sun", "tree") for b in ("light", "house", "water") for c in ("s", "ed")]
     torch.manual_seed(0)

@@ -213,11 +213,15 @@ def test_user_errors() -> None:
 
 
 def test_models_without_causal_keys_are_refused() -> None:
-    from transformers import AutoModelForCausalLM, MambaConfig
+    from transformers import AutoModelForCausalLM, MambaConfig, MptConfig
 
     small = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
     with pytest.raises(NotImplementedError, match="recurrent"):
         star.encode(AutoModelForCausalLM.from_config(MambaConfig(**small)), tokens(9))
+    with pytest.raises(NotImplementedError, match="places in its cache"):
+        star.encode(
+            AutoModelForCausalLM.from_config(MptConfig(d_model=16, n_heads=2, n_layers=1, vocab_size=50)), tokens(9)
+        )
     model = tiny("llama")
     model.config.layer_types = ["chunked_attention"] * 3
     with pytest.raises(NotImplementedError, match="chunked_attention"):

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hf_attn_plugins import intercept as module
+from hf_attn_plugins import interception as module
 from hf_attn_plugins import registry
-from hf_attn_plugins.intercept import intercept, scaled_dot_product_attention
+from hf_attn_plugins.interception import intercept, scaled_dot_product_attention
 from hf_attn_plugins.testing import assert_close_to_reference
 
 

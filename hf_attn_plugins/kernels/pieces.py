@@ -1,0 +1,167 @@
+"""Plans of many pieces in few launches: block-sparse attention as a list of (rows, keys) rectangles.
+
+A planner (Star's blocks and anchor, CQS's pairs of token groups) lists the rectangles of the score matrix it wants; the
+Triton kernels then walk, for every tile of rows, the key ranges of the pieces that touch it, in a single launch.
+Without Triton the same list is done piece by piece with `attend` and merged: the same numbers, more calls.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_attn_plugins.kernels.choose import load
+from hf_attn_plugins.masks import Mask
+from hf_attn_plugins.partial import Partial, merge
+
+
+class Piece(NamedTuple):
+    """Rows row_begin..row_end see keys key_begin..key_end; if `banded`, only those that causal and window allow.
+
+    The pieces of one row of the batch must not share a (row, key) pair, or that pair counts twice.
+    """
+
+    row_begin: int
+    row_end: int
+    key_begin: int
+    key_end: int
+    banded: bool = False
+
+
+Tables = list[list[list[tuple[int, ...]]]]
+Plan = Sequence[Piece] | Sequence[Sequence[Piece]]
+
+
+def per_batch(plan: Plan) -> list[list[Piece]]:
+    """The plan as one list of pieces per row of the batch, or a single list that all of them share."""
+    if not len(plan) or isinstance(plan[0], Piece):
+        return [list(plan)]  # type: ignore[arg-type]
+    return [list(pieces) for pieces in plan]  # type: ignore[arg-type]
+
+
+def table(plan: list[list[Piece]], length: int, tile: int, *, of_keys: bool = False) -> Tables:
+    """For every row of the batch and every tile, the pieces that touch it as (begin, end, begin, end, banded).
+
+    The held side comes first: rows, or keys when `of_keys`. All lists are padded with empty pieces to one length.
+
+    Example: `table([[Piece(0, 4, 0, 2), Piece(4, 8, 0, 8, True)]], 8, 4)` is
+    [[[(0, 4, 0, 2, 0)], [(4, 8, 0, 8, 1)]]].
+    """
+    tables = []
+    for pieces in plan:
+        tiles: list[list[tuple[int, ...]]] = [[] for _ in range(0, length, tile)]
+        for piece in pieces:
+            held, walked = (piece[0:2], piece[2:4]) if not of_keys else (piece[2:4], piece[0:2])
+            if held[0] >= held[1] or walked[0] >= walked[1]:
+                continue
+            for index in range(held[0] // tile, (held[1] - 1) // tile + 1):
+                tiles[index].append((*held, *walked, int(piece.banded)))
+        tables.append(tiles)
+    most = max((len(entries) for tiles in tables for entries in tiles), default=0)
+    return [[entries + [(0, 0, 0, 0, 0)] * (max(most, 1) - len(entries)) for entries in tiles] for tiles in tables]
+
+
+def check_plan(plan: list[list[Piece]], batch: int, num_rows: int, num_keys: int) -> None:
+    """Raises ValueError for a plan of another batch size, or pieces that leave the score matrix."""
+    if len(plan) not in (1, batch):
+        raise ValueError(f"a plan has one list of pieces, or one per row of the batch ({batch}), got {len(plan)}.")
+    for piece in (piece for pieces in plan for piece in pieces):
+        rows_fit = piece.row_begin >= 0 and piece.row_end <= num_rows
+        if not (rows_fit and piece.key_begin >= 0 and piece.key_end <= num_keys):
+            raise ValueError(f"{piece} leaves the score matrix of {num_rows} rows and {num_keys} keys.")
+
+
+def attend_pieces(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: Plan,
+    *,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    kernel: str | None = None,
+) -> Partial:
+    """Attention over the pieces of a plan, merged; differentiable like `kernels.attend`.
+
+    Args:
+        query, key, value: as in `kernels.attend`.
+        plan: `Piece`s for all rows of the batch, or a list of them for each row.
+        mask: what else restricts the pairs; its `causal` and `window` (about positions `t + offset`) bind banded
+            pieces only, everything else binds all of them.
+        scale, softcap: as in `kernels.attend`.
+        kernel: "triton" for a single launch; None takes it on GPUs, and pieces one by one elsewhere.
+
+    Raises:
+        ValueError: pieces outside the score matrix, or a plan of another batch size.
+    """
+    from hf_attn_plugins.kernels import attend
+
+    mask = mask or Mask()
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    lists = per_batch(plan)
+    num_rows, num_keys = query.shape[2], key.shape[2]
+    check_plan(lists, query.shape[0], num_rows, num_keys)
+    if kernel == "triton" or (kernel is None and query.device.type == "cuda"):
+        from hf_attn_plugins.kernels.triton_attend import supported
+
+        reason = supported(query, key, value, mask, softcap, 0.0)
+        if reason is None:
+            load("triton")  # its module, with a clear error where Triton is missing
+            from hf_attn_plugins.kernels.triton_attend import run
+
+            return run(query, key, value, mask, scale, softcap, 0.0, lists)
+        if kernel == "triton":
+            raise NotImplementedError(f"kernel 'triton' cannot do {reason}: use kernel=None.")
+    start = mask.start(num_rows, num_keys)
+
+    def one(b: int, piece: Piece) -> Partial:
+        row = mask.slice_batch(b).replace(offset=start)
+        if not piece.banded:
+            row = row.replace(causal=False, window=(None, None))
+        rows, keys = slice(piece.row_begin, piece.row_end), slice(piece.key_begin, piece.key_end)
+        sub = sub_mask(row, rows, keys, start)
+        item = slice(b, b + 1)
+        return attend(
+            query[item, :, rows], key[item, :, keys], value[item, :, keys],
+            mask=sub, scale=scale, softcap=softcap, kernel=kernel,
+        )  # fmt: skip
+
+    outs, lses = [], []
+    for b in range(query.shape[0]):
+        part = Partial.empty(query[b : b + 1], value.shape[-1])
+        pieces = [piece for piece in lists[b % len(lists)] if piece.row_begin < piece.row_end]
+        cuts = sorted({0, num_rows, *(edge for piece in pieces for edge in piece[:2])})
+        done = [one(b, piece) for piece in pieces]
+        bands = []
+        for low, high in itertools.pairwise(cuts):
+            inside = [
+                _rows(whole, low - piece.row_begin, high - piece.row_begin)
+                for piece, whole in zip(pieces, done, strict=True)
+                if piece.row_begin <= low and high <= piece.row_end
+            ]
+            bands.append(merge([_rows(part, low, high), *inside]))
+        outs.append(torch.cat([band.out for band in bands], 2) if bands else part.out)
+        lses.append(torch.cat([band.lse for band in bands], 2) if bands else part.lse)
+    return Partial(torch.cat(outs), torch.cat(lses))
+
+
+def _rows(part: Partial, low: int, high: int) -> Partial:
+    return Partial(part.out[:, :, low:high], part.lse[:, :, low:high])
+
+
+def sub_mask(mask: Mask, rows: slice, keys: slice, start: int) -> Mask:
+    """The mask of a rectangle of the score matrix."""
+    segments = mask.query_segments
+    bias = mask.bias
+    if bias is not None and bias.shape[-2] > 1:
+        bias = bias[..., rows, :]
+    part = mask.replace(
+        query_segments=None if segments is None else segments[:, rows], bias=bias, offset=start + rows.start
+    )
+    part = part._slice_keys(keys)
+    return part.replace(offset=start + rows.start - keys.start, prefix=max(0, mask.prefix - keys.start))

@@ -1,0 +1,219 @@
+"""Device functions that every Triton kernel shares: which columns a tile of rows sees, tile loads, scores, dropout.
+
+"Rows" and "columns" are the two sides of the score matrix. The forward and dQ kernels hold a tile of query rows and
+walk over keys; the dK/dV kernel holds keys and walks over query rows, with the same functions and the sides swapped.
+
+Only builtins of `triton.language` are used, none of its standard library's jitted helpers, so that these functions run
+in the interpreter even where Triton was imported before TRITON_INTERPRET was set.
+"""
+
+# mypy: disallow-untyped-defs=False
+# Device functions take tensors, pointers and numbers that Triton types by use.
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+NO_BOUND: tl.constexpr = tl.constexpr(1 << 30)
+HIDDEN: tl.constexpr = tl.constexpr(-(1 << 31))  # the label of columns that no row sees
+
+# How a mask's labels and bias are given; plain ints here are constexpr arguments of the kernels.
+NO_LABELS: tl.constexpr = tl.constexpr(0)
+KEY_LABELS: tl.constexpr = tl.constexpr(1)  # a key is seen where its label is 0
+BOTH_LABELS: tl.constexpr = tl.constexpr(2)  # a key is seen by rows of the same label
+NO_BIAS: tl.constexpr = tl.constexpr(0)
+FLOAT_BIAS: tl.constexpr = tl.constexpr(1)
+BOOL_BIAS: tl.constexpr = tl.constexpr(2)
+
+
+@triton.jit
+def span(
+    first, last, shift, left, right, lo, hi, bounds, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The columns that rows first..last have to visit, in steps of BLOCK from `lo`.
+
+    A row at t sees the columns t + shift - left .. t + shift + right. `bounds` (begin, end, whole_begin, whole_end)
+    narrows that by what the labels say.
+
+    Returns:
+        begin, whole_begin, whole_end, end: columns in whole_begin..whole_end need no mask, those around them do.
+    """
+    bound_begin, bound_end, bound_whole_begin, bound_whole_end = bounds
+    begin, whole_begin = tl.maximum(lo, bound_begin), tl.maximum(lo, bound_whole_begin)
+    end, whole_end = tl.minimum(hi, bound_end), tl.minimum(hi, bound_whole_end)
+    if HAS_LEFT:
+        begin = tl.maximum(begin, first + shift - left)
+        whole_begin = tl.maximum(whole_begin, last + shift - left)
+    if HAS_RIGHT:
+        end = tl.minimum(end, last + shift + right + 1)
+        whole_end = tl.minimum(whole_end, first + shift + right + 1)
+    begin = lo + (begin - lo) // BLOCK * BLOCK  # keeps addresses aligned
+    whole_begin = begin + (tl.maximum(whole_begin - begin, 0) + BLOCK - 1) // BLOCK * BLOCK
+    whole_end = whole_begin + tl.maximum(whole_end - whole_begin, 0) // BLOCK * BLOCK
+    none = whole_end <= whole_begin
+    return begin, tl.where(none, begin, whole_begin), tl.where(none, begin, whole_end), end
+
+
+@triton.jit
+def count_steps(begin, whole_begin, whole_end, end, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+    """How many tiles are whole, or need a mask."""
+    if WHOLE:
+        return (whole_end - whole_begin) // BLOCK
+    else:
+        return (tl.maximum(whole_begin - begin, 0) + tl.maximum(end - whole_end, 0) + BLOCK - 1) // BLOCK
+
+
+@triton.jit
+def step_start(step, begin, whole_begin, whole_end, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the step-th of these tiles starts; the masked ones skip over the whole ones."""
+    if WHOLE:
+        return whole_begin + step * BLOCK
+    else:
+        start = begin + step * BLOCK
+        return tl.where(start < whole_begin, start, start + (whole_end - whole_begin))
+
+
+@triton.jit
+def load_bounds(pointer, limit, HAS_BOUNDS: tl.constexpr):
+    """The four bounds of one tile, or those that bound nothing."""
+    if HAS_BOUNDS:
+        return tl.load(pointer), tl.load(pointer + 1), tl.load(pointer + 2), tl.load(pointer + 3)
+    else:
+        return 0, limit, 0, limit
+
+
+@triton.jit
+def load_piece(plan, index, num_held, num_walked, left, right, HAS_PLAN: tl.constexpr):
+    """One piece of a plan: held lo..hi sees walked lo..hi, by position only where it is banded."""
+    if HAS_PLAN:
+        pointer = plan + index * 5
+        banded = tl.load(pointer + 4) != 0
+        return (
+            tl.load(pointer),
+            tl.load(pointer + 1),
+            tl.load(pointer + 2),
+            tl.load(pointer + 3),
+            tl.where(banded, left, NO_BOUND),
+            tl.where(banded, right, NO_BOUND),
+        )
+    else:
+        return 0, num_held, 0, num_walked, left, right
+
+
+@triton.jit
+def visible(
+    rows, keys, row_begin, row_end, key_begin, key_end, shift, left, right, row_labels, key_labels,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PLAN: tl.constexpr, LABELS: tl.constexpr,
+):  # fmt: skip
+    """Which (row, key) pairs of a tile are seen; `rows` and `keys` broadcast against each other."""
+    seen = (keys < key_end) & (rows < row_end)
+    if HAS_PLAN:
+        seen = seen & (keys >= key_begin) & (rows >= row_begin)
+    if HAS_LEFT:
+        seen = seen & (keys - rows >= shift - left)
+    if HAS_RIGHT:
+        seen = seen & (keys - rows <= shift + right)
+    if LABELS != NO_LABELS:
+        key_label = tl.load(key_labels + keys, mask=keys < key_end, other=HIDDEN)
+        if LABELS == KEY_LABELS:
+            seen = seen & (key_label == 0)
+        else:
+            row_label = tl.load(row_labels + rows, mask=rows < row_end, other=HIDDEN)
+            seen = seen & (key_label == row_label) & (key_label != HIDDEN)
+    return seen
+
+
+@triton.jit
+def load_tile(
+    base, start, stride, stride_dim, end, MASKED: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK, BLOCK_DIM) of a (tokens, DIM) matrix from token `start`; zero from `end` on when MASKED, and past DIM."""
+    tokens, dims = tl.arange(0, BLOCK), tl.arange(0, BLOCK_DIM)
+    # The start in 64 bits (a cache may hold over 2**31 numbers), the steps inside a tile in 32.
+    pointers = base + tl.cast(start, tl.int64) * stride + tokens[:, None] * stride + dims[None, :] * stride_dim
+    if MASKED:
+        inside = (start + tokens)[:, None] < end
+        if DIM != BLOCK_DIM:
+            inside = inside & (dims[None, :] < DIM)
+        return tl.load(pointers, mask=inside, other=0.0)
+    elif DIM != BLOCK_DIM:
+        return tl.load(pointers, mask=dims[None, :] < DIM, other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def store_tile(
+    base, tile, start, stride, stride_dim, end, DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DIM: tl.constexpr
+):
+    """The counterpart of `load_tile`, in the dtype of `base`."""
+    tokens, dims = tl.arange(0, BLOCK), tl.arange(0, BLOCK_DIM)
+    pointers = base + tl.cast(start, tl.int64) * stride + tokens[:, None] * stride + dims[None, :] * stride_dim
+    inside = ((start + tokens)[:, None] < end) & (dims[None, :] < DIM)
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def store_lse(lse, row_lse, places, top, total, inside):
+    """The lse of rows whose weights sum to total * 2**top, -inf for none; row_lse: in units of log 2, +inf for none.
+
+    The backward gets row_lse, because converting the lse costs float32 gradients more than all their other roundings.
+    """
+    seen = total > 0
+    value = top + tl.log2(tl.where(seen, total, 1.0))
+    tl.store(lse + places, tl.where(seen, value * LN_2, -float("inf")), mask=inside)
+    tl.store(row_lse + places, tl.where(seen, value, float("inf")), mask=inside)
+
+
+@triton.jit
+def tanh(x):
+    """tanh to float32 rounding: the quotient cancels near 0, where a series takes over."""
+    size = tl.maximum(x, -x)
+    fade = tl.exp2(size * (-2.0 * LOG2_E))
+    far = (1.0 - fade) / (1.0 + fade)
+    square = x * x
+    near = x * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 - square * (17.0 / 315))))
+    return tl.where(size < 0.25, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def load_bias(bias, stride, keys, inside, BIAS: tl.constexpr):
+    """A tile of the bias in float32, 0 or -inf for bool; `bias` points at the rows' first keys."""
+    value = tl.load(bias + tl.cast(keys, tl.int64) * stride, mask=inside, other=0)
+    if BIAS == BOOL_BIAS:
+        return tl.where(value != 0, 0.0, -float("inf"))
+    else:
+        return value.to(tl.float32)
+
+
+@triton.jit
+def keep(rows, keys, head, seed, dropout):
+    """0 for dropped weights, 1 / (1 - p) for kept ones: Philox-2x32-10 keyed by seed and head, counting (row, key).
+
+    The value depends on the pair alone, so every kernel and every tile size draws the same mask. Source: Salmon et
+    al., Parallel random numbers: as easy as 1, 2, 3 (SC11).
+    """
+    a = (rows + keys * 0).to(tl.uint32)
+    b = (keys + rows * 0).to(tl.uint32)
+    low_seed, high_seed = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    key = mix(low_seed ^ mix(tl.cast(head, tl.uint32) + high_seed))
+    for _ in tl.static_range(10):
+        high = tl.umulhi(a, tl.full(a.shape, 0xD256D193, tl.uint32))
+        low = a * tl.full(a.shape, 0xD256D193, tl.uint32)
+        a = high ^ key ^ b
+        b = low
+        key = key + tl.cast(0x9E3779B9, tl.uint32)
+    uniform = (a >> 8).to(tl.float32) * (1.0 / (1 << 24))
+    return tl.where(uniform >= dropout, 1.0 / (1.0 - dropout), 0.0)
+
+
+@triton.jit
+def mix(x):
+    """A 32-bit finaliser (MurmurHash3's): neighbouring heads and seeds get unrelated keys."""
+    x = (x ^ (x >> 16)) * tl.cast(0x85EBCA6B, tl.uint32)
+    x = (x ^ (x >> 13)) * tl.cast(0xC2B2AE35, tl.uint32)
+    return x ^ (x >> 16)

@@ -6,7 +6,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,47 +77,47 @@ def run(arguments: argparse.Namespace) -> None:
                     flush=True,
                 )
                 rows[(row["tokens"], row["mask"], row["workers"])] = row
-    ordered = [rows[case] for case in sorted(rows, key=lambda case: (case[0], case[1] == "causal", case[2]))]
-    print("written to", write_table(arguments.out, NAME, TITLE, ordered, NOTES))
+                # After every row: a run that is cut short keeps what it has measured.
+                ordered = [
+                    rows[case] for case in sorted(rows, key=lambda case: (case[0], case[1] == "causal", case[2]))
+                ]
+                path = write_table(arguments.out, NAME, TITLE, ordered, NOTES)
+    print("written to", path)
 
 
+@torch.no_grad()
 def measure(
     tokens: int, worker_counts: list[int], is_causal: bool, repeats: int, scores_up_to: int
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """One row per number of workers."""
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(1, heads, tokens, HEAD_DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS)]
     leaves = {count: list(plan(tokens, count).leaves()) for count in worker_counts}
-    with torch.no_grad():
-        attend(*inputs, is_causal=is_causal)  # warms up
-        measured = tokens <= scores_up_to
-        whole_linear = _peak(lambda x: attend(x[0], x[1], x[2], is_causal=is_causal), inputs)
-        whole_scores = _peak(lambda x: _textbook(x[0], x[1], x[2], is_causal), inputs) if measured else None
-        rows = []
-        for count, shares in leaves.items():
-            most = max(shares, key=lambda leaf: leaf.cells(is_causal))
-            material = _material(inputs, most)
-            linear = _peak(partial(_work, most, is_causal), material)
-            scores = _peak(partial(_textbook_worker, most, is_causal), material) if measured else None
-            cells = [leaf.cells(is_causal) for leaf in shares]
-            handed = sum(_size(p.rows) * sum(map(_size, p.keys)) for leaf in shares for p in leaf.pieces(is_causal))
-            longest, together = _times(inputs, shares, is_causal, repeats)
-            rows.append(
-                {
-                    "tokens": tokens,
-                    "mask": "causal" if is_causal else "full",
-                    "workers": count,
-                    "L / N": max(leaf.length for leaf in shares) / tokens,
-                    **_memory("scores", scores, whole_scores),
-                    **_memory("linear", linear, whole_linear),
-                    "longest / whole": longest,
-                    "all + tiler / whole": together,
-                    "cells": handed / tokens**2,
-                    "dense cells": sum(leaf.length**2 for leaf in shares) / tokens**2,
-                    "balance": max(cells) / statistics.mean(cells),
-                }
-            )
-    return rows
+    attend(*inputs, is_causal=is_causal)  # warms up
+    measured = tokens <= scores_up_to
+    whole_linear = _peak(lambda x: attend(x[0], x[1], x[2], is_causal=is_causal), inputs)
+    whole_scores = _peak(lambda x: _textbook(x[0], x[1], x[2], is_causal), inputs) if measured else None
+    for count, shares in leaves.items():
+        most = max(shares, key=lambda leaf: leaf.cells(is_causal))
+        material = _material(inputs, most)
+        linear = _peak(partial(_work, most, is_causal), material)
+        scores = _peak(partial(_textbook_worker, most, is_causal), material) if measured else None
+        cells = [leaf.cells(is_causal) for leaf in shares]
+        handed = sum(_size(p.rows) * sum(map(_size, p.keys)) for leaf in shares for p in leaf.pieces(is_causal))
+        longest, together = _times(inputs, shares, is_causal, repeats)
+        yield {
+            "tokens": tokens,
+            "mask": "causal" if is_causal else "full",
+            "workers": count,
+            "L / N": max(leaf.length for leaf in shares) / tokens,
+            **_memory("scores", scores, whole_scores),
+            **_memory("linear", linear, whole_linear),
+            "longest / whole": longest,
+            "all + tiler / whole": together,
+            "cells": handed / tokens**2,
+            "dense cells": sum(leaf.length**2 for leaf in shares) / tokens**2,
+            "balance": max(cells) / statistics.mean(cells),
+        }
 
 
 def _times(inputs: list[Tensor], leaves: list[Leaf], is_causal: bool, repeats: int) -> tuple[float, float]:

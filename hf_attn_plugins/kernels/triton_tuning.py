@@ -36,8 +36,8 @@ def _split(sm80: Config, sm90: Config, sm100: Config, gfx942: Config) -> dict[st
 # kind -> head_dim -> one Config for every architecture, or one each.
 HALF: dict[str, dict[int, Config | dict[str, Config]]] = {
     "forward": {
-        64: Config(128, 64, 4, 3),
-        128: _split(Config(128, 64, 8, 3), Config(128, 128, 8, 2), Config(128, 64, 8, 3), Config(128, 64, 4, 1)),
+        64: _split(Config(128, 64, 4, 3), Config(128, 128, 8, 2), Config(128, 64, 4, 3), Config(128, 64, 4, 3)),
+        128: _split(Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 64, 4, 1)),
         256: _split(Config(64, 32, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 4, 1)),
     },
     "dq": {

@@ -85,7 +85,7 @@ def test_tuned_files_take_precedence(tmp_path, monkeypatch):
     (tmp_path / "mine.json").write_text(json.dumps({"configurations": rows}))
     monkeypatch.setenv("HF_ATTN_PLUGINS_TUNING", str(tmp_path / "mine.json"))
     assert configuration("sm90", "forward", torch.bfloat16, 48, True) == Config(64, 32, 4, 1)
-    assert configuration("sm90", "forward", torch.bfloat16, 48, False) == HALF["forward"][64]
+    assert configuration("sm90", "forward", torch.bfloat16, 48, False) == HALF["forward"][64]["sm90"]
 
 
 @pytest.mark.parametrize(

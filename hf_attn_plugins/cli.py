@@ -24,7 +24,7 @@ COMMANDS: Table = {
         "indexed": ("hf_attn_plugins.indexed.command", "indexed attention against the direct form, and on a real text"),
         "star": ("hf_attn_plugins.commands.bench_star", "what Star's sizes cost in agreement and save in time"),
         "tiled": ("hf_attn_plugins.commands.bench_tiled", "the tiles against PyTorch's attention, call by call"),
-        "triton": ("hf_attn_plugins.kernels.triton_bench", "--static: what the compiler makes of the kernels, without a GPU"),
+        "triton": ("hf_attn_plugins.kernels.triton_bench", "--static: the kernels as compiled, without a GPU"),
     },
     "patch": ("hf_attn_plugins.patches.command", "change a checkpoint by a recipe, show what was done, undo it"),
     "run": ("hf_attn_plugins.commands.run", "any Python command with the plugins registered: hf-attn run -- CMD ..."),

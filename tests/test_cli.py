@@ -136,7 +136,7 @@ def test_bench_writes_its_table(capsys, tmp_path):
 
 BAD = {
     "unknown command": (("lisst",), "choose one of list"),
-    "unknown method": (("plan", "ring"), "choose one of tiled"),
+    "unknown method": (("plan", "ring"), "choose one of cqs, star, tiled"),
     "unknown option": (("list", "--jsn"), "unrecognized"),
     "no such model": (("compare", "nowhere"), "no model folder 'nowhere'"),
     "no such model to check": (("check", "./nowhere"), "no such folder"),

@@ -134,6 +134,12 @@ def test_bench_writes_its_table(capsys, tmp_path):
     assert "| dtype |" in (tmp_path / "tiled.md").read_text()
 
 
+def test_bench_memory_writes_its_table(capsys, tmp_path):
+    status, out, _ = run(capsys, "bench", "memory", "--lengths", 256, 512, "--rows", 64, "--out", tmp_path)
+    assert status == 0 and "written to" in out
+    assert [row["keys"] for row in json.loads((tmp_path / "memory.json").read_text())["rows"]] == [256, 256, 512, 512]
+
+
 BAD = {
     "unknown command": (("lisst",), "choose one of list"),
     "unknown method": (("plan", "ring"), "choose one of cqs, star, tiled"),
@@ -154,6 +160,7 @@ BAD = {
     "no such program": (("run", "--", "no-such-program-here"), "no file or installed command"),
     "no Python program": (("run", "--", "ls"), "no Python program"),
     "bench of nothing": (("bench", "tiled", "--lengths", "0"), "at least 1"),
+    "memory of nothing": (("bench", "memory", "--lengths", "0"), "at least 1"),
 }
 
 

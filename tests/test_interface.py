@@ -115,10 +115,9 @@ def test_assisted_decoding(plugin):
 
 
 def test_quantised_cache(plugin):
-    pytest.importorskip("optimum.quanto", reason="Transformers' quantised cache needs optimum-quanto")
     model = build("llama")
     ids, mask = padded_batch(11)
-    how = dict(do_sample=False, cache_implementation="quantized")
+    how = dict(do_sample=False, cache_implementation="quantized", cache_config={"backend": "fp8"})
     expected = generate(model, ids, mask, **how)
     with use(model, plugin):
         assert torch.equal(generate(model, ids, mask, **how).sequences, expected.sequences)

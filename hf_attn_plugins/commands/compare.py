@@ -10,6 +10,7 @@ from typing import Any
 from hf_attn_plugins.agreement import Agreement, Run, compare
 from hf_attn_plugins.commands.hardware import describe
 from hf_attn_plugins.commands.models import add_model_arguments, load, options_from, text_tokens
+from hf_attn_plugins.registry import plugin
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,9 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     target = arguments.json
     if target not in (None, "-") and not Path(target).resolve().parent.is_dir():
         raise ValueError(f"--json {target}: the folder {Path(target).resolve().parent} does not exist.")
-    from hf_attn_plugins.registry import plugin
-
-    plugin(arguments.attn).options_type()
+    plugin(arguments.attn)  # an unknown name is refused before a model is loaded
     model, tokenizer = load(arguments.model, arguments.dtype, arguments.device)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     ids = text_tokens(tokenizer, arguments.length, arguments.text, limit).to(model.device)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_attn_plugins.kernels.cpu_masks import Edges, dropout_generator, keep_mask, per_head
+from hf_attn_plugins.kernels.cpu_masks import Edges, dropout_generator, keep_mask
 from hf_attn_plugins.kernels.tiles import KeyTile, TileMap
 from hf_attn_plugins.masks import Mask
 from hf_attn_plugins.partial import Partial, lse_dtype
@@ -142,12 +142,7 @@ class _Rows:
         if self.softcap is not None:
             scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
         view = scores.view(self.kv_heads, self.groups, t1 - t0, -1)
-        bias = self.tiles.mask.bias
-        if bias is not None and bias.is_floating_point():
-            rows_, keys_ = torch.arange(t0, t1), torch.arange(tile.begin, tile.end)
-            view += per_head(self.tiles.mask.bias_tile(rows_, keys_)[0].to(self.wide), self.heads, self.groups)
-        if tile.edge:
-            view += self.edges.bias(t0, t1, tile)
+        self.edges.add_to(view, t0, t1, tile)
         return scores
 
     def run(
@@ -202,12 +197,8 @@ class _FastRows(_Rows):
         """exp2 of the shifted scores, 0 where hidden, and its row sums."""
         scores = self.shifted(rows, tile)
         view, (t0, t1) = scores.view(self.kv_heads, self.groups, -1, scores.shape[-1]), self.tiles.row_tiles[index]
-        if tile.edge and not self.tiles.only_causal:
-            view.add_(self.edges.bias(t0, t1, tile))
-        weights = scores.exp2_()
-        if tile.edge and self.tiles.only_causal:  # zeroing a triangle costs a tenth of masking the scores
-            view.tril_(t0 + self.tiles.start - tile.begin)
-        return weights, weights.sum(-1)
+        self.edges.exp2_(view, t0, t1, tile)
+        return scores, scores.sum(-1)
 
     def new_shift(self, rows: Tensor, index: int, tile: KeyTile, keys: int | None, top: Tensor) -> Tensor:
         """Raise `top` to the tile's largest scores and write it into the shift column of `rows`."""

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_attn_plugins.kernels.cpu import LOG2_E, chunks, is_fast
-from hf_attn_plugins.kernels.cpu_masks import Edges, dropout_generator, keep_mask, per_head
+from hf_attn_plugins.kernels.cpu_masks import Edges, dropout_generator, keep_mask
 from hf_attn_plugins.kernels.tiles import KeyTile, TileMap
 from hf_attn_plugins.masks import Mask
 from hf_attn_plugins.partial import lse_dtype
@@ -125,12 +125,7 @@ class _Tiles:
             slope = 1 - capped * capped
             scores = capped * self.softcap
         view = scores.view(self.kv_heads, self.groups, t1 - t0, -1)
-        bias = self.tiles.mask.bias
-        if bias is not None and bias.is_floating_point():
-            rows_, keys_ = torch.arange(t0, t1), torch.arange(tile.begin, tile.end)
-            view += per_head(self.tiles.mask.bias_tile(rows_, keys_)[0].to(self.wide), self.heads, self.groups)
-        if tile.edge:
-            view += self.edges.bias(t0, t1, tile)
+        self.edges.add_to(view, t0, t1, tile)
         weights = scores.sub_(self.rows(self.lse, index).unsqueeze(-1)).exp_()
         grad_weights = torch.bmm(grad_out, self.value[:, keys].mT).to(self.wide)
         kept = weights
@@ -172,11 +167,8 @@ class _FastTiles(_Tiles):
         (t0, t1), keys = self.tiles.row_tiles[index], slice(tile.begin, tile.end)
         scores = torch.bmm(self.rows(self.query_columns, index), self.key_columns[:, keys].mT)
         view = scores.view(self.kv_heads, self.groups, t1 - t0, -1)
-        if tile.edge and not self.tiles.only_causal:
-            view.add_(self.edges.bias(t0, t1, tile))
-        weights = scores.exp2_()
-        if tile.edge and self.tiles.only_causal:
-            view.tril_(t0 + self.tiles.start - tile.begin)
+        self.edges.exp2_(view, t0, t1, tile)
+        weights = scores
         columns, grad_out = self.rows(self.grad_columns, index), self.rows(self.grad_out, index)
         if not dropout:
             grad_scores = torch.bmm(columns, self.value_columns[:, keys].mT).mul_(weights)

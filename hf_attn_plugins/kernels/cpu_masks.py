@@ -38,6 +38,23 @@ class Edges:
             self.cache[place] = self._build(t0, t1, tile)
         return self.cache[place]
 
+    def add_to(self, view: Tensor, t0: int, t1: int, tile: KeyTile) -> None:
+        """Add a float bias and the hidden pairs' -inf to scores (kv heads, groups, rows, keys), in place."""
+        bias = self.tiles.mask.bias
+        if bias is not None and bias.is_floating_point():
+            rows, keys = torch.arange(t0, t1), torch.arange(tile.begin, tile.end)
+            view += per_head(self.tiles.mask.bias_tile(rows, keys)[0].to(self.dtype), self.heads, self.groups)
+        if tile.edge:
+            view += self.bias(t0, t1, tile)
+
+    def exp2_(self, view: Tensor, t0: int, t1: int, tile: KeyTile) -> None:
+        """Turn log2-scores (kv heads, groups, rows, keys) into weights in place, 0 where hidden."""
+        if tile.edge and not self.tiles.only_causal:
+            view.add_(self.bias(t0, t1, tile))
+        view.exp2_()
+        if tile.edge and self.tiles.only_causal:  # zeroing a triangle costs a tenth of masking the scores
+            view.tril_(t0 + self.tiles.start - tile.begin)
+
     def _build(self, t0: int, t1: int, tile: KeyTile) -> Tensor:
         rows = torch.arange(t0, t1, device=self.device)
         keys = torch.arange(tile.begin, tile.end, device=self.device)

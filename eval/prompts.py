@@ -33,8 +33,8 @@ class Prompter:
     """Turns parts into token ids for one tokenizer.
 
     With a chat template, the user's turn holds context and question, and the answer prefix follows the header of the
-    assistant's turn, as in RULER. Without one (a base model) the prompt is plain text: what the tokenizer itself puts in
-    front (a BOS, where it has one), context, question, answer prefix.
+    assistant's turn, as in RULER. Without one (a base model) the prompt is plain text: what the tokenizer itself puts
+    in front (a BOS, where it has one), context, question, answer prefix.
 
     Args:
         chat: "auto" (the template where there is one), "yes" or "no".

@@ -1,6 +1,6 @@
 """InfiniteBench (arXiv 2402.13718): twelve tasks over contexts of 100k tokens, cut in the middle where they are longer.
 
-With a chat template the prompts are those the benchmark gives to chat models, without one those it gives to base models.
+With a chat template the prompts are those the benchmark gives to chat models, without one those for base models.
 """
 
 from __future__ import annotations

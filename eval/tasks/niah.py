@@ -91,7 +91,7 @@ class Needles(RulerTask):
             return sentences[:units], " ", "".join(" " + sentence for sentence in sentences[units:])
         if of.haystack == "noise":
             return [NOISE] * units, "\n", f"\n{NOISE}" * 2
-        others = []
+        others: list[str] = []
         while len(others) < units + 2:
             key = _one(of.keys, draw)
             if key not in taken:

@@ -27,6 +27,7 @@ class Setting:
     prompter: Prompter
     seed: int = 42
     max_new_tokens: int | None = None
+    decode_tokens: int = 32
     text: str | None = None
     haystack: str | None = None
     data: dict[str, str] = field(default_factory=dict)

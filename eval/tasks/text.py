@@ -7,13 +7,17 @@ from .task import Item, Setting, Task
 
 
 class TextTask(Task):
-    """Windows that do not overlap, one after another; each begins with what the tokenizer puts before a text."""
+    """Windows that do not overlap, one after another; each begins with what the tokenizer puts before a text.
+
+    For speed, prompt and generated tokens together have the length asked for, and every round has the same prompt.
+    """
 
     suite = "text"
 
     def __init__(self, name: str, setting: Setting) -> None:
         super().__init__(name, setting)
         self.kind = KINDS[name]
+        self.max_new_tokens = setting.decode_tokens if self.kind == "speed" else 0
         self._ids: list[int] | None = None
 
     @property
@@ -40,7 +44,10 @@ class TextTask(Task):
         return self.make(self.setting.prompter.opening + window, length, index)
 
     def _room(self, length: int) -> int:
-        return length - len(self.setting.prompter.opening)
+        room = length - self.max_new_tokens - len(self.setting.prompter.opening)
+        if room < 2:
+            raise ValueError(f"--lengths {length} leaves no text to {self.name}.")
+        return room
 
 
 KINDS = {"ppl": "loss", "agreement": "agreement", "speed": "speed"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 import string
 
@@ -58,7 +59,7 @@ def _asked(noise: int, letters: int, draw: random.Random) -> tuple[list[str], st
         found["".join(draw.choices(string.ascii_uppercase, k=letters))] = None
     names, value = list(found), str(draw.randint(10_000, 99_999))
     chain = [f"VAR {names[0]} = {value}"]
-    chain += [f"VAR {name} = VAR {earlier} " for earlier, name in zip(names, names[1:], strict=False)]
+    chain += [f"VAR {name} = VAR {earlier} " for earlier, name in itertools.pairwise(names)]
     sentences = [NOISE] * noise
     places = sorted(draw.random() for _ in chain)  # drawn before anything that depends on the noise
     for place, assignment in sorted(zip(places, chain, strict=True), key=lambda pair: -pair[0]):

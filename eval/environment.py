@@ -24,10 +24,15 @@ def environment(device: torch.device, count: int) -> dict[str, Any]:
         "hardware": describe(device),
         "versions": {name: _version(name) for name in PACKAGES},
         "command": sys.argv,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
         "threads": torch.get_num_threads(),
         "processes": count,
     }
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True)

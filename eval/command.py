@@ -102,10 +102,7 @@ def _begin(folder: RunFolder, settings: Configuration, device: torch.device, cou
         folder.write_json("config", settings.as_dict())
         return
     facts = folder.read_json("environment")
-    again: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": sys.argv,
-    }
+    again: dict[str, Any] = {"date": now(), "command": sys.argv}
     if facts.get("hardware") != describe(device):
         again["hardware"] = describe(device)
     folder.write_json("environment", {**facts, "resumed": [*facts.get("resumed", []), again]})

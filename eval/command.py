@@ -16,7 +16,7 @@ from hf_attn_plugins.commands.models import load
 
 from . import baselines
 from .configuration import DTYPES, Configuration, configuration
-from .environment import environment, processes
+from .environment import environment, now, processes
 from .prompts import CHATS
 from .records import RunFolder
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from hf_attn_plugins.eval import command, runner
-from hf_attn_plugins.eval.records import Generation, RunFolder, Speed
+from hf_attn_plugins.eval.records import Appender, Generation, Prediction, RunFolder, Speed
 
 from hf_attn_plugins import cli
 from tests.eval.tiny import model_folder
@@ -86,11 +86,8 @@ def test_a_run_holds_every_sample_of_every_implementation(finished):
 
 def test_exact_plugins_generate_what_the_baseline_does(finished):
     found = RunFolder(finished).predictions()
-    pairs = [
-        (p.token_ids, found[name, "sdpa"].token_ids)
-        for (name, attn), p in found.items()
-        if attn == CQS and p.kind == "generation"
-    ]
+    answers = [(name, p) for (name, attn), p in found.items() if attn == CQS and p.kind == "generation"]
+    pairs = [(p.token_ids, found[name, "sdpa"].token_ids) for name, p in answers]
     assert len(pairs) == 8 and all(ours == theirs for ours, theirs in pairs)
     exact = [p.kl["mean"] for (_, attn), p in found.items() if p.kind == "agreement" and attn == CQS]
     approximate = [p.kl["mean"] for (_, attn), p in found.items() if p.kind == "agreement" and attn == STAR]
@@ -108,35 +105,25 @@ def test_the_report_is_written_and_shown(finished, model, capsys):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_run_torn_at_any_byte_is_resumed_without_loss_or_repetition(model, finished, tmp_path, seed, monkeypatch):
-    draw = random.Random(seed)
-    out = tmp_path / "torn"
+    """The files as an interruption leaves them: predictions cut at a byte, samples as far as they were asked."""
+    draw, out = random.Random(seed), tmp_path / "torn"
     out.mkdir()
     for name in ("config.json", "environment.json"):
         (out / name).write_bytes((finished / name).read_bytes())
     done = (finished / "predictions.jsonl").read_bytes()
-    cut = draw.randrange(len(done))
-    (out / "predictions.jsonl").write_bytes(done[:cut])
-    kept = done[:cut].count(b"\n")
-    asked = {json.loads(line)["sample"] for line in done[:cut].split(b"\n")[:-1]}
+    torn = done[: draw.randrange(len(done))]
+    whole = torn.split(b"\n")[:-1]
+    (out / "predictions.jsonl").write_bytes(torn)
+    asked = {json.loads(line)["sample"] for line in whole}
     lines = (finished / "samples.jsonl").read_bytes().splitlines(keepends=True)
     known = [line for line in lines if json.loads(line)["sample"] in asked]
-    (out / "samples.jsonl").write_bytes(
-        b"".join(known) + (lines[len(known)][: draw.randrange(50)] if known != lines else b"")
-    )
-    appended = []
-    original = runner.RunFolder.appender if hasattr(runner, "RunFolder") else RunFolder.appender
+    (out / "samples.jsonl").write_bytes(b"".join(known) + lines[len(known) % len(lines)][: draw.randrange(50)])
 
-    def counting(folder, name, process=0):
-        made = original(folder, name, process)
-        append = made.append
-        made.append = lambda record: (
-            (appended.append(record), append(record))[1] if name == "predictions" else append(record)
-        )
-        return made
-
-    monkeypatch.setattr(RunFolder, "appender", counting)
+    appended, append = [], Appender.append
+    monkeypatch.setattr(Appender, "append", lambda file, record: (appended.append(record), append(file, record)))
     assert evaluate(model, out) == 0
-    assert len(appended) == done.count(b"\n") - kept
+    again = [record for record in appended if isinstance(record, Prediction)]
+    assert len(again) == done.count(b"\n") - len(whole)
     assert measured(out) == measured(finished)
     assert RunFolder(out).samples() == RunFolder(finished).samples()
 
@@ -184,7 +171,7 @@ def test_a_failing_sample_is_recorded_and_the_run_goes_on(model, finished, tmp_p
     assert evaluate(model, out) == 1
     failed = [p for p in RunFolder(out).predictions().values() if p.error]
     assert [p.error for p in failed] == ["RuntimeError: no more memory"]
-    assert "1 samples failed" in capsys.readouterr().err
+    assert "1 answer failed" in capsys.readouterr().err
     assert len(RunFolder(out).predictions()) == len(RunFolder(finished).predictions())
     assert evaluate(model, out) == 1  # it stays failed, and is not asked again
     assert evaluate(model, out, "--retry-errors") == 0
@@ -195,9 +182,8 @@ def test_a_sample_that_cannot_be_made_fails_for_every_implementation(model, tmp_
     from hf_attn_plugins.eval.tasks.niah import Needles
 
     original = Needles.item
-    monkeypatch.setattr(
-        Needles, "item", lambda self, length, index: 1 / 0 if index == 1 else original(self, length, index)
-    )
+    made = lambda self, length, index: 1 / 0 if index == 1 else original(self, length, index)  # noqa: E731
+    monkeypatch.setattr(Needles, "item", made)
     out = tmp_path / "run"
     assert evaluate(model, out, "--tasks", "niah_single_1", "--lengths", "256") == 1
     found = RunFolder(out).predictions()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import figures
@@ -130,11 +132,11 @@ def details(metrics: Row) -> list[Table]:
 def facts(config: Row, environment: Row) -> list[tuple[str, str]]:
     """What was run, on what and when, as (name, text); unknown ones are left out."""
     hardware = environment.get("hardware") or {}
-    versions = environment.get("versions") or hardware
-    named = ("python", "torch", "transformers", "hf_attn_plugins")
+    versions = {"python": hardware.get("python"), **(environment.get("versions") or {})}
     threads = environment.get("threads") or hardware.get("threads")
     processes = environment.get("processes") or 1
-    command = environment.get("command")
+    command = [str(word) for word in environment.get("command") or []]
+    command[:1] = [Path(word).name for word in command[:1]]  # where the program lies is nobody's business
     found = {
         "model": config.get("model"),
         "dtype": config.get("dtype"),
@@ -145,9 +147,11 @@ def facts(config: Row, environment: Row) -> list[tuple[str, str]]:
         "seed": config.get("seed"),
         "hardware": hardware.get("processor"),
         "threads": f"{threads}" + (f" in each of {processes} processes" if processes > 1 else "") if threads else None,
-        "versions": ", ".join(f"{name} {versions[name]}" for name in named if versions.get(name)),
+        "versions": ", ".join(
+            f"{name} {text}" for name, text in versions.items() if text not in (None, "not installed")
+        ),
         "date": str(environment.get("date") or "")[:16].replace("T", " "),
-        "command": command if isinstance(command, str) else " ".join(map(str, command or [])),
+        "command": shlex.join(command),
     }
     return [(name, str(text)) for name, text in found.items() if text not in (None, "")]
 

@@ -100,7 +100,7 @@ def compare(
     seconds: list[list[float]] = [[], []]
     peaks: list[int | None] = [None, None]
     hidden: list[Any] = [None, None]
-    with torch.inference_mode(), _evaluating(model):
+    with torch.inference_mode(), evaluating(model):
         for side, chosen in sides:  # one short run each: lazy set-up is not attention's cost
             with use(model, side, **chosen):
                 model(input_ids[:, : min(256, input_ids.shape[1])], use_cache=False, logits_to_keep=1)
@@ -110,8 +110,8 @@ def compare(
                 hidden[which] = None
                 with use(model, side, **chosen), PeakMemory(input_ids.device) as memory:
                     start = time.perf_counter()
-                    hidden[which] = _backbone(model)(input_ids, attention_mask=attention_mask, use_cache=False)
-                    _synchronize(input_ids.device)
+                    hidden[which] = backbone(model)(input_ids, attention_mask=attention_mask, use_cache=False)
+                    synchronize(input_ids.device)
                     seconds[which].append(time.perf_counter() - start)
                 if peaks[which] is None:
                     peaks[which] = memory.bytes
@@ -120,7 +120,7 @@ def compare(
         for start in range(0, length, CHUNK):
             progress("comparing logits", start, length)
             end = min(start + CHUNK, length)
-            logits = [_logits(model, input_ids, output, start, end) for output in hidden]
+            logits = [logits_at(model, input_ids, output, start, end) for output in hidden]
             sums.add(logits[0], logits[1], input_ids, attention_mask, start, end)
     progress("comparing logits", length, length)
     medians = [statistics.median(s) for s in seconds]
@@ -180,7 +180,7 @@ class _Statistics:
         return [float(torch.tensor(nll / max(1, self.predicted)).exp()) for nll in self.nll]
 
 
-def _backbone(model: nn.Module) -> nn.Module:
+def backbone(model: nn.Module) -> nn.Module:
     """The model without its head, whose output holds the last hidden states."""
     base = getattr(model, "base_model", model)
     if base is model or not hasattr(model, "lm_head"):
@@ -188,9 +188,9 @@ def _backbone(model: nn.Module) -> nn.Module:
     return base
 
 
-def _logits(model: nn.Module, ids: Tensor, output: Any, start: int, end: int) -> Tensor:
+def logits_at(model: nn.Module, ids: Tensor, output: Any, start: int, end: int) -> Tensor:
     """Logits of positions start..end from finished hidden states, by the model's own head and its scalings."""
-    base = _backbone(model)
+    base = backbone(model)
     part = dataclasses.replace(output, last_hidden_state=output.last_hidden_state[:, start:end])
     original = base.forward
     base.forward = lambda *_, **__: part  # type: ignore[method-assign]
@@ -202,7 +202,8 @@ def _logits(model: nn.Module, ids: Tensor, output: Any, start: int, end: int) ->
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode for a while."""
     training = model.training
     model.eval()
     try:
@@ -211,6 +212,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -163,5 +163,5 @@ def sub_mask(mask: Mask, rows: slice, keys: slice, start: int) -> Mask:
     part = mask.replace(
         query_segments=None if segments is None else segments[:, rows], bias=bias, offset=start + rows.start
     )
-    part = part._slice_keys(keys)
+    part = part.slice_keys(keys)
     return part.replace(offset=start + rows.start - keys.start, prefix=max(0, mask.prefix - keys.start))

@@ -1,0 +1,192 @@
+"""The measurements: greedy answers with their timing, loss by position, agreement with a baseline's predictions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_attn_plugins.agreement import CHUNK, backbone, logits_at, synchronize
+from hf_attn_plugins.memory import PeakMemory
+
+BUCKETS = 8  # ranges of positions that loss and agreement are reported for
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Generated tokens; seconds: prefill, first_token (prefill included), decode (all later tokens), total."""
+
+    token_ids: list[int]
+    seconds: dict[str, float]
+    peak_bytes: int | None
+
+
+class _Clock:
+    """Notes when logits and tokens come, as `generate` calls it: a logits processor and a stopping criterion."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.logits, self.tokens = device, [], []  # type: tuple[Any, list[float], list[float]]
+        self.start = time.perf_counter()
+
+    def now(self) -> float:
+        synchronize(self.device)
+        return time.perf_counter() - self.start
+
+    def on_logits(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        self.logits.append(self.now())
+        return scores
+
+    def on_token(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self.tokens.append(self.now())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+@torch.inference_mode()
+def answer(model: Any, ids: list[int], max_new_tokens: int, *, to_the_end: bool = False) -> Answer:
+    """Greedy decoding by the model's own `generate`.
+
+    Args:
+        to_the_end: generate exactly `max_new_tokens`, whatever the model says; otherwise it ends at the model's EOS.
+    """
+    from transformers import GenerationConfig
+
+    device = model.device
+    inputs = torch.tensor([ids], device=device)
+    end = getattr(model.generation_config, "eos_token_id", None)
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=max_new_tokens if to_the_end else None,
+        eos_token_id=end,
+        pad_token_id=_first(end),
+        return_dict_in_generate=False,
+    )
+    with PeakMemory(device) as memory:
+        clock = _Clock(device)
+        output = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            generation_config=settings,
+            logits_processor=[clock.on_logits],
+            stopping_criteria=[clock.on_token],
+        )
+        total = clock.now()
+    seconds = {
+        "prefill": clock.logits[0],
+        "first_token": clock.tokens[0],
+        "decode": clock.tokens[-1] - clock.tokens[0],
+        "total": total,
+    }
+    return Answer(output[0, len(ids) :].tolist(), seconds, memory.bytes)
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """The last hidden states of a whole text, from which logits are formed chunk by chunk."""
+
+    output: Any
+    seconds: float
+    peak_bytes: int | None
+
+
+@torch.inference_mode()
+def hidden(model: Any, ids: list[int]) -> Hidden:
+    """Run a text (T ids) through the model's backbone."""
+    inputs = torch.tensor([ids], device=model.device)
+    with PeakMemory(model.device) as memory:
+        start = time.perf_counter()
+        output = backbone(model)(inputs, use_cache=False)
+        synchronize(model.device)
+        seconds = time.perf_counter() - start
+    return Hidden(output, seconds, memory.bytes)
+
+
+@torch.inference_mode()
+def losses(model: Any, ids: list[int], states: Hidden) -> Tensor:
+    """(T - 1,) negative log-likelihoods in nats of tokens 1 .. T - 1, float64 on the CPU."""
+    found = []
+    _chunks(model, ids, [states], lambda logp, targets: found.append(_picked(logp[0], targets)))
+    return torch.cat(found).neg().cpu()
+
+
+def loss_buckets(nll: Tensor) -> list[dict[str, float]]:
+    """Sums of (n,) losses over `BUCKETS` ranges of positions."""
+    return [
+        {"begin": begin, "end": end, "nll_sum": float(nll[begin:end].sum()), "count": end - begin}
+        for begin, end in ranges(len(nll))
+    ]
+
+
+@torch.inference_mode()
+def agreement(model: Any, ids: list[int], base: Hidden, other: Hidden) -> dict[str, Any]:
+    """The figures of `records.Agreement` for two runs over the same T ids.
+
+    Logits exist for `CHUNK` positions at a time. All figures are over the T - 1 positions whose next token is known.
+    """
+    parts: dict[str, list[Tensor]] = {"kl": [], "top1": [], "nll": [], "baseline_nll": []}
+
+    def add(logp: list[Tensor], targets: Tensor) -> None:
+        p, q = logp
+        parts["kl"].append((p.exp() * (p - q)).sum(-1).clamp_min(0))
+        parts["top1"].append((p.argmax(-1) == q.argmax(-1)).double())
+        parts["nll"].append(-_picked(q, targets))
+        parts["baseline_nll"].append(-_picked(p, targets))
+
+    _chunks(model, ids, [base, other], add)
+    whole = {name: torch.cat(values).cpu() for name, values in parts.items()}
+    kl, ratio = whole["kl"], whole["nll"] - whole["baseline_nll"]
+    difference = (-whole["nll"]).exp() - (-whole["baseline_nll"]).exp()
+    return {
+        "positions": len(kl),
+        "kl": {
+            "mean": float(kl.mean()),
+            "median": float(kl.median()),
+            "p99": float(torch.quantile(kl, 0.99)),
+            "max": float(kl.max()),
+        },
+        "top1": float(whole["top1"].mean()),
+        "rms_dp": float(difference.square().mean().sqrt()),
+        "log_ppl_ratio": float(ratio.mean()),
+        "log_ppl_ratio_se": float(ratio.std() / math.sqrt(len(ratio))) if len(ratio) > 1 else 0.0,
+        "buckets": [
+            {
+                "begin": begin,
+                "end": end,
+                **{name: float(values[begin:end].mean()) for name, values in whole.items()},
+                "count": end - begin,
+            }
+            for begin, end in ranges(len(kl))
+        ],
+    }
+
+
+def ranges(length: int) -> list[tuple[int, int]]:
+    """0 .. length in at most `BUCKETS` ranges of nearly equal size, none empty."""
+    edges = [round(i * length / BUCKETS) for i in range(BUCKETS + 1)]
+    return [(begin, end) for begin, end in itertools.pairwise(edges) if begin < end]
+
+
+def _chunks(model: Any, ids: list[int], runs: list[Hidden], use: Callable[[list[Tensor], Tensor], object]) -> None:
+    """Call `use` with each run's log-probabilities (n, V) in float64, and the n tokens that follow, chunk by chunk."""
+    inputs = torch.tensor([ids], device=model.device)
+    for start in range(0, len(ids) - 1, CHUNK):
+        end = min(start + CHUNK, len(ids) - 1)
+        logp = [logits_at(model, inputs, run.output, start, end)[0].double().log_softmax(-1) for run in runs]
+        use(logp, inputs[0, start + 1 : end + 1])
+
+
+def _picked(logp: Tensor, targets: Tensor) -> Tensor:
+    return logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, list) else value

@@ -1,0 +1,60 @@
+"""Windows of one long text: for perplexity, for agreement with the baseline, and for timing."""
+
+from __future__ import annotations
+
+from .haystacks import PYDOC, Essay, read
+from .task import Item, Setting, Task
+
+
+class TextTask(Task):
+    """Windows that do not overlap, one after another; each begins with what the tokenizer puts before a text.
+
+    For speed, prompt and generated tokens together have the length asked for, and every round has the same prompt.
+    """
+
+    suite = "text"
+
+    def __init__(self, name: str, setting: Setting) -> None:
+        super().__init__(name, setting)
+        self.kind = KINDS[name]
+        self.max_new_tokens = setting.decode_tokens if self.kind == "speed" else 0
+        self._ids: list[int] | None = None
+
+    @property
+    def ids(self) -> list[int]:
+        """The whole text's token ids."""
+        if self._ids is None:
+            self._ids = self.setting.prompter.ids(_text(self.setting))
+        return self._ids
+
+    def available(self, length: int) -> int | None:
+        if self.kind == "speed":
+            return None
+        count = len(self.ids) // self._room(length)
+        if not count:
+            raise ValueError(f"the text has {len(self.ids)} tokens, --lengths asks for {length}: give a longer --text.")
+        return count
+
+    def item(self, length: int, index: int) -> Item:
+        room = self._room(length)
+        start = index * room if self.kind != "speed" else 0
+        window = self.ids[start : start + room]
+        if len(window) < room:
+            raise ValueError(f"the text has {len(self.ids)} tokens, --lengths asks for {length}: give a longer --text.")
+        return self.make(self.setting.prompter.opening + window, length, index)
+
+    def _room(self, length: int) -> int:
+        room = length - self.max_new_tokens - len(self.setting.prompter.opening)
+        if room < 2:
+            raise ValueError(f"--lengths {length} leaves no text to {self.name}.")
+        return room
+
+
+KINDS = {"ppl": "loss", "agreement": "agreement", "speed": "speed"}
+
+
+def _text(setting: Setting) -> str:
+    found = read(setting.text or PYDOC, setting.online)
+    if not isinstance(found, Essay):
+        raise ValueError(f"--text {setting.text}: a text is needed, not questions over documents.")
+    return found.text

@@ -11,8 +11,10 @@ from .summary import summarise_folder
 
 Row = dict[str, Any]
 # What makes two scores comparable; the rest (device, attention, threads) is what a leaderboard compares.
-SAME = ("model", "dtype", "baseline", "tasks", "lengths", "samples", "text_samples", "seed", "max_new_tokens")
-SAME += ("text", "haystack", "data", "chat")
+SAME = (
+    *("model", "dtype", "baseline", "tasks", "lengths", "samples", "text_samples", "seed", "max_new_tokens"),
+    *("text", "haystack", "data", "chat"),
+)
 LISTS = ("scores", "lengths", "depths", "generation", "loss", "agreement", "speed")
 
 

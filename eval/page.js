@@ -18,6 +18,7 @@
       attention, text: text ?? "", score, error, apart,
     }));
     const base = answers.find((answer) => answer.attention === data.baseline);
+    for (const answer of answers) if (answer.apart === -1) answer.text = base.text;
     const words = [sample.id, sample.prompt, ...sample.references, ...answers.map((a) => a.text + " " + (a.error ?? ""))];
     return { ...sample, answers, base, words: words.join("\n").toLowerCase() };
   }

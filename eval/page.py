@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -13,10 +13,8 @@ from typing import Any
 from hf_attn_plugins.registry import PLUGINS
 
 from . import charts, sections, tables
-from .answers import first_divergence
 from .charts import Series
 from .findings import sentences
-from .records import Generation, Prediction, Sample
 from .tables import Table
 
 Row = Mapping[str, Any]
@@ -30,7 +28,7 @@ class Report:
 
     Attributes:
         config, environment, metrics: the run's files of these names.
-        samples: what `sample_data` gives, or empty: then the page has no samples to leaf through.
+        samples: what `samples.sample_data` gives, or empty: then the page has no samples to leaf through.
         errors: one line each.
         notes: warnings, shown above everything else.
     """
@@ -70,38 +68,6 @@ def embedded(value: Any) -> str:
     """JSON that may stand inside a <script> element: a text with </script> or <!-- in it cannot end it."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-
-
-def sample_data(config: Row, samples: Mapping[str, Sample], predictions: Iterable[Prediction]) -> dict[str, Any]:
-    """Samples with every attention's answer, for the page's script; empty where nothing was generated.
-
-    An answer is [attention's index, text, score, error, index of the first token unlike the baseline's]; the last is
-    -1 where no token differs and None where there is nothing to compare with.
-    """
-    labels = [entry["label"] for entry in config["attn"]]
-    found: dict[str, dict[str, Generation]] = {}
-    for one in predictions:
-        if isinstance(one, Generation) and one.sample in samples and one.attn in labels:
-            found.setdefault(one.sample, {})[one.attn] = one
-    rows = []
-    for name, answers in found.items():
-        sample, base = samples[name], answers.get(config["baseline"])
-        row = {"id": name, "task": sample.task, "length": sample.length, "tokens": sample.tokens, "depth": sample.depth}
-        row |= {"references": sample.references, "prompt": sample.prompt_tail}
-        row["answers"] = [
-            [labels.index(label), one.prediction, one.score, one.error, _apart(one, base)]
-            for label in labels
-            if (one := answers.get(label)) is not None
-        ]
-        rows.append(row)
-    return {"attentions": labels, "baseline": labels.index(config["baseline"]), "samples": rows} if rows else {}
-
-
-def _apart(one: Generation, base: Generation | None) -> int | None:
-    if base is None or one is base or one.error is not None or base.error is not None:
-        return None
-    place = first_divergence(one.token_ids, base.token_ids)
-    return -1 if place is None else place
 
 
 def _about(report: Report) -> str:
@@ -147,7 +113,7 @@ SCORES = "Mean score of each task, with its 95 % bootstrap interval over samples
 TRADE = "Further up is more accurate, further right is faster; bars are 95 % intervals of the score."
 DEPTH = "Mean score in per cent by place of the needle: 0 % is the beginning of the context, 100 % its end."
 POSITION = "Next-token predictions on the same text, in buckets of positions; lower is closer and better."
-SPEED = "Medians; ratios to the baseline within the same round, above 1 is faster."
+SPEED = "Medians; ratios to the baseline within the same round (or sample), above 1 is faster."
 
 
 def _overview(report: Report) -> str:

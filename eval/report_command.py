@@ -10,6 +10,7 @@ from typing import Any
 
 from . import leaderboard, page, tables
 from .records import Prediction, RunFolder
+from .samples import sample_data
 from .summary import summarise_folder
 
 
@@ -45,7 +46,7 @@ def finish(path: str | Path) -> dict[str, Any]:
     errors = _errors(predictions)
     title = folder.path.resolve().name
     report = page.Report(
-        title, config, environment, metrics, page.sample_data(config, samples, predictions.values()), errors
+        title, config, environment, metrics, sample_data(config, samples, predictions.values()), errors
     )
     html = page.render(report)
     folder.write_json("metrics", metrics)

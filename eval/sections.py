@@ -99,12 +99,10 @@ def speed_charts(metrics: Row, numbers: Numbers) -> list[Chart]:
     for caption, name, unit, text, scale in wanted:
         rows = [row for row in metrics["speed"] if row[name] is not None]
         if rows:
-            values = [{**row, "mean": row[name] / scale} for row in rows]
+            values = [{**row, "mean": row[name] / scale, "said": text(row[name])} for row in rows]
             axis = axes.linear(unit, [row["mean"] for row in values], lambda value: f"{value:g}", include=(0,))
             level = 1.0 if name != "peak_bytes" else None
-            made.append(
-                _steps(caption, values, numbers, axis, lambda row, text=text, name=name: text(row[name]), level)
-            )
+            made.append(_steps(caption, values, numbers, axis, lambda row: row["said"], level))
     return made
 
 

@@ -124,7 +124,7 @@ def details(metrics: Row) -> list[Table]:
         _table("Scores", answers, scores, "", 3),
         _table("Agreement with the baseline", agreement, metrics["agreement"], "KL in nats per position.", 3),
         _table("Perplexity", loss, metrics["loss"], "Ratio: on the texts both read; 95 % bootstrap interval.", 3),
-        _table("Speed and memory", speed, metrics["speed"], "Medians; ratios within the same round.", 2),
+        _table("Speed and memory", speed, metrics["speed"], "Medians; ratios within the same round (or sample).", 2),
     )
     return [table for table in tables if table.rows]
 

@@ -1,0 +1,135 @@
+"""Generated answers of a run, by task, length and attention: scores, differences, needle depths, token agreement."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .intervals import Estimate, estimate
+from .records import Generation, Sample
+
+Row = dict[str, Any]
+DEPTHS = 10  # bins of needle depth where the depths are not a small grid
+
+
+class Answers:
+    """The generations of one run.
+
+    Attributes:
+        cells: the names of the samples of each (task, length).
+        generations, scores: by attention, then by sample; scores hold only what was answered and scored.
+    """
+
+    def __init__(
+        self, labels: list[str], baseline: str, samples: Mapping[str, Sample], generations: Iterable[Generation]
+    ) -> None:
+        self.labels, self.baseline, self.samples = labels, baseline, samples
+        self.generations: dict[str, dict[str, Generation]] = {label: {} for label in labels}
+        cells: defaultdict[tuple[str, int], set[str]] = defaultdict(set)
+        for one in generations:
+            self.generations[one.attn][one.sample] = one
+            cells[samples[one.sample].task, samples[one.sample].length].add(one.sample)
+        self.cells = {cell: sorted(names) for cell, names in sorted(cells.items())}
+        self.scores = {label: _scores(found.values()) for label, found in self.generations.items()}
+
+    def score_rows(self) -> list[Row]:
+        """One row per (task, length, attn): mean score and its paired difference to the baseline."""
+        rows = []
+        for (task, length), names in self.cells.items():
+            for label in self.labels:
+                own, difference = estimate(self._scored(label, names)), estimate(self._differences(label, names))
+                errors = sum(one.error is not None for one in self._of(label, names))
+                row = {"task": task, "length": length, "attn": label, "n": own.n, **own.as_dict()}
+                row |= {"pairs": difference.n, **difference.as_dict("difference"), "errors": errors}
+                if own.n or errors:
+                    rows.append(row)
+        return rows
+
+    def average(self, label: str, length: int | None = None) -> tuple[Estimate, Estimate, int]:
+        """Score and difference over all tasks (of a length), every cell counting alike, and the number of cells."""
+        here = [names for cell, names in self.cells.items() if length in (None, cell[1])]
+        own = [self._scored(label, names) for names in here]
+        return estimate(*own), estimate(*(self._differences(label, names) for names in here)), sum(map(bool, own))
+
+    def length_rows(self) -> list[Row]:
+        """One row per (length, attn): the average over tasks."""
+        rows = []
+        for length in sorted({length for _, length in self.cells}):
+            for label in self.labels:
+                own, difference, tasks = self.average(label, length)
+                row = {"length": length, "attn": label, "tasks": tasks, "n": own.n, **own.as_dict()}
+                if own.n:
+                    rows.append({**row, **difference.as_dict("difference")})
+        return rows
+
+    def depth_rows(self) -> list[Row]:
+        """Mean score by needle depth and length, over all tasks that hide a needle; many depths go into tenths."""
+        depths = {name: sample.depth for name, sample in self.samples.items() if sample.depth is not None}
+        binned = len({round(depth, 3) for depth in depths.values()}) > DEPTHS + 1
+        found: defaultdict[tuple[int, float, str], list[float]] = defaultdict(list)
+        for label in self.labels:
+            for name, depth in depths.items():
+                if name in self.scores[label]:
+                    middle = (min(int(depth * DEPTHS), DEPTHS - 1) + 0.5) / DEPTHS
+                    place = round(middle if binned else depth, 3)
+                    found[self.samples[name].length, place, label].append(self.scores[label][name])
+        return [
+            {"length": length, "depth": depth, "attn": label, "n": len(values), "mean": statistics.fmean(values)}
+            for (length, depth, label), values in sorted(found.items())
+        ]
+
+    def divergence(self, label: str, name: str) -> int | None:
+        """Index of the first token that differs from the baseline's answer (the end of the shorter one counts).
+
+        None where no token differs, or where either answer is missing.
+        """
+        ours, theirs = (self.generations.get(who, {}).get(name) for who in (label, self.baseline))
+        return None if ours is None or theirs is None else first_divergence(ours.token_ids, theirs.token_ids)
+
+    def token_rows(self) -> list[Row]:
+        """One row per (task, length, attn): share of answers equal token by token; where the others first differ."""
+        rows = []
+        for (task, length), names in self.cells.items():
+            for label in self.labels:
+                both = [name for name in names if self._finished(label, name) and self._finished(self.baseline, name)]
+                if label == self.baseline or not both:
+                    continue
+                apart = [place for name in both if (place := self.divergence(label, name)) is not None]
+                row = {"task": task, "length": length, "attn": label, "n": len(both)}
+                row["exact_match"] = 1 - len(apart) / len(both)
+                row["first_divergence_median"] = statistics.median(apart) if apart else None
+                rows.append(row)
+        return rows
+
+    def _of(self, label: str, names: list[str]) -> list[Generation]:
+        return [self.generations[label][name] for name in names if name in self.generations[label]]
+
+    def _scored(self, label: str, names: list[str]) -> list[float]:
+        return [self.scores[label][name] for name in names if name in self.scores[label]]
+
+    def _differences(self, label: str, names: list[str]) -> list[float]:
+        ours, theirs = self.scores[label], self.scores.get(self.baseline, {})
+        return [ours[name] - theirs[name] for name in names if name in ours and name in theirs]
+
+    def _finished(self, label: str, name: str) -> bool:
+        one = self.generations.get(label, {}).get(name)
+        return one is not None and one.error is None
+
+
+def first_divergence(ours: list[int], theirs: list[int]) -> int | None:
+    """Index of the first token in which two answers differ, the end of the shorter one included; None if in none."""
+    for index, (a, b) in enumerate(zip(ours, theirs)):
+        if a != b:
+            return index
+    return None if len(ours) == len(theirs) else min(len(ours), len(theirs))
+
+
+def _scores(generations: Iterable[Generation]) -> dict[str, float]:
+    return {
+        one.sample: one.score
+        for one in generations
+        if one.error is None and one.score is not None and math.isfinite(one.score)
+    }

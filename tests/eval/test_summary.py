@@ -6,13 +6,12 @@ import math
 import random
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from hf_attn_plugins.eval.answers import first_divergence
 from hf_attn_plugins.eval.intervals import estimate, exponential, weighted_mean_interval
 from hf_attn_plugins.eval.records import Agreement, Generation, Loss, RunFolder, Sample, Speed
 from hf_attn_plugins.eval.summary import summarise, summarise_folder
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from . import fabricated
 

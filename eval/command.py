@@ -50,7 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--online", action="store_true", default=None, help="download models and data sets that are not cached")
     add("--offline", dest="online", action="store_false", default=None, help="download nothing (the default)")
     add("--out", metavar="DIR", help="run folder; an interrupted run is resumed in it")
-    parser.set_defaults(retry_errors=False)
     add("--retry-errors", action="store_true", help="when resuming, ask samples again that failed")
 
 

@@ -37,11 +37,9 @@ class Runner:
     ) -> None:
         self.settings, self.model, self.tokenizer = settings, model, tokenizer
         self.process = process
-        dealt = (
-            1 if settings.context_parallel else processes
-        )  # with context parallelism every process asks every sample
-        self.records = process if dealt > 1 else 0
-        self.writes = dealt > 1 or process == 0
+        together = settings.context_parallel  # then every process asks every sample, and one records it
+        part, parts = (0, 1) if together else (process, processes)
+        self.writes = part == process
         self.limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         longest = max(settings.lengths)
         if self.limit is not None and longest > self.limit:
@@ -57,7 +55,9 @@ class Runner:
             settings.online,
         )
         self.tasks = [task(name, setting) for name in settings.tasks]
-        self.units = units(len(self.tasks), settings.lengths, self._samples, process if dealt > 1 else 0, dealt)
+        if settings.context_parallel:
+            self._check_context_parallel()
+        self.units = units(len(self.tasks), settings.lengths, self._samples, part, parts)
         self._warm: set[tuple[str, int]] = set()
         self._try_first_samples()
 
@@ -79,7 +79,7 @@ class Runner:
         total, passed = sum(unit.length for unit in self.units), 0
         with contextlib.ExitStack() as stack:
             samples, predictions = (
-                stack.enter_context(folder.appender(name, self.records)) if self.writes else None
+                stack.enter_context(folder.appender(name, self.process)) if self.writes else None
                 for name in ("samples", "predictions")
             )
             stack.enter_context(evaluating(self.model))
@@ -93,7 +93,7 @@ class Runner:
                 if not attn:
                     continue
                 sample, answers = self._sample(asked, unit, attn)
-                if name in known:
+                if name in known and known[name].digest:  # none where the sample could not be made
                     _same(known[name], sample)
                 elif samples is not None:
                     samples.append(sample)
@@ -101,6 +101,14 @@ class Runner:
                     if predictions is not None:
                         predictions.append(prediction)
         progress("done", total, total)
+
+    def _check_context_parallel(self) -> None:
+        texts = [asked.name for asked in self.tasks if asked.kind in ("loss", "agreement")]
+        if texts:
+            raise ValueError(f"--context-parallel is for tasks that generate: leave out {', '.join(texts)}.")
+        for attn in self.settings.attn:  # every process opens it, and what cannot be shared says so
+            with self._attention(attn):
+                pass
 
     def _samples(self, number: int, length: int) -> int:
         asked = self.tasks[number]

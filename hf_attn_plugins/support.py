@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections import Counter
 from dataclasses import dataclass
@@ -105,9 +104,13 @@ def _has_attention(model: nn.Module) -> bool:
     return any(_is_attention(module) for module in model.modules())
 
 
-@functools.cache
+_SOURCES: dict[type, str] = {}  # finding a class's source means parsing its file
+
+
 def _source(cls: type) -> str:
-    try:
-        return inspect.getsource(cls)
-    except (OSError, TypeError):
-        return ""
+    if cls not in _SOURCES:
+        try:
+            _SOURCES[cls] = inspect.getsource(cls)
+        except (OSError, TypeError):
+            _SOURCES[cls] = ""
+    return _SOURCES[cls]

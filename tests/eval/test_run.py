@@ -297,35 +297,43 @@ def test_the_network_stays_off_unless_asked_for(model, tmp_path, monkeypatch):
         assert seen.get("HF_HUB_OFFLINE") == expected and "HF_HUB_OFFLINE" not in os.environ
 
 
+def launched(model: Path, out: Path, *more: str) -> subprocess.CompletedProcess:
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "-m"]
+    words = ["hf_attn_plugins.eval", "--model", str(model), "--out", str(out), "--device", "cpu", *SMALL, *more]
+    threads = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", *launch, *words], capture_output=True, text=True, env=threads)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
 @pytest.mark.slow
 @pytest.mark.multi_process
-@pytest.mark.parametrize("more", [[], ["--context-parallel"]])
-def test_processes_share_the_samples_and_find_what_one_finds(model, finished, tmp_path, more):
-    if more:
-        pytest.importorskip("hf_attn_plugins.parallel")
+def test_processes_share_the_samples_and_find_what_one_finds(model, finished, tmp_path):
     out = tmp_path / "shared"
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    words = [
-        *("-m", "hf_attn_plugins.eval", "--model", str(model), "--out", str(out), "--device", "cpu"),
-        *SMALL,
-        *more,
-    ]
-    done = subprocess.run([*launch, *words], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = launched(model, out)
     parts = [len(path.read_bytes().splitlines()) for path in out.glob("predictions*.jsonl")]
-    if more:
-        assert len(parts) == 1 and set(measured(out)) == set(measured(finished))
-    else:
-        assert len(parts) == 2 and min(parts) > 0 and measured(out) == measured(finished)
+    assert len(parts) == 2 and min(parts) > 0
+    assert measured(out) == measured(finished)
     assert RunFolder(out).samples() == RunFolder(finished).samples()
     assert RunFolder(out).read_json("environment")["processes"] == 2
-    assert (out / "report.html").is_file() and "Against sdpa" in done.stdout
+    assert (out / "report.html").is_file() and done.stdout.count("Against sdpa") == 1
+
+
+PARALLEL = ["--tasks", "niah_single_1", "--attn", "sdpa,tiled_attention", "--context-parallel"]
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+def test_with_context_parallelism_all_processes_answer_every_sample(model, tmp_path):
+    pytest.importorskip("hf_attn_plugins.parallel")
+    out = tmp_path / "together"
+    launched(model, out, *PARALLEL)
+    assert [path.name for path in out.glob("predictions*.jsonl")] == ["predictions.jsonl"]
+    found = RunFolder(out).predictions()
+    assert len(found) == 8 and not [p.error for p in found.values() if p.error]
+    assert all(p.token_ids == found[name, "sdpa"].token_ids for (name, _), p in found.items())
+
+
+def test_context_parallelism_is_for_tasks_that_generate(model, tmp_path, capsys):
+    assert evaluate(model, tmp_path / "run", *PARALLEL, "--tasks", "ppl") == 2
+    assert "leave out ppl" in capsys.readouterr().err and not (tmp_path / "run").exists()

@@ -38,16 +38,16 @@ def score_charts(metrics: Row, numbers: Numbers) -> list[Chart]:
 def depth_charts(metrics: Row, numbers: Numbers) -> list[Chart]:
     """Needle depth x length, one heat map per attention."""
     lengths = sorted({row["length"] for row in metrics["depths"]})
-    depths = sorted({row["depth"] for row in metrics["depths"]})
+    depths = sorted({(row["begin"], row["end"]) for row in metrics["depths"]})
     made = []
     for label in numbers:
         rows = [row for row in metrics["depths"] if row["attn"] == label]
         if not rows:
             continue
-        cells = {(depths.index(row["depth"]), lengths.index(row["length"])): row["mean"] for row in rows}
+        cells = {(depths.index((row["begin"], row["end"])), lengths.index(row["length"])): row["mean"] for row in rows}
         worst = min(rows, key=lambda row: row["mean"])
         words = f"Mean score by needle depth and prompt length for {label}. Lowest: {_at_depth(worst)}."
-        heads, names = [axes.short(length) for length in lengths], [f"{100 * depth:g}" for depth in depths]
+        heads, names = [axes.short(length) for length in lengths], [_depth(*place) for place in depths]
         data = Table(label, ["length", "depth, %", "n", "score, %"], [_depth_cells(row) for row in rows], words=2)
         made.append(Chart(label, charts.heat_map(f"Needle depth, {label}", words, heads, names, cells), data))
     return made
@@ -174,7 +174,8 @@ def _over_position(
 
 
 def _trade(caption: str, rows: Sequence[Row], speed: Mapping[str, float], numbers: Numbers) -> Chart:
-    x = axes.linear("prefill speed-up", speed.values(), lambda value: f"{value:g}×", include=(1,))
+    ratios = [1.0, *speed.values()]
+    x = axes.linear("prefill speed-up", (0.95 * min(ratios), 1.05 * max(ratios)), lambda value: f"{value:g}×")
     ends = [100 * row[name] for row in rows for name in ("mean", "low", "high") if row[name] is not None]
     y = axes.linear("score, %", ends, lambda value: f"{value:g}")
     series = []
@@ -218,11 +219,15 @@ def _at(row: Row, text: Callable[[Row], str]) -> str:
 
 
 def _at_depth(row: Row) -> str:
-    return f"{figures.percent(row['mean'])} % at depth {100 * row['depth']:g} % of {row['length']:,} tokens"
+    return f"{figures.percent(row['mean'])} % at depth {_depth(row['begin'], row['end'])} % of {row['length']:,} tokens"
+
+
+def _depth(begin: float, end: float) -> str:
+    return f"{100 * begin:.3g}" + (f"{figures.NOTHING}{100 * end:.3g}" if end > begin else "")
 
 
 def _depth_cells(row: Row) -> list[str]:
-    return [f"{row['length']:,}", f"{100 * row['depth']:g}", str(row["n"]), figures.percent(row["mean"])]
+    return [f"{row['length']:,}", _depth(row["begin"], row["end"]), str(row["n"]), figures.percent(row["mean"])]
 
 
 def _hundred(share: float | None) -> float | None:

@@ -16,9 +16,10 @@ from hf_attn_plugins.commands.models import load
 
 from . import baselines
 from .configuration import DTYPES, Configuration, configuration
-from .environment import environment, processes
+from .environment import environment, now, processes
 from .prompts import CHATS
 from .records import RunFolder
+from .report_command import finish, show
 
 # Keys that do not change what is measured: a run may be resumed with others.
 FREE = ("online", "device")
@@ -109,11 +110,14 @@ def _begin(folder: RunFolder, settings: Configuration, device: torch.device, cou
 
 
 def _finish(folder: RunFolder) -> int:
+    """Write metrics and reports, say where they lie and what failed."""
+    show(finish(folder.path), folder.path)
     errors = [p for p in folder.predictions().values() if p.error]
     for prediction in errors[:3]:
         print(f"failed: {prediction.sample} with {prediction.attn}: {prediction.error}", file=sys.stderr)
     if errors:
-        print(f"{len(errors)} samples failed; they are recorded in {folder.path}.", file=sys.stderr)
+        count = f"{len(errors)} answers" if len(errors) > 1 else "1 answer"
+        print(f"{count} failed, as recorded in {folder.path}: --retry-errors asks again.", file=sys.stderr)
     return 1 if errors else 0
 
 

@@ -40,6 +40,8 @@ def load(
     try:
         if path.exists():
             file = _file(suite, path, stem)
+            if not file.stat().st_size:
+                raise ValueError(f"{suite}: {file} is empty.")
             rows: Any = load_dataset(FORMATS[file.suffix], data_files=str(file), split="train")
         else:
             rows = load_dataset(source, name=name, split=split)

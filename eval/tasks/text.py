@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+from ..prompts import Prompter
 from .haystacks import PYDOC, Essay, read
 from .task import Item, Setting, Task
 
@@ -18,14 +21,11 @@ class TextTask(Task):
         super().__init__(name, setting)
         self.kind = KINDS[name]
         self.max_new_tokens = setting.decode_tokens if self.kind == "speed" else 0
-        self._ids: list[int] | None = None
 
     @property
-    def ids(self) -> list[int]:
+    def ids(self) -> tuple[int, ...]:
         """The whole text's token ids."""
-        if self._ids is None:
-            self._ids = self.setting.prompter.ids(_text(self.setting))
-        return self._ids
+        return _ids(self.setting.prompter, self.setting.text or PYDOC, self.setting.online)
 
     def available(self, length: int) -> int | None:
         if self.kind == "speed":
@@ -41,7 +41,7 @@ class TextTask(Task):
         window = self.ids[start : start + room]
         if len(window) < room:
             raise ValueError(f"the text has {len(self.ids)} tokens, --lengths asks for {length}: give a longer --text.")
-        return self.make(self.setting.prompter.opening + window, length, index)
+        return self.make(self.setting.prompter.opening + list(window), length, index)
 
     def _room(self, length: int) -> int:
         room = length - self.max_new_tokens - len(self.setting.prompter.opening)
@@ -53,8 +53,9 @@ class TextTask(Task):
 KINDS = {"ppl": "loss", "agreement": "agreement", "speed": "speed"}
 
 
-def _text(setting: Setting) -> str:
-    found = read(setting.text or PYDOC, setting.online)
+@functools.lru_cache(maxsize=1)  # three tasks read the same text
+def _ids(prompter: Prompter, source: str, online: bool) -> tuple[int, ...]:
+    found = read(source, online)
     if not isinstance(found, Essay):
-        raise ValueError(f"--text {setting.text}: a text is needed, not questions over documents.")
-    return found.text
+        raise ValueError(f"--text {source}: a text is needed, not questions over documents.")
+    return tuple(prompter.ids(found.text))

@@ -37,16 +37,16 @@ class CommonWords(RulerTask):
 
     def question(self, units: int, length: int, draw: random.Random, index: int) -> Question:
         short = length < SHORT
-        words = list(self.words)
-        order = draw.sample(range(len(words)), 40)
-        example_words = [words[i] for i in order[: 20 if short else 40]]
+        example_words = draw.sample(self.words, 20 if short else 40)
         example, example_common = _numbered(example_words, 3 if short else 10, 1 if short else 3, draw)
-        draw.shuffle(words)
+        found: dict[str, None] = {}  # with more units the first words stay the same
+        while len(found) < units + self.SPARE:
+            found[self.words[draw.randrange(len(self.words))]] = None
+        words = list(found)
         listed, common = _numbered(words[:units], 6 if short else 30, 1 if short else 3, draw)
         answer = " ".join(f"{i}. {word}" for i, word in enumerate(example_common, 1))
         shown = self.BEFORE + " ".join(example) + self.AFTER + self.PREFIX + " " + answer + "\n"
-        spare = words[len(words) - self.SPARE :]
-        filler = "".join(f" {i}. {word}" for i, word in enumerate(spare, len(listed) + 1))
+        filler = "".join(f" {i}. {word}" for i, word in enumerate(words[units:], len(listed) + 1))
         parts = Parts(shown + self.BEFORE + " ".join(listed), self.AFTER, self.PREFIX, filler)
         return Question(parts, common)
 

@@ -114,6 +114,17 @@ def forward(
     return out, lse
 
 
+def key_blocks(tensor: Tensor, tiles: TileMap, columns: int) -> list[Tensor]:
+    """One contiguous (heads, keys, D + columns) block a key tile, 1 in the added columns.
+
+    Batched products copy strided inputs, tile by tile; transposed ones they take as they are.
+    """
+    if not columns:
+        return [tensor[:, s:e].contiguous() for s, e in tiles.key_tiles]
+    ones = tensor.new_ones(tensor.shape[0], tiles.key_tile, columns)
+    return [torch.cat([tensor[:, s:e], ones[:, : e - s]], 2) for s, e in tiles.key_tiles]
+
+
 class _Rows:
     """Online softmax over the key tiles of one row tile, for one chunk of heads, in float32 or float64."""
 
@@ -177,10 +188,7 @@ class _FastRows(_Rows):
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, tiles: TileMap, *rest: Any) -> None:
         super().__init__(query, key, value, tiles, *rest)
-        ones = key.new_ones(self.kv_heads, 1, KEY_TILE)
-        # One contiguous (heads, D + 1, keys) and (heads, keys, Dv) block a tile: batched products copy strided inputs.
-        self.key_blocks = [torch.cat([key[:, s:e].mT, ones[..., : e - s]], 1) for s, e in tiles.key_tiles]
-        self.value_blocks = [value[:, s:e].contiguous() for s, e in tiles.key_tiles]
+        self.key_blocks, self.value_blocks = key_blocks(key, tiles, 1), key_blocks(value, tiles, 0)
         self.edges = Edges(tiles, self.heads, self.groups, query.dtype)
         most_rows = self.groups * tiles.row_tile
         self.rows = query.new_empty(self.kv_heads, most_rows, query.shape[-1] + 1)
@@ -191,7 +199,7 @@ class _FastRows(_Rows):
         """log2-scores minus the shift column of `rows`, of the tile's first `keys` keys."""
         width = tile.end - tile.begin if keys is None else keys
         scores = self.weights[: rows.shape[0] * rows.shape[1] * width].view(*rows.shape[:2], width)
-        return torch.bmm(rows, self.key_blocks[tile.begin // KEY_TILE][..., :width], out=scores)
+        return torch.bmm(rows, self.key_blocks[tile.begin // KEY_TILE][:, :width].mT, out=scores)
 
     def tile_weights(self, rows: Tensor, index: int, tile: KeyTile) -> tuple[Tensor, Tensor]:
         """exp2 of the shifted scores, 0 where hidden, and its row sums."""

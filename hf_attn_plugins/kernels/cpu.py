@@ -194,6 +194,7 @@ class _FastRows(_Rows):
         self.rows = query.new_empty(self.kv_heads, most_rows, query.shape[-1] + 1)
         self.weights = query.new_empty(self.kv_heads * most_rows * min(KEY_TILE, tiles.num_keys))
         self.tile_out = query.new_empty(self.kv_heads, most_rows, value.shape[-1])
+        self.wide_out = self.tile_out.to(self.wide)
 
     def shifted(self, rows: Tensor, tile: KeyTile, keys: int | None = None) -> Tensor:
         """log2-scores minus the shift column of `rows`, of the tile's first `keys` keys."""
@@ -249,7 +250,7 @@ class _FastRows(_Rows):
                 weights.mul_(keep_mask(weights, dropout, generators[j]))
             tile_out = self.tile_out[:, :count]
             torch.bmm(weights, self.value_blocks[tile.begin // KEY_TILE][:, :width], out=tile_out)
-            acc.add_(tile_out)
+            acc.add_(self.wide_out[:, :count].copy_(tile_out))
         out = acc.div_(torch.where(total > 0, total, 1).unsqueeze(-1))
         lse = total.log2().add_(top).div_(LOG2_E)
         lse.masked_fill_(total == 0, -torch.inf)

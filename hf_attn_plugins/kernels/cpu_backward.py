@@ -93,14 +93,20 @@ class _Tiles:
         self.wide = lse_dtype(query)
         self.edges = Edges(tiles, heads, self.groups, self.wide)
         most_rows, most_keys = self.groups * tiles.row_tile, min(tiles.key_tile, tiles.num_keys)
-        part = max(most_rows, most_keys) * max(query.shape[-1], value.shape[-1])
+        most_parts = max(most_rows, most_keys) * max(query.shape[-1], value.shape[-1])
         # Fresh memory for every product would cost page faults.
-        self.buffers = [query.new_empty(self.kv_heads * size) for size in (most_rows * most_keys,) * 2 + (part,)]
+        self.buffers = [query.new_empty(self.kv_heads * size) for size in (most_rows * most_keys,) * 2 + (most_parts,)]
+        self.wide_part = self.buffers[2].to(self.wide)
 
     def product(self, slot: int, left: Tensor, right: Tensor) -> Tensor:
         """A batched product in buffer `slot`: 0 and 1 for scores and their gradients, 2 for a part of a gradient."""
         size = (*left.shape[:2], right.shape[2])
         return torch.bmm(left, right, out=self.buffers[slot][: math.prod(size)].view(size))
+
+    def part(self, left: Tensor, right: Tensor) -> Tensor:
+        """A product as a part of a gradient, in `self.wide`."""
+        product = self.product(2, left, right)
+        return self.wide_part[: product.numel()].view(product.shape).copy_(product)
 
     def rows(self, tensor: Tensor, index: int) -> Tensor:
         """The rows of one row tile, (kv heads, groups * rows, ...)."""
@@ -112,10 +118,10 @@ class _Tiles:
         weights, grad_scores, grad_out = self.weights_and_grad(index, tile, dropout, generator)
         (t0, t1), keys = self.tiles.row_tiles[index], slice(tile.begin, tile.end)
         grad_query, grad_key, grad_value = self.grads
-        grad_value[:, keys].add_(self.product(2, weights.mT, grad_out))
-        part = self.product(2, grad_scores, self.key[:, keys])
-        grad_query[:, t0:t1].add_(part.view(-1, t1 - t0, part.shape[-1]), alpha=self.scale)
-        grad_key[:, keys].add_(self.product(2, grad_scores.mT, self.rows(self.query, index)), alpha=self.scale)
+        grad_value[:, keys].add_(self.part(weights.mT, grad_out))
+        of_rows = self.part(grad_scores, self.key[:, keys])
+        grad_query[:, t0:t1].add_(of_rows.view(-1, t1 - t0, of_rows.shape[-1]), alpha=self.scale)
+        grad_key[:, keys].add_(self.part(grad_scores.mT, self.rows(self.query, index)), alpha=self.scale)
 
     def weights_and_grad(
         self, index: int, tile: KeyTile, dropout: float, generator: torch.Generator | None

@@ -92,7 +92,7 @@ class _Tiles:
         self.kv_heads, self.groups = key.shape[0], query.shape[0] // key.shape[0]
         self.wide = lse_dtype(query)
         self.edges = Edges(tiles, heads, self.groups, self.wide)
-        most_rows, most_keys = self.groups * tiles.row_tile, min(tiles.key_tile, tiles.num_keys)
+        most_rows, most_keys = self.groups * tiles.row_tile, tiles.key_tile
         most_parts = max(most_rows, most_keys) * max(query.shape[-1], value.shape[-1])
         # Fresh memory for every product would cost page faults.
         self.buffers = [query.new_empty(self.kv_heads * size) for size in (most_rows * most_keys,) * 2 + (most_parts,)]

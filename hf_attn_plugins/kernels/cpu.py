@@ -42,9 +42,9 @@ def cpu_tiled(
         return tiled_op(query, key, value, mask, scale, softcap, dropout)
     if len(query) > 1 and query.shape[2] < SHORT and mask.only_positions():
         # Rows of the batch with one mask are further heads: fewer, larger products.
-        heads = (x.reshape(1, -1, *x.shape[2:]) for x in (query, key, value))
-        out, lse = cpu_tiled(*heads, mask, scale, softcap, dropout)
-        return Partial(out.view(*query.shape[:3], -1), lse.view(query.shape[:3]))
+        q, k, v = (x.reshape(1, x.shape[0] * x.shape[1], *x.shape[2:]) for x in (query, key, value))
+        out, lse = cpu_tiled(q, k, v, mask, scale, softcap, dropout)
+        return Partial(out.view(*query.shape[:3], value.shape[-1]), lse.view(query.shape[:3]))
     seed = int(torch.randint(2**62, ())) if dropout else 0
     return Partial(*_Tiled.apply(query, key, value, mask.bias, mask, scale, softcap, dropout, seed))
 

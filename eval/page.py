@@ -180,7 +180,7 @@ def _legend(numbers: Mapping[str, int]) -> str:
 
 def _charts(made: Sequence[sections.Chart], legend: str, note: str) -> str:
     figures = "".join(
-        f"<figure><figcaption>{escape(chart.caption)}</figcaption>{chart.svg}"
+        f"<figure><figcaption>{_breakable(chart.caption)}</figcaption>{chart.svg}"
         f"<details><summary>Data</summary>{_table(chart.data)}</details></figure>"
         for chart in made
     )

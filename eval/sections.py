@@ -60,7 +60,7 @@ def position_charts(metrics: Row, numbers: Numbers) -> list[Chart]:
         rows = [row for row in metrics["agreement"] if (row["task"], row["length"]) == (task, length)]
         found = {row["attn"]: [(b, b["kl"]) for b in row["buckets"]] for row in rows}
         values = [kl for buckets in found.values() for _, kl in buckets]
-        caption = f"KL to the baseline, {length:,} tokens"
+        caption = f"KL to the baseline, {_text(metrics['agreement'], task, length)}"
         made.append(_over_position(caption, found, numbers, axes.decades("nats", values, floor=KL_FLOOR), figures.nats))
     for length, found in _perplexities(metrics).items():
         values = [value for buckets in found.values() for _, value in buckets]
@@ -196,12 +196,17 @@ def _perplexities(metrics: Row) -> dict[str, dict[str, list[tuple[Row, float]]]]
     made: dict[str, dict[str, list[tuple[Row, float]]]] = {}
     source = [row for row in metrics["loss"] if row["buckets"]] or metrics["agreement"]
     for row in source:
-        into = made.setdefault(f"{row['length']:,} tokens", {})
+        into = made.setdefault(_text(source, row["task"], row["length"]), {})
         buckets = [bucket for bucket in row["buckets"] if bucket.get("perplexity") is not None]
         into[row["attn"]] = [(bucket, bucket["perplexity"]) for bucket in buckets]
         if source is metrics["agreement"]:
             into[metrics["baseline"]] = [(bucket, bucket["baseline_perplexity"]) for bucket in buckets]
     return {name: found for name, found in made.items() if any(found.values())}
+
+
+def _text(rows: Sequence[Row], task: str, length: int) -> str:
+    """The text's length, and its task where there are several."""
+    return ("" if len({row["task"] for row in rows}) == 1 else f"{task}, ") + f"{length:,} tokens"
 
 
 def _ends(series: Iterable[Series]) -> str:

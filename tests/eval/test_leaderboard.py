@@ -46,6 +46,7 @@ def test_runs_are_joined_best_first(runs, capsys):
     assert sorted(table) == sorted(
         [f"{label} (A)" for label in fabricated.ATTENTIONS] + ["sdpa (B)", "star_attention:block_size=1024 (B)"]
     )
+    assert "- hardware: a processor" in text and "- command" not in text and "- date" not in text
     _, metrics = leaderboard.join([leaderboard.read(run) for run in runs])
     scores = [row["score"] for row in metrics["overall"]]
     assert scores == sorted(scores, reverse=True) and table == [row["attn"] for row in metrics["overall"]]

@@ -10,7 +10,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from hf_attn_plugins.eval import report_command
 from hf_attn_plugins.eval.page import embedded
-from hf_attn_plugins.eval.records import Generation, Sample
+from hf_attn_plugins.eval.records import Generation, Loss, Sample
 
 from . import fabricated
 
@@ -92,6 +92,23 @@ def test_charts_are_drawn_inside_their_frame_with_words_for_those_who_do_not_see
                 assert 0 <= x <= width and 0 <= y <= height
         assert not re.search(r"nan|inf|None", plot)
     assert text.count("<figure>") == len(plots) == text.count("<summary>Data</summary>")
+
+
+def test_texts_of_one_length_keep_charts_of_their_own(tmp_path):
+    labels, samples = (
+        ("sdpa", "star_attention"),
+        [Sample(f"text/{name}/64/0000", name, "text", 64, 64) for name in "ab"],
+    )
+    found = [
+        Loss(one.sample, label, None, 64.0, 64, [{"begin": 0, "end": 64, "nll_sum": 64.0, "count": 64}])
+        for one in samples
+        for label in labels
+    ]
+    text, _ = page(fabricated.write(tmp_path / "run", samples, found, labels))
+    assert re.findall("<figcaption>(.*?)</figcaption>", text) == [
+        "Perplexity, a, 64 tokens",
+        "Perplexity, b, 64 tokens",
+    ]
 
 
 def test_predictions_cannot_break_out_of_the_page(tmp_path):

@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 # A CPU build of torch first, so that no other package pulls in one of several gigabytes.
 TORCH_INDEX ?=
 
-.PHONY: demo test test-grid test-slow test-gpu lint format bench readme clean
+.PHONY: demo eval test test-grid test-slow test-gpu lint format bench readme clean
 
 $(VENV)/.dev: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -20,6 +20,11 @@ $(VENV)/.demo: $(VENV)/.dev
 
 demo: $(VENV)/.demo
 	$(BIN)/hf-attn compare smollm2-135m --attn tiled_attention --baseline sdpa --length 4096
+	$(BIN)/hf-attn eval --config demo
+
+# Everything in eval/default.yaml: up to an hour on two cores; goes on where it was interrupted.
+eval: $(VENV)/.demo
+	$(BIN)/hf-attn eval --config default
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest

@@ -159,6 +159,14 @@ def test_wheel_has_every_module_and_nothing_loose(wheel):
         assert f"hf_attn_plugins/eval/{part}" in names, f"the report needs {part}"
 
 
+def test_wheel_carries_the_data_that_the_code_reads(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for folder, name in ((PACKAGE, "hf_attn_plugins"), (ROOT / "eval", "hf_attn_plugins/eval")):
+        for path in folder.rglob("*"):
+            if path.suffix in (".json", ".yaml", ".html", ".css", ".js") and "results" not in path.parts:
+                assert f"{name}/{path.relative_to(folder).as_posix()}" in names
+
+
 def test_wheel_works_in_a_clean_environment(wheel, tmp_path):
     """Installed without dependencies, beside the packages that are already there: every module, and the command."""
     venv = tmp_path / "venv"

@@ -295,3 +295,37 @@ def test_the_network_stays_off_unless_asked_for(model, tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             evaluate(model, tmp_path / "run", *words)
         assert seen.get("HF_HUB_OFFLINE") == expected and "HF_HUB_OFFLINE" not in os.environ
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+@pytest.mark.parametrize("more", [[], ["--context-parallel"]])
+def test_processes_share_the_samples_and_find_what_one_finds(model, finished, tmp_path, more):
+    if more:
+        pytest.importorskip("hf_attn_plugins.parallel")
+    out = tmp_path / "shared"
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    words = [
+        *("-m", "hf_attn_plugins.eval", "--model", str(model), "--out", str(out), "--device", "cpu"),
+        *SMALL,
+        *more,
+    ]
+    done = subprocess.run([*launch, *words], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    parts = [len(path.read_bytes().splitlines()) for path in out.glob("predictions*.jsonl")]
+    if more:
+        assert len(parts) == 1 and set(measured(out)) == set(measured(finished))
+    else:
+        assert len(parts) == 2 and min(parts) > 0 and measured(out) == measured(finished)
+    assert RunFolder(out).samples() == RunFolder(finished).samples()
+    assert RunFolder(out).read_json("environment")["processes"] == 2
+    assert (out / "report.html").is_file() and "Against sdpa" in done.stdout

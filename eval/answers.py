@@ -12,7 +12,7 @@ from .intervals import Estimate, estimate
 from .records import Generation, Sample
 
 Row = dict[str, Any]
-DEPTHS = 10  # bins of needle depth where the depths are not a small grid
+GRID, PARTS = 11, 5  # needle depths: as they are when on a grid of so many, else in so many parts
 
 
 class Answers:
@@ -66,28 +66,24 @@ class Answers:
         return rows
 
     def depth_rows(self) -> list[Row]:
-        """Mean score by needle depth and length, over all tasks that hide a needle; many depths go into tenths."""
+        """Mean score by length and needle depth, over all tasks that hide a needle.
+
+        Depths on a common grid stay as they are (begin == end); others are gathered in fifths of the context.
+        """
         depths = {name: sample.depth for name, sample in self.samples.items() if sample.depth is not None}
-        binned = len({round(depth, 3) for depth in depths.values()}) > DEPTHS + 1
-        found: defaultdict[tuple[int, float, str], list[float]] = defaultdict(list)
+        grid = len(set(depths.values())) <= GRID and all(_is_round(depth) for depth in depths.values())
+        found: defaultdict[tuple[int, float, float, str], list[float]] = defaultdict(list)
         for label in self.labels:
             for name, depth in depths.items():
                 if name in self.scores[label]:
-                    middle = (min(int(depth * DEPTHS), DEPTHS - 1) + 0.5) / DEPTHS
-                    place = round(middle if binned else depth, 3)
-                    found[self.samples[name].length, place, label].append(self.scores[label][name])
+                    part = min(int(depth * PARTS), PARTS - 1)
+                    begin, end = (depth, depth) if grid else (part / PARTS, (part + 1) / PARTS)
+                    found[self.samples[name].length, begin, end, label].append(self.scores[label][name])
         return [
-            {"length": length, "depth": depth, "attn": label, "n": len(values), "mean": statistics.fmean(values)}
-            for (length, depth, label), values in sorted(found.items())
+            {"length": length, "begin": begin, "end": end, "attn": label, "n": len(values)}
+            | {"mean": statistics.fmean(values)}
+            for (length, begin, end, label), values in sorted(found.items())
         ]
-
-    def divergence(self, label: str, name: str) -> int | None:
-        """Index of the first token that differs from the baseline's answer (the end of the shorter one counts).
-
-        None where no token differs, or where either answer is missing.
-        """
-        ours, theirs = (self.generations.get(who, {}).get(name) for who in (label, self.baseline))
-        return None if ours is None or theirs is None else first_divergence(ours.token_ids, theirs.token_ids)
 
     def token_rows(self) -> list[Row]:
         """One row per (task, length, attn): share of answers equal token by token; where the others first differ."""
@@ -97,7 +93,9 @@ class Answers:
                 both = [name for name in names if self._finished(label, name) and self._finished(self.baseline, name)]
                 if label == self.baseline or not both:
                     continue
-                apart = [place for name in both if (place := self.divergence(label, name)) is not None]
+                ours, theirs = self.generations[label], self.generations[self.baseline]
+                places = [first_divergence(ours[name].token_ids, theirs[name].token_ids) for name in both]
+                apart = [place for place in places if place is not None]
                 row = {"task": task, "length": length, "attn": label, "n": len(both)}
                 row["exact_match"] = 1 - len(apart) / len(both)
                 row["first_divergence_median"] = statistics.median(apart) if apart else None
@@ -125,6 +123,10 @@ def first_divergence(ours: list[int], theirs: list[int]) -> int | None:
         if a != b:
             return index
     return None if len(ours) == len(theirs) else min(len(ours), len(theirs))
+
+
+def _is_round(depth: float) -> bool:
+    return abs(depth * 20 - round(depth * 20)) < 1e-6
 
 
 def _scores(generations: Iterable[Generation]) -> dict[str, float]:

@@ -61,8 +61,9 @@ def steps(name: str, texts: Iterable[str]) -> Axis:
 
 
 def positions(name: str, end: int) -> Axis:
-    """An axis of token positions from 0 to `end`, in quarters."""
-    return Axis(name, 0.0, float(end), tuple((end * part / 4, short(round(end * part / 4))) for part in range(5)))
+    """An axis of token positions from 0 to `end`, in quarters (511 predictions of 512 tokens: to 512)."""
+    end = -(-end // 4) * 4
+    return Axis(name, 0.0, float(end), tuple((end * part / 4, short(end * part // 4)) for part in range(5)))
 
 
 def round_step(rough: float) -> float:

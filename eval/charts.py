@@ -91,7 +91,7 @@ def plot(
         if joined and len(at) > 1:
             drawn += f'<path class="line" d="M{"L".join(f"{px:.1f} {py:.1f}" for px, py in at)}"/>'
         # Equal points would hide each other: they stand side by side, or the earlier series' markers are larger.
-        radius = 4.5 if dodge or not joined else 3.5 + 3 * (len(series) - 1 - index) / max(1, len(series) - 1)
+        radius = 4.5 if dodge else 4 + 2.2 * (len(series) - 1 - index) / max(1, len(series) - 1)
         for place, point in zip(at, one.points):
             drawn += f"<g><title>{escape(f'{one.label}: {point.text}')}</title>{marker(one.number, *place, radius)}</g>"
         body += f'<g class="{one.style}">{drawn}</g>'

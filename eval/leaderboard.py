@@ -73,6 +73,12 @@ def join(runs: Sequence[Finished]) -> tuple[Row, Row]:
     return {**common, "attn": attn}, metrics
 
 
+def common_environment(runs: Sequence[Finished]) -> Row:
+    """What all runs have in common of hardware, versions and threads; dates and commands are each run's own."""
+    names = ("hardware", "versions", "threads", "processes")
+    return {n: runs[0].environment.get(n) for n in names if _agree(run.environment.get(n) for run in runs)}
+
+
 def _named(run: Finished, label: str) -> str:
     return f"{label} ({run.name})"
 

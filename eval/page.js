@@ -92,11 +92,12 @@
     if (sample.depth !== null) place.push(`needle at ${Math.round(100 * sample.depth)} %`);
     const head = element("h3", "", element("span", "task", sample.task), element("span", "place", place.join(" · ")));
     head.title = sample.id;
-    const prompt = element("pre", "prompt", (sample.prompt ? "… " : "") + sample.prompt);
+    const prompt = element("pre", "prompt", `… ${sample.prompt}`);
     prompt.tabIndex = 0;
     prompt.setAttribute("aria-label", "End of the prompt");
     const references = element("ul", "references", ...sample.references.map((text) => element("li", "", text)));
-    const asked = element("div", "asked", element("h4", "", "End of the prompt"), prompt);
+    const asked = element("div", "asked");
+    if (sample.prompt) asked.append(element("h4", "", "End of the prompt"), prompt);
     if (sample.references.length) asked.append(element("h4", "", "Reference"), references);
     const shown = sample.answers.filter((a) => attention === "" || a === sample.base || a.attention === Number(attention));
     const equal = shown.filter((a) => a === sample.base || a.apart === -1); // token by token the baseline's answer

@@ -43,11 +43,16 @@ class Report:
 
     @property
     def numbers(self) -> dict[str, int]:
-        """Attention -> number of its colour and marker, 0 for the baseline."""
-        baselines = self.metrics.get("baselines", [self.metrics["baseline"]])
+        """Attention -> number of its colour and marker, 0 for the (first) baseline."""
+        first = self.baselines[0]
         labels = [row["attn"] for row in self.metrics["overall"]]
-        others = [label for label in labels if label not in baselines]
-        return {label: 0 if label in baselines else others.index(label) + 1 for label in labels}
+        others = [label for label in labels if label != first]
+        return {label: 0 if label == first else others.index(label) + 1 for label in labels}
+
+    @property
+    def baselines(self) -> list[str]:
+        """The baseline; in a leaderboard, that of every run."""
+        return self.metrics.get("baselines", [self.metrics["baseline"]])
 
 
 def render(report: Report) -> str:
@@ -137,7 +142,7 @@ def _overview(report: Report) -> str:
         ),
         default=0,
     )
-    rulers = {row["attn"]: _ruler(row, reach) for row in metrics["overall"] if numbers[row["attn"]]}
+    rulers = {row["attn"]: _ruler(row, reach) for row in metrics["overall"] if row["attn"] not in report.baselines}
     findings = f'<ul class="findings">{said}</ul>' if said else ""
     return f"{findings}{_table(table, 'headline', names, rulers)}<p class=note>{escape(table.note)}</p>"
 
@@ -175,7 +180,7 @@ def _legend(numbers: Mapping[str, int]) -> str:
 
 def _charts(made: Sequence[sections.Chart], legend: str, note: str) -> str:
     figures = "".join(
-        f"<figure><figcaption>{escape(chart.caption)}</figcaption>{chart.svg}"
+        f"<figure><figcaption>{_breakable(chart.caption)}</figcaption>{chart.svg}"
         f"<details><summary>Data</summary>{_table(chart.data)}</details></figure>"
         for chart in made
     )

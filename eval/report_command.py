@@ -81,7 +81,7 @@ def _join(arguments: argparse.Namespace) -> None:
     ]
     config, metrics = leaderboard.join(runs)
     title = f"Leaderboard of {len(runs)} runs"
-    environment = runs[0].environment if _same_hardware(runs) else {}
+    environment = leaderboard.common_environment(runs)
     folder = RunFolder(arguments.out or os.path.commonpath([Path(path).resolve().parent for path in arguments.runs]))
     html = page.render(page.Report(title, config, environment, metrics, notes=notes))
     text = tables.markdown(title, config, environment, metrics)
@@ -92,10 +92,6 @@ def _join(arguments: argparse.Namespace) -> None:
         print(note)
     Console().print(tables.terminal(tables.brief(metrics)))
     print(f"leaderboard: {page_path} (and leaderboard.md beside it)")
-
-
-def _same_hardware(runs: list[leaderboard.Finished]) -> bool:
-    return len({repr(run.environment.get("hardware")) for run in runs}) == 1
 
 
 def _errors(predictions: Mapping[tuple[str, str], Prediction]) -> list[str]:

@@ -38,16 +38,16 @@ def score_charts(metrics: Row, numbers: Numbers) -> list[Chart]:
 def depth_charts(metrics: Row, numbers: Numbers) -> list[Chart]:
     """Needle depth x length, one heat map per attention."""
     lengths = sorted({row["length"] for row in metrics["depths"]})
-    depths = sorted({row["depth"] for row in metrics["depths"]})
+    depths = sorted({(row["begin"], row["end"]) for row in metrics["depths"]})
     made = []
     for label in numbers:
         rows = [row for row in metrics["depths"] if row["attn"] == label]
         if not rows:
             continue
-        cells = {(depths.index(row["depth"]), lengths.index(row["length"])): row["mean"] for row in rows}
+        cells = {(depths.index((row["begin"], row["end"])), lengths.index(row["length"])): row["mean"] for row in rows}
         worst = min(rows, key=lambda row: row["mean"])
         words = f"Mean score by needle depth and prompt length for {label}. Lowest: {_at_depth(worst)}."
-        heads, names = [axes.short(length) for length in lengths], [f"{100 * depth:g}" for depth in depths]
+        heads, names = [axes.short(length) for length in lengths], [_depth(*place) for place in depths]
         data = Table(label, ["length", "depth, %", "n", "score, %"], [_depth_cells(row) for row in rows], words=2)
         made.append(Chart(label, charts.heat_map(f"Needle depth, {label}", words, heads, names, cells), data))
     return made
@@ -60,7 +60,7 @@ def position_charts(metrics: Row, numbers: Numbers) -> list[Chart]:
         rows = [row for row in metrics["agreement"] if (row["task"], row["length"]) == (task, length)]
         found = {row["attn"]: [(b, b["kl"]) for b in row["buckets"]] for row in rows}
         values = [kl for buckets in found.values() for _, kl in buckets]
-        caption = f"KL to the baseline, {length:,} tokens"
+        caption = f"KL to the baseline, {_text(metrics['agreement'], task, length)}"
         made.append(_over_position(caption, found, numbers, axes.decades("nats", values, floor=KL_FLOOR), figures.nats))
     for length, found in _perplexities(metrics).items():
         values = [value for buckets in found.values() for _, value in buckets]
@@ -174,7 +174,8 @@ def _over_position(
 
 
 def _trade(caption: str, rows: Sequence[Row], speed: Mapping[str, float], numbers: Numbers) -> Chart:
-    x = axes.linear("prefill speed-up", speed.values(), lambda value: f"{value:g}×", include=(1,))
+    ratios = [1.0, *speed.values()]
+    x = axes.linear("prefill speed-up", (0.95 * min(ratios), 1.05 * max(ratios)), lambda value: f"{value:g}×")
     ends = [100 * row[name] for row in rows for name in ("mean", "low", "high") if row[name] is not None]
     y = axes.linear("score, %", ends, lambda value: f"{value:g}")
     series = []
@@ -195,12 +196,17 @@ def _perplexities(metrics: Row) -> dict[str, dict[str, list[tuple[Row, float]]]]
     made: dict[str, dict[str, list[tuple[Row, float]]]] = {}
     source = [row for row in metrics["loss"] if row["buckets"]] or metrics["agreement"]
     for row in source:
-        into = made.setdefault(f"{row['length']:,} tokens", {})
+        into = made.setdefault(_text(source, row["task"], row["length"]), {})
         buckets = [bucket for bucket in row["buckets"] if bucket.get("perplexity") is not None]
         into[row["attn"]] = [(bucket, bucket["perplexity"]) for bucket in buckets]
         if source is metrics["agreement"]:
             into[metrics["baseline"]] = [(bucket, bucket["baseline_perplexity"]) for bucket in buckets]
     return {name: found for name, found in made.items() if any(found.values())}
+
+
+def _text(rows: Sequence[Row], task: str, length: int) -> str:
+    """The text's length, and its task where there are several."""
+    return ("" if len({row["task"] for row in rows}) == 1 else f"{task}, ") + f"{length:,} tokens"
 
 
 def _ends(series: Iterable[Series]) -> str:
@@ -218,11 +224,15 @@ def _at(row: Row, text: Callable[[Row], str]) -> str:
 
 
 def _at_depth(row: Row) -> str:
-    return f"{figures.percent(row['mean'])} % at depth {100 * row['depth']:g} % of {row['length']:,} tokens"
+    return f"{figures.percent(row['mean'])} % at depth {_depth(row['begin'], row['end'])} % of {row['length']:,} tokens"
+
+
+def _depth(begin: float, end: float) -> str:
+    return f"{100 * begin:.3g}" + (f"{figures.NOTHING}{100 * end:.3g}" if end > begin else "")
 
 
 def _depth_cells(row: Row) -> list[str]:
-    return [f"{row['length']:,}", f"{100 * row['depth']:g}", str(row["n"]), figures.percent(row["mean"])]
+    return [f"{row['length']:,}", _depth(row["begin"], row["end"]), str(row["n"]), figures.percent(row["mean"])]
 
 
 def _hundred(share: float | None) -> float | None:

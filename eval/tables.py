@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 Column = tuple[str, Callable[[Row], str]]
 LISTED_ERRORS = 20
+BASELINE = "baseline"
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def _table(title: str, columns: Iterable[Column], rows: Sequence[Row], note: str
     filled = []
     for head, cell in columns:
         cells = [cell(row) for row in rows]
-        if any(text not in ("", figures.NOTHING) for text in cells):
+        if any(text not in ("", figures.NOTHING, BASELINE) for text in cells):
             filled.append((head, cells))
     heads = [head for head, _ in filled]
     return Table(title, heads, [list(row) for row in zip(*(cells for _, cells in filled))], note, words)
@@ -202,7 +203,7 @@ def _table(title: str, columns: Iterable[Column], rows: Sequence[Row], note: str
 def _paired(metrics: Row) -> Callable[[Row], str]:
     """The difference, but "baseline" where the row is the baseline itself."""
     baselines = metrics.get("baselines", [metrics["baseline"]])
-    return lambda row: "baseline" if row["attn"] in baselines else figures.difference(row)
+    return lambda row: BASELINE if row["attn"] in baselines else figures.difference(row)
 
 
 def _number(value: float | None) -> str:

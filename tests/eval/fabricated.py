@@ -24,7 +24,7 @@ HOSTILE = '</script><script>document.title="broken"</script><!-- {{data}} \u2028
 
 def attention(label: str) -> dict[str, Any]:
     implementation, _, options = label.partition(":")
-    pairs = (option.split("=") for option in options.split(",") if option)
+    pairs = (option.split("=") for option in options.split(",") if "=" in option)
     return {"label": label, "implementation": implementation, "options": {name: int(value) for name, value in pairs}}
 
 

@@ -74,14 +74,15 @@ def test_every_task_and_length_counts_alike():
     assert (overall["cells"], overall["n"], overall["pairs"]) == (3, 8, 8)
 
 
-def test_depths_are_a_grid_or_go_into_tenths():
+def test_depths_are_a_grid_or_go_into_fifths():
     known = samples(("niah", 1024, 4), depths=(0.0, 1.0))
     rows = summarise(CONFIG, known, scored(known, "sdpa", [1, 0, 0, 0]))["depths"]
-    assert [(one["depth"], one["n"], one["mean"]) for one in rows] == [(0.0, 2, 0.5), (1.0, 2, 0.0)]
-    many = samples(("niah", 1024, 20), depths=tuple(index / 19 for index in range(20)))
-    rows = summarise(CONFIG, many, scored(many, "sdpa", [1.0] * 20))["depths"]
-    assert [one["depth"] for one in rows] == [0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95]
-    assert sum(one["n"] for one in rows) == 20
+    found = [(one["begin"], one["end"], one["n"], one["mean"]) for one in rows]
+    assert found == [(0.0, 0.0, 2, 0.5), (1.0, 1.0, 2, 0.0)]
+    odd = samples(("niah", 1024, 4), depths=(0.0, 0.19, 0.2, 1.0))
+    rows = summarise(CONFIG, odd, scored(odd, "sdpa", [1.0, 0.0, 1.0, 1.0]))["depths"]
+    found = [(one["begin"], one["end"], one["n"], one["mean"]) for one in rows]
+    assert found == [(0.0, 0.2, 2, 0.5), (0.2, 0.4, 1, 1.0), (0.8, 1.0, 1, 1.0)]
 
 
 @pytest.mark.parametrize(

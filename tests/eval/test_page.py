@@ -1,0 +1,157 @@
+"""report.html as a text: one file, nothing outside it, nothing in a prediction can break it; charts as XML."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from hf_attn_plugins.eval import report_command
+from hf_attn_plugins.eval.page import embedded
+from hf_attn_plugins.eval.records import Generation, Loss, Sample
+
+from . import fabricated
+
+VOID = {"meta", "link", "input", "wbr", "br"}
+SECTIONS = ["overview", "scores", "trade", "depth", "position", "speed", "tables", "samples", "run"]
+
+
+class Reader(html.parser.HTMLParser):
+    """Checks that elements are closed in order, and keeps ids, sections, addresses and the text of scripts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.sections: list[str] = []
+        self.addresses: list[str] = []
+        self.scripts: list[str] = []
+        self.feed(text)
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.ids += [found["id"]] if "id" in found else []
+        self.sections += [found["id"]] if tag == "section" else []
+        self.addresses += [found[name] for name in ("href", "src", "action", "data", "poster") if found.get(name)]
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "script":
+            self.scripts[-1] += data
+
+
+def page(folder) -> tuple[str, Reader]:
+    report_command.finish(folder)
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    return text, Reader(text)
+
+
+def test_a_full_run_shows_every_section_and_asks_for_nothing(tmp_path):
+    text, found = page(fabricated.full(tmp_path / "run"))
+    assert found.sections == SECTIONS
+    assert len(set(found.ids)) == len(found.ids), "ids are unique"
+    assert all(address.startswith(("#", "data:")) for address in found.addresses), found.addresses
+    assert not re.findall(r"@import|url\(|https?://(?!www\.w3\.org)|fetch\(|XMLHttpRequest|import\(", text)
+    assert "default-src 'none'" in text
+    assert sorted(p.name for p in (tmp_path / "run").iterdir() if p.name.startswith("report")) == [
+        "report.html",
+        "report.md",
+    ]
+
+
+def test_the_page_is_the_same_every_time(tmp_path):
+    folder = fabricated.full(tmp_path / "run", count=3)
+    assert page(folder)[0] == page(folder)[0]
+
+
+def test_charts_are_drawn_inside_their_frame_with_words_for_those_who_do_not_see_them(tmp_path):
+    text, _ = page(fabricated.full(tmp_path / "run"))
+    plots = re.findall(r'<svg class="plot".*?</svg>', text, re.DOTALL)
+    assert len(plots) == 5 + 3 + 5 + 6 + 3  # scores, trade-offs, depths, positions, speeds
+    for plot in plots:
+        root = ElementTree.fromstring(plot)
+        width, height = map(float, root.get("viewBox").split()[2:])
+        assert root.find("title").text and len(root.find("desc").text) > 30
+        for mark in root.iter("path"):
+            if mark.get("class") == "mark":
+                x, y = map(float, re.match(r"translate\(([\d.]+) ([\d.]+)\)", mark.get("transform")).groups())
+                assert 0 <= x <= width and 0 <= y <= height
+        assert not re.search(r"nan|inf|None", plot)
+    assert text.count("<figure>") == len(plots) == text.count("<summary>Data</summary>")
+
+
+def test_texts_of_one_length_keep_charts_of_their_own(tmp_path):
+    labels, samples = (
+        ("sdpa", "star_attention"),
+        [Sample(f"text/{name}/64/0000", name, "text", 64, 64) for name in "ab"],
+    )
+    found = [
+        Loss(one.sample, label, None, 64.0, 64, [{"begin": 0, "end": 64, "nll_sum": 64.0, "count": 64}])
+        for one in samples
+        for label in labels
+    ]
+    text, _ = page(fabricated.write(tmp_path / "run", samples, found, labels))
+    assert re.findall("<figcaption>(.*?)</figcaption>", text) == [
+        "Perplexity, a, 64 tokens",
+        "Perplexity, b, 64 tokens",
+    ]
+
+
+def test_predictions_cannot_break_out_of_the_page(tmp_path):
+    sample = Sample("ruler/vt/64/0000", "<b>vt</b>", "ruler", 64, 60, None, [fabricated.HOSTILE], fabricated.HOSTILE)
+    answers = [
+        Generation(sample.sample, label, prediction=fabricated.HOSTILE, score=1.0) for label in ("sdpa", "<i>star")
+    ]
+    failed = Generation(sample.sample, "star:{{data}}", error=f"ValueError: {fabricated.HOSTILE}")
+    folder = fabricated.write(tmp_path / "run", [sample], [*answers, failed], ["sdpa", "<i>star", "star:{{data}}"])
+    text, found = page(folder)
+    assert len(found.scripts) == 2
+    data = json.loads(found.scripts[0])
+    assert data["samples"][0]["prompt"] == fabricated.HOSTILE
+    assert data["samples"][0]["answers"][0][1] == fabricated.HOSTILE
+    assert "<b>vt" not in text and "<i>star" not in text and "star:{{data}}" in text
+
+
+def test_embedded_json_round_trips_and_holds_no_markup():
+    value = {"text": fabricated.HOSTILE, "number": 1.5, "none": None}
+    text = embedded(value)
+    assert json.loads(text) == value and "<" not in text and "\u2028" not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "missing"),
+    [
+        (dict(tasks=["vt"], lengths=[1024], speed=False, agreement=False), {"depth", "position"}),
+        (dict(tasks=["niah_single_1"], lengths=[1024], count=1), set()),
+        (dict(tasks=[], lengths=[1024]), {"scores", "trade", "depth", "samples"}),
+        (dict(tasks=[], lengths=[1024], agreement=False), {"scores", "trade", "depth", "position", "samples"}),
+        (dict(labels=["sdpa"], count=2), set()),
+    ],
+    ids=["one task", "one sample", "no answers", "speed only", "baseline only"],
+)
+def test_a_run_shows_what_it_has(tmp_path, options, missing):
+    _, found = page(fabricated.full(tmp_path / "run", **options))
+    assert [name for name in SECTIONS if name not in missing] == found.sections
+
+
+def test_a_run_of_errors_only_says_so(tmp_path):
+    sample = Sample("ruler/vt/64/0000", "vt", "ruler", 64, 60)
+    failed = [Generation(sample.sample, label, error="RuntimeError: no memory") for label in ("sdpa", "star")]
+    text, found = page(fabricated.write(tmp_path / "run", [sample], failed, ["sdpa", "star"]))
+    assert found.sections == ["overview", "tables", "errors", "samples", "run"]
+    assert "ruler/vt/64/0000, star: RuntimeError: no memory" in text and "failed in 1 sample" in text
+    assert "RuntimeError: no memory" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")

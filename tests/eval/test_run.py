@@ -298,7 +298,9 @@ def test_the_network_stays_off_unless_asked_for(model, tmp_path, monkeypatch):
 
 
 def launched(model: Path, out: Path, *more: str) -> subprocess.CompletedProcess:
-    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "-m"]
+    # --multi_gpu is how Accelerate is told to start several processes, on CPUs as well.
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m"]
     words = ["hf_attn_plugins.eval", "--model", str(model), "--out", str(out), "--device", "cpu", *SMALL, *more]
     threads = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-m", *launch, *words], capture_output=True, text=True, env=threads)

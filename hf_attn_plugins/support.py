@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -77,7 +79,8 @@ def _verdict(module: nn.Module, name: str) -> tuple[str, str] | None:
         return None
     if not _is_attention(module):
         return None
-    source = _source(type(module))
+    kind: Any = type(module)
+    source = _source(kind)
     if "ALL_ATTENTION_FUNCTIONS" not in source and "attention_interface" not in source:
         return "refused", "computes attention itself and never asks the registry"
     sparse = next((word[:-1] for word in SEMANTICS_REFUSED if word in source), None)
@@ -94,7 +97,8 @@ def _is_attention(module: nn.Module) -> bool:
     """A module that projects and attends itself, rather than one that wraps such a module."""
     if "attention" not in type(module).__name__.lower():
         return False
-    source = _source(type(module))
+    kind: Any = type(module)
+    source = _source(kind)
     if "ALL_ATTENTION_FUNCTIONS" in source or "attention_interface" in source:
         return True
     return "softmax" in source or "scaled_dot_product_attention" in source
@@ -104,13 +108,9 @@ def _has_attention(model: nn.Module) -> bool:
     return any(_is_attention(module) for module in model.modules())
 
 
-_SOURCES: dict[type, str] = {}  # finding a class's source means parsing its file
-
-
-def _source(cls: type) -> str:
-    if cls not in _SOURCES:
-        try:
-            _SOURCES[cls] = inspect.getsource(cls)
-        except (OSError, TypeError):
-            _SOURCES[cls] = ""
-    return _SOURCES[cls]
+@functools.cache
+def _source(cls: Any) -> str:
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):
+        return ""

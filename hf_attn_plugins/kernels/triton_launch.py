@@ -28,7 +28,7 @@ class Call(NamedTuple):
         left, right: a row at position p sees keys p - left .. p + right; None for no bound.
         offset: position of row 0 on the key axis, an int or a 0-dim integer tensor.
         labels: padding and segments; bias: (B, H, T, S) with strides of 0 where it broadcasts; seed: of dropout.
-        pieces: flat, 6 integers a piece: which list, then a `Piece`; empty for one piece of everything.
+        pieces: flat, 7 integers a piece: which list, then a `Piece`; empty for one piece of everything.
     """
 
     scale: float
@@ -177,10 +177,11 @@ def _plan(
 ) -> tuple[Tensor | None, int]:
     if not pieces:
         return None, 1
-    lists: list[list[Piece]] = [[] for _ in range(max(pieces[::6]) + 1)]
-    for i in range(0, len(pieces), 6):
-        row_begin, row_end, key_begin, key_end, banded = pieces[i + 1 : i + 6]
-        lists[pieces[i]].append(Piece(row_begin, row_end, key_begin, key_end, bool(banded)))
+    width = 1 + len(Piece._fields)
+    lists: list[list[Piece]] = [[] for _ in range(max(pieces[::width]) + 1)]
+    for i in range(0, len(pieces), width):
+        row_begin, row_end, key_begin, key_end, banded, shift = pieces[i + 1 : i + width]
+        lists[pieces[i]].append(Piece(row_begin, row_end, key_begin, key_end, bool(banded), shift))
     entries = torch.tensor(table(lists, length, tile, of_keys=of_keys), dtype=torch.int32)
     return entries.to(device), entries.shape[2]
 

@@ -23,10 +23,10 @@ def seen_by(plan, batch, rows, keys, start):
     seen = torch.zeros(batch, 1, rows, keys, dtype=torch.bool)
     lists = plan if plan and isinstance(plan[0], list) else [plan] * batch
     for b, pieces in enumerate(lists):
-        for r0, r1, k0, k1, banded in pieces:
+        for r0, r1, k0, k1, banded, shift in pieces:
             for t in range(r0, r1):
                 for s in range(k0, k1):
-                    seen[b, 0, t, s] |= not banded or s <= t + start
+                    seen[b, 0, t, s] |= not banded or s <= t + start + shift
     return seen
 
 
@@ -73,9 +73,11 @@ def test_a_plan_is_one_launch_forward_and_three_backward():
 
 def test_table_by_hand():
     plan = [[Piece(0, 4, 0, 2), Piece(4, 8, 0, 8, True)]]
-    assert table(plan, 8, 4) == [[[(0, 4, 0, 2, 0)], [(4, 8, 0, 8, 1)]]]
-    assert table(plan, 8, 4, of_keys=True) == [[[(0, 2, 0, 4, 0), (0, 8, 4, 8, 1)], [(0, 8, 4, 8, 1), (0, 0, 0, 0, 0)]]]
-    assert table([[]], 8, 4) == [[[(0, 0, 0, 0, 0)], [(0, 0, 0, 0, 0)]]]
+    assert table(plan, 8, 4) == [[[(0, 4, 0, 2, 0, 0)], [(4, 8, 0, 8, 1, 0)]]]
+    assert table(plan, 8, 4, of_keys=True) == [
+        [[(0, 2, 0, 4, 0, 0), (0, 8, 4, 8, 1, 0)], [(0, 8, 4, 8, 1, 0), (0,) * 6]]
+    ]
+    assert table([[]], 8, 4) == [[[(0,) * 6], [(0,) * 6]]]
 
 
 edges = st.integers(0, 40)
@@ -92,7 +94,7 @@ def test_tables_name_every_pair_of_every_piece(pieces, tile, of_keys):
     wanted = sorted((t, s) for p in plan for t in range(p[0], p[1]) for s in range(p[2], p[3]))
     found = []
     for index, entries in enumerate(table([plan], 40, tile, of_keys=of_keys)[0]):
-        for h0, h1, w0, w1, _ in entries:
+        for h0, h1, w0, w1, *_ in entries:
             for held in range(max(h0, index * tile), min(h1, index * tile + tile, 40)):
                 found += [(w, held) if of_keys else (held, w) for w in range(w0, w1)]
     assert sorted(found) == wanted

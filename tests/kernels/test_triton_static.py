@@ -121,7 +121,7 @@ features = {
     "dropout": dict(dropout=0.1, seed=meta((), dtype=torch.int64)),
     "tensor offset": dict(offset=meta((), dtype=torch.int64)),
     "float bias": dict(bias=meta(1, 1, 16384, 16384, dtype=torch.bfloat16).expand(1, 32, -1, -1)),
-    "plan": dict(pieces=(0, 0, 8192, 0, 8192, 1, 0, 8192, 16384, 0, 16384, 1)),
+    "plan": dict(pieces=(0, 0, 8192, 0, 8192, 1, 0, 0, 8192, 16384, 0, 16384, 1, 0)),
 }
 for name, feature in features.items():
     for launch in record(target, torch.bfloat16, 64, True, **feature):

@@ -69,7 +69,7 @@ def decode_kernel(
     acc, total, top = walk(
         acc, total, top, q, key, value, strides, row[:, None], head[:, None], 0, num_rows - 1, piece, limits, labels,
         bias_rows, stride_bias_s, scale, softcap, dropout, seed, HAS_LEFT, HAS_RIGHT, False, LABELS, BIAS, HAS_SOFTCAP,
-        HAS_DROPOUT, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
+        HAS_DROPOUT, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, False,
     )  # fmt: skip
     seen = total > 0
     acc = acc / tl.where(seen, total, 1.0)[:, None]

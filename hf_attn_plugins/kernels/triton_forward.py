@@ -24,6 +24,8 @@ from hf_attn_plugins.kernels.triton_tiles import (
     LOG2_E,
     NO_BIAS,
     count_steps,
+    describe,
+    fetch,
     keep,
     load_bias,
     load_tile,
@@ -42,7 +44,7 @@ def accumulate(
     MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PLAN: tl.constexpr,
     LABELS: tl.constexpr, BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Online softmax of a tile of rows over the whole or the masked tiles of some keys (see `span`).
 
@@ -53,7 +55,7 @@ def accumulate(
     begin, whole_begin, whole_end, end = limits
     for step in range(count_steps(begin, whole_begin, whole_end, end, not MASKED, BLOCK_N)):
         start = step_start(step, begin, whole_begin, whole_end, not MASKED, BLOCK_N)
-        key = load_tile(key_base, start, stride_key, stride_key_dim, key_end, MASKED, HEAD_DIM, BLOCK_N, BLOCK_D)
+        key = fetch(key_base, start, stride_key, stride_key_dim, key_end, MASKED, HEAD_DIM, BLOCK_N, BLOCK_D, TMA)
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         keys = start + tl.arange(0, BLOCK_N)[None, :]
         factor = scale * LOG2_E
@@ -75,8 +77,8 @@ def accumulate(
         total = total * fade + tl.sum(weights, 1)
         if HAS_DROPOUT:
             weights = weights * keep(rows, keys, heads, seed, dropout)
-        value = load_tile(
-            value_base, start, stride_value, stride_value_dim, key_end, MASKED, HEAD_DIM_V, BLOCK_N, BLOCK_DV
+        value = fetch(
+            value_base, start, stride_value, stride_value_dim, key_end, MASKED, HEAD_DIM_V, BLOCK_N, BLOCK_DV, TMA
         )
         acc = tl.dot(weights.to(value.dtype), value, acc * fade[:, None], input_precision=PRECISION)
         top = new_top
@@ -90,7 +92,7 @@ def walk(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PLAN: tl.constexpr, LABELS: tl.constexpr,
     BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """`accumulate` over one piece: its whole tiles without a mask, those before and after them with one."""
     limits = piece_span(low, high, piece, limits, HAS_LEFT, HAS_RIGHT, HAS_PLAN, BIAS, BLOCK_N)
@@ -98,7 +100,7 @@ def walk(
         acc, total, top = accumulate(
             acc, total, top, query, key_base, value_base, strides, limits, rows, heads, piece, labels, bias_rows,
             stride_bias, scale, softcap, dropout, seed, MASKED == 1, HAS_LEFT, HAS_RIGHT, HAS_PLAN, LABELS, BIAS,
-            HAS_SOFTCAP, HAS_DROPOUT, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
+            HAS_SOFTCAP, HAS_DROPOUT, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, TMA,
         )  # fmt: skip
     return acc, total, top
 
@@ -116,7 +118,7 @@ def forward_kernel(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_OFFSET: tl.constexpr, LABELS: tl.constexpr,
     HAS_PLAN: tl.constexpr, BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """out (B, H, T, Dv), lse (B, H, T) and row_lse (see `store_lse`), a tile of BLOCK_M rows each."""
     tile, head, batch = place(num_rows, num_heads, HAS_RIGHT, BLOCK_M)
@@ -133,6 +135,9 @@ def forward_kernel(
     query = matrix(query, batch, head, stride_query_b, stride_query_h)
     key = matrix(key, batch, head // groups, stride_key_b, stride_key_h)
     value = matrix(value, batch, head // groups, stride_value_b, stride_value_h)
+    if TMA:
+        key = describe(key, num_keys, stride_key_s, HEAD_DIM, BLOCK_N, BLOCK_D)
+        value = describe(value, num_keys, stride_value_s, HEAD_DIM_V, BLOCK_N, BLOCK_DV)
     strides = (stride_key_s, stride_key_d, stride_value_s, stride_value_d)
     query_tile = load_tile(query, first, stride_query_t, stride_query_d, num_rows, True, HEAD_DIM, BLOCK_M, BLOCK_D)
     acc = tl.full((BLOCK_M, BLOCK_DV), 0.0, tl.float32)
@@ -144,7 +149,7 @@ def forward_kernel(
         acc, total, top = walk(
             acc, total, top, query_tile, key, value, strides, rows, head, first, high, piece, limits, labels, bias_rows,
             stride_bias_s, scale, softcap, dropout, seed, HAS_LEFT, HAS_RIGHT, HAS_PLAN, LABELS, BIAS, HAS_SOFTCAP,
-            HAS_DROPOUT, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
+            HAS_DROPOUT, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, TMA,
         )  # fmt: skip
 
     seen = total > 0

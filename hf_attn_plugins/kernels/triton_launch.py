@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_attn_plugins.kernels import triton_backward, triton_decode, triton_dkdv, triton_dq, triton_forward
 from hf_attn_plugins.kernels.pieces import Piece, table
-from hf_attn_plugins.kernels.triton_device import architecture, launch, multiprocessors, on_device, precision
+from hf_attn_plugins.kernels.triton_device import architecture, launch, multiprocessors, on_device, precision, takes_tma
 from hf_attn_plugins.kernels.triton_labels import Labels, key_bounds, row_bounds
 from hf_attn_plugins.kernels.triton_tuning import Config, configuration
 
@@ -81,7 +81,7 @@ def _prefill(query: Tensor, key: Tensor, value: Tensor, call: Call, out: Tensor,
         *query.stride(), *key.stride(), *value.stride(), *out.stride(),
         *_label_strides(call), *_stride2(bounds), *_stride2(plan), *_bias_strides(call),
         rows, key.shape[2], heads, heads // key.shape[1], num_pieces, *_scalars(call),
-        **_constants(query, value, call), HAS_PLAN=bool(call.pieces),
+        **_constants(query, value, call), HAS_PLAN=bool(call.pieces), TMA=config.tma and takes_tma(key, value),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 

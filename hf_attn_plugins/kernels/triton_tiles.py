@@ -134,6 +134,26 @@ def load_tile(
 
 
 @triton.jit
+def describe(base, num_tokens, stride, DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """A TMA descriptor of a (tokens, DIM) matrix, for `fetch`; what lies outside it reads as zero."""
+    return tl.make_tensor_descriptor(
+        base, shape=[num_tokens, DIM], strides=[tl.cast(stride, tl.int64), 1], block_shape=[BLOCK, BLOCK_DIM]
+    )
+
+
+@triton.jit
+def fetch(
+    base, start, stride, stride_dim, end, MASKED: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """`load_tile`, or with TMA the same by a descriptor, which loads to the end of the matrix rather than to `end`."""
+    if TMA:
+        return base.load([start, 0])
+    else:
+        return load_tile(base, start, stride, stride_dim, end, MASKED, DIM, BLOCK, BLOCK_DIM)
+
+
+@triton.jit
 def store_tile(
     base, tile, start, stride, stride_dim, end, DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DIM: tl.constexpr
 ):

@@ -128,6 +128,20 @@ def test_pieces_merge_into_the_whole():
     torch.testing.assert_close(merge(parts).lse, whole.lse, atol=1e-5, rtol=1e-5)
 
 
+def test_tma_descriptors_load_the_same_tiles(monkeypatch):
+    from hf_attn_plugins.kernels import triton_launch
+    from hf_attn_plugins.kernels.triton_tuning import INTERPRETER
+
+    used = []
+    takes = triton_launch.takes_tma
+    monkeypatch.setattr(triton_launch, "takes_tma", lambda *given: used.append(takes(*given)) or used[-1])
+    monkeypatch.setitem(triton_launch.override, "forward", INTERPRETER._replace(tma=True))
+    check(draw(2, 20, 40, dims=(24, 16)), dict(is_causal=True, key_padding=padding(2, 40)), gradients=False)
+    odd = [x[..., 1:] for x in draw(1, 20, 20, dims=(17, 17))]  # rows that begin at no multiple of 16 bytes
+    check(tuple(odd), dict(is_causal=True), gradients=False)
+    assert used == [True, False]
+
+
 def test_gradients_are_the_same_bits_in_every_run():
     inputs = [x.requires_grad_() for x in draw(1, 35, 35)]
     runs = []

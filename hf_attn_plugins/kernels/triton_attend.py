@@ -52,9 +52,15 @@ def run(
         mask.offset if tensor_offset else None,
         torch.randint(2**62, (), device=query.device) if dropout else None,
         scale, softcap, left, right, 0 if tensor_offset else (num_keys - rows if mask.offset is None else mask.offset),
-        dropout, [number for index, pieces in enumerate(plan) for piece in pieces for number in (index, *piece)],
+        dropout, _flat(plan),
     )  # fmt: skip
     return Partial(out, lse)
+
+
+def _flat(plan: list[list[Piece]]) -> list[int]:
+    """The numbers of `triton_launch.Call.pieces`; lists without pieces leave an empty one, so that they are counted."""
+    nothing = [Piece(0, 0, 0, 0)]
+    return [number for index, pieces in enumerate(plan) for piece in pieces or nothing for number in (index, *piece)]
 
 
 def _beside_prefix(piece: Piece, prefix: int) -> list[Piece]:

@@ -30,8 +30,16 @@ def seen_by(plan, batch, rows, keys, start):
     return seen
 
 
-@pytest.mark.parametrize("plan", [STAR, PAIRS, PER_ROW], ids=["star", "pairs", "per row"])
-@pytest.mark.parametrize("kernel", [None, pytest.param("triton", marks=needs_interpreter)])
+@pytest.mark.parametrize(
+    ("plan", "kernel"),
+    [
+        pytest.param(STAR, None, id="star"),
+        pytest.param(PAIRS, None, id="pairs"),
+        pytest.param(PER_ROW, None, id="per row"),
+        pytest.param(PAIRS, "triton", id="pairs, triton", marks=needs_interpreter),
+        pytest.param(PER_ROW, "triton", id="per row, triton", marks=needs_interpreter),
+    ],
+)
 def test_a_plan_is_what_its_pairs_say(plan, kernel):
     real = padding(3, 50)
     mask = Mask(causal=True, key_padding=real)
@@ -108,8 +116,11 @@ def test_pieces_that_leave_the_scores_are_refused():
         attend_pieces(query, key, value, [[Piece(0, 8, 0, 8)]] * 3)
 
 
-def test_a_plan_without_pieces_sees_nothing():
+@pytest.mark.parametrize("plan", [[], [[], []], [[Piece(0, 8, 0, 8)], []]], ids=["shared", "per row", "one row"])
+@pytest.mark.parametrize("kernel", [None, pytest.param("triton", marks=needs_interpreter)])
+def test_rows_without_pieces_see_nothing(plan, kernel):
     query, key, value = sharp_inputs(2, 2, 1, 8, 8, 16)
-    part = attend_pieces(query, key, value, [])
+    part = attend_pieces(query, key, value, plan, kernel=kernel)
     empty = Partial.empty(query, 16)
-    assert torch.equal(part.out, empty.out) and torch.equal(part.lse, empty.lse)
+    assert torch.equal(part.out[1], empty.out[1]) and torch.equal(part.lse[1], empty.lse[1])
+    assert bool((part.lse[0] == -torch.inf).all()) == (plan in ([], [[], []]))

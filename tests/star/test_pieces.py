@@ -119,3 +119,15 @@ def test_a_static_cache_is_read_up_to_the_prompt_and_dense_batches_need_no_plan(
             run=lambda *_, part=(out, lse): part,
         )  # fmt: skip
         assert bool(calls.pop().pieces) == plans and not calls
+
+
+@needs_interpreter
+def test_compiles_as_one_graph():
+    inputs = draw(1, 20, 20)
+    options = StarOptions(**SIZES, kernel="triton")
+
+    def star(query, key, value):
+        mask = Mask(causal=True)
+        return attention(query, key, value, mask, scale=0.25, softcap=None, dropout=0.0, options=options).out
+
+    assert torch.equal(torch.compile(star, fullgraph=True, backend="aot_eager")(*inputs), star(*inputs))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_attn_plugins.kernels import triton_backward, triton_decode, triton_dkdv, triton_dq, triton_forward
-from hf_attn_plugins.kernels.pieces import Piece, table
 from hf_attn_plugins.kernels.triton_device import architecture, launch, multiprocessors, on_device, precision, takes_tma
 from hf_attn_plugins.kernels.triton_labels import Labels, key_bounds, row_bounds
+from hf_attn_plugins.kernels.triton_plan import tables
 from hf_attn_plugins.kernels.triton_tuning import Config, configuration
 
 MAX_DECODE_ROWS = 16
@@ -28,7 +27,7 @@ class Call(NamedTuple):
         left, right: a row at position p sees keys p - left .. p + right; None for no bound.
         offset: position of row 0 on the key axis, an int or a 0-dim integer tensor.
         labels: padding and segments; bias: (B, H, T, S) with strides of 0 where it broadcasts; seed: of dropout.
-        pieces: flat, 7 integers a piece: which list, then a `Piece`; empty for one piece of everything.
+        pieces: a plan as `triton_plan.flat` writes it; empty for one piece of everything.
     """
 
     scale: float
@@ -154,7 +153,7 @@ def backward(
             return d_query, d_key, d_value
         config = _config("dkdv", query, value, call)
         bounds = None if call.labels is None else key_bounds(call.labels, rows, config.block_n)
-        plan, num_pieces = _plan(call.pieces, num_keys, config.block_n, True, query.device)
+        plan, num_pieces = tables(call.pieces, num_keys, config.block_n, True, query.device)
         launch(
             triton_dkdv.dkdv_kernel, (-(-num_keys // config.block_n) * batch * kv_heads,),
             query, key, value, grad_out, row_lse, delta, d_key, d_value, *_side_tensors(call, bounds, plan, query),
@@ -168,22 +167,7 @@ def backward(
 
 def _row_side(call: Call, rows: int, tile: int, device: torch.device) -> tuple[Tensor | None, Tensor | None, int]:
     bounds = None if call.labels is None else row_bounds(call.labels, rows, tile)
-    return bounds, *_plan(call.pieces, rows, tile, False, device)
-
-
-@functools.lru_cache(maxsize=32)  # every layer of a model asks for the same plan
-def _plan(
-    pieces: tuple[int, ...], length: int, tile: int, of_keys: bool, device: torch.device
-) -> tuple[Tensor | None, int]:
-    if not pieces:
-        return None, 1
-    width = 1 + len(Piece._fields)
-    lists: list[list[Piece]] = [[] for _ in range(max(pieces[::width]) + 1)]
-    for i in range(0, len(pieces), width):
-        row_begin, row_end, key_begin, key_end, banded, shift = pieces[i + 1 : i + width]
-        lists[pieces[i]].append(Piece(row_begin, row_end, key_begin, key_end, bool(banded), shift))
-    entries = torch.tensor(table(lists, length, tile, of_keys=of_keys), dtype=torch.int32)
-    return entries.to(device), entries.shape[2]
+    return bounds, *tables(call.pieces, rows, tile, False, device)
 
 
 def _side_tensors(call: Call, bounds: Tensor | None, plan: Tensor | None, query: Tensor) -> tuple[Tensor | None, ...]:

@@ -27,9 +27,9 @@ from hf_attn_plugins.partial import Partial, lse_dtype
 
 LOG2_E = math.log2(math.e)
 ROW_TILE, KEY_TILE = 512, 512  # rows of one product (all heads of a group together), keys of one tile
-SHORT = 2048  # rows from which on causal tiles have full size
+SHORT, LONG = 2048, 8192  # causal calls: keys from which on key tiles have full size, rows for row tiles
 SCORES = 2**22  # scores held at a time, over all heads of a chunk (8 MiB in bfloat16)
-FIRST_KEYS = 128  # keys that the first guess of a row's maximum looks at
+FIRST_KEYS, NEAR_KEYS = 64, 64  # keys at the head, and next to a row, that the first guess of its maximum looks at
 
 
 def cpu_tiled(
@@ -75,10 +75,10 @@ def chunks(query: Tensor, key: Tensor, mask: Mask) -> list[tuple[int, slice, sli
     batch, heads, rows, _ = query.shape
     kv_heads, num_keys = key.shape[1:3]
     groups = heads // kv_heads
-    # A short causal sequence has few tiles besides its diagonal ones, half of which are wasted: make them smaller.
-    short = mask.causal and rows < SHORT
-    row_tile = max(1, min(rows, ROW_TILE // 2 if short else ROW_TILE))
-    key_tile = max(1, min(num_keys, KEY_TILE // 2 if short and num_keys < SHORT else KEY_TILE))
+    # Half of a diagonal tile is wasted: smaller ones pay until a sequence has many others, or heads fill their rows.
+    small = mask.causal and (rows < LONG or groups > 1)
+    row_tile = max(1, min(rows, ROW_TILE // 2 if small else ROW_TILE))
+    key_tile = max(1, min(num_keys, KEY_TILE // 2 if mask.causal and num_keys < SHORT else KEY_TILE))
     at_once = max(1, min(kv_heads, SCORES // (groups * row_tile * key_tile)))
     work = []
     for b in range(batch):
@@ -230,6 +230,23 @@ class _FastRows(_Rows):
         rows[..., -1] = torch.where(top == -torch.inf, 0.0, -top)
         return top
 
+    def near_shift(self, rows: Tensor, index: int, top: Tensor) -> Tensor:
+        """Raise `top` by the keys next to each row: in language, weight lies on the first tokens and on the last."""
+        (t0, t1), head_dim = self.tiles.row_tiles[index], self.query.shape[-1]
+        count = (t1 - t0) // NEAR_KEYS
+        first, size = t0 + self.tiles.start, count * NEAR_KEYS
+        if not count or first + size > self.tiles.num_keys:
+            return top
+        shape = (self.kv_heads, self.groups, t1 - t0)
+        near_rows = rows[..., :head_dim].unflatten(1, (self.groups, -1))[:, :, :size].unflatten(2, (count, -1))
+        near_keys = self.key[:, first : first + size].unflatten(1, (count, -1))
+        scores = torch.matmul(near_rows, near_keys.unsqueeze(1).mT)
+        hidden = torch.ones(NEAR_KEYS, NEAR_KEYS, dtype=torch.bool).triu_(1)
+        best = scores.masked_fill_(hidden, -torch.inf).amax(-1).flatten(2)
+        top.view(shape)[:, :, :size] = torch.maximum(top.view(shape)[:, :, :size], best)
+        rows[..., -1] = -top
+        return top
+
     def run(
         self, index: int, key_tiles: list[KeyTile], dropout: float, generators: list[torch.Generator]
     ) -> tuple[Tensor, Tensor]:
@@ -247,6 +264,8 @@ class _FastRows(_Rows):
             if j == 0:
                 sure = self.tiles.seen_by_all(index, tile) >= min(FIRST_KEYS, width)
                 top = self.new_shift(rows, index, tile, min(FIRST_KEYS, width) if sure else 0, top)
+                if sure and self.tiles.only_causal:
+                    top = self.near_shift(rows, index, top)
             weights, sums = self.tile_weights(rows, index, tile)
             # A weight far above 1, or rows whose first key is in this tile: move the shift, then do the tile again.
             if bool(sums.amax() > 4 * width) or (j and bool((top == -torch.inf).any())):

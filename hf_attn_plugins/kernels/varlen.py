@@ -44,9 +44,8 @@ def attend_varlen(
     rows = _offsets("cu_seqlens_q", cu_seqlens_q, query)
     keys = rows if cu_seqlens_k is None else _offsets("cu_seqlens_k", cu_seqlens_k, key)
     if len(rows) != len(keys):
-        raise ValueError(
-            f"cu_seqlens_q has {len(rows) - 1} sequences and cu_seqlens_k {len(keys) - 1}: one each needed."
-        )
+        counts = f"{len(rows) - 1} and {len(keys) - 1} sequences"
+        raise ValueError(f"cu_seqlens_q and cu_seqlens_k have {counts}: give both the same number.")
     if rows[-1] > query.shape[2] or keys[-1] > key.shape[2]:
         raise ValueError(
             f"sequences end at row {rows[-1]} and key {keys[-1]}, of {query.shape[2]} rows and {key.shape[2]} keys."

@@ -36,7 +36,6 @@ def seen_by(plan, batch, rows, keys, start):
         pytest.param(STAR, None, id="star"),
         pytest.param(PAIRS, None, id="pairs"),
         pytest.param(PER_ROW, None, id="per row"),
-        pytest.param(PAIRS, "triton", id="pairs, triton", marks=needs_interpreter),
         pytest.param(PER_ROW, "triton", id="per row, triton", marks=needs_interpreter),
     ],
 )

@@ -70,8 +70,7 @@ def test_static_cache_offset_held_in_a_tensor(rows):
     check((query, key, value), dict(is_causal=True, offset=23), tensor_offset=True, gradients=False)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["causal", "causal padding"])
+@pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "causal"), (torch.float16, "causal padding")])
 def test_half_precision(dtype, name):
     check(draw(2, 35, 35, dtype=dtype, sharpness=2.0), MASKS[name](2, 35, 35))
 

@@ -5,8 +5,9 @@ limit: eval/results/triton_static.md), not by timings. `hf-attn bench gpu --tune
 machine it runs on and writes FILE; HF_ATTN_PLUGINS_TUNING=FILE makes its rows take precedence.
 
 TMA descriptors in the forward compile for sm_90 and sm_100 without spills: the same matrix instructions, and on sm_90
-in bfloat16 33 to 57 registers fewer a thread (`hf-attn bench triton --static` lists both). That is no timing, and as many blocks fit on
-a multiprocessor either way, so the rows below load by pointers until a GPU has shown what is faster; tuning tries both.
+in bfloat16 33 to 57 registers fewer a thread (`hf-attn bench triton --static` lists both). That is no timing, and as
+many blocks fit on a multiprocessor either way, so the rows below load by pointers until a GPU has shown what is faster;
+tuning tries both.
 
 Warp specialisation (`tl.range(..., warp_specialize=True)`) is left out for what Triton 3.9 makes of it. sm_90, tried on
 a bare forward loop: with 8 warps the same registers, memory and instructions as without; with 4 the compiler's

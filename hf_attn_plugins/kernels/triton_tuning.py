@@ -4,10 +4,10 @@ The table's rows were chosen by what the compiler makes of them (no spilled regi
 limit: eval/results/triton_static.md), not by timings. `hf-attn bench gpu --tune FILE` times the candidates on the
 machine it runs on and writes FILE; HF_ATTN_PLUGINS_TUNING=FILE makes its rows take precedence.
 
-TMA descriptors in the forward compile for sm_90 and sm_100 without spills: the same matrix instructions, and on sm_90
-in bfloat16 33 to 57 registers fewer a thread (`hf-attn bench triton --static` lists both). That is no timing, and as
-many blocks fit on a multiprocessor either way, so the rows below load by pointers until a GPU has shown what is faster;
-tuning tries both.
+TMA descriptors in the forward compile for sm_90 and sm_100 (`hf-attn bench triton --static` lists both ways): the same
+matrix instructions, in bfloat16 33 to 57 registers a thread fewer on sm_90 and 3 to 45 on sm_100, no spills up to
+head_dim 128 (8 bytes of stack at 256, full, on sm_100). That is no timing, and up to head_dim 128 as many blocks fit on
+a multiprocessor either way, so the rows below load by pointers until a GPU has shown what is faster; tuning tries both.
 
 Warp specialisation (`tl.range(..., warp_specialize=True)`) is left out for what Triton 3.9 makes of it. sm_90, tried on
 a bare forward loop: with 8 warps the same registers, memory and instructions as without; with 4 the compiler's

@@ -56,7 +56,7 @@ HALF: dict[str, dict[int, Config | dict[str, Config]]] = {
         256: _split(Config(64, 32, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 4, 1)),
     },
     "dq": {
-        64: _split(Config(64, 32, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
+        64: _split(Config(64, 32, 4, 2), Config(64, 64, 4, 2), Config(128, 64, 8, 2), Config(64, 64, 4, 2)),
         128: _split(Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 32, 4, 1)),
         256: _split(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 4, 1)),
     },

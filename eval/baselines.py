@@ -76,9 +76,9 @@ def attention_sink(
         found = key[:, :, keys], value[:, :, keys]
         return attend(query, *found, mask=seen, scale=scale, softcap=softcap, dropout=dropout)
 
-    pieces = [part(first, mask.slice_keys(first).replace(offset=start))]
+    pieces = [part(first, mask.over_keys(first).replace(offset=start))]
     if rest.start < rest.stop:
-        pieces.append(part(rest, _windowed(mask.slice_keys(rest), options.window).replace(offset=start - sinks)))
+        pieces.append(part(rest, _windowed(mask.over_keys(rest), options.window).replace(offset=start - sinks)))
     return merge(pieces)
 
 

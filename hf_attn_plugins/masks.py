@@ -94,12 +94,12 @@ class Mask:
             right = None
         causal = self.causal and start < end - 1
         keys = slice(first_key, end)
-        mask = self.slice_keys(keys)
+        mask = self.over_keys(keys)
         offset = start - first_key if causal or (left, right) != (None, None) or self.predicate is not None else None
         return mask.replace(causal=causal, window=(left, right), offset=offset), keys
 
-    def slice_keys(self, keys: slice) -> Mask:
-        """The mask of some of the keys, its `offset` and `prefix` left as they are."""
+    def over_keys(self, keys: slice) -> Mask:
+        """Tensors and predicate cut to some keys; `offset` and `prefix` still count from the first of all."""
         predicate, bias = self.predicate, self.bias
         if predicate is not None and keys.start:
             whole, shift = predicate, keys.start

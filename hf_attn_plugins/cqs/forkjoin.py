@@ -1,4 +1,4 @@
-"""Exact attention by a plan: Scheduler's leaves, Workers one after another, Tiler."""
+"""Exact attention by a plan: Scheduler's leaves, Workers one by one, Tiler; on GPUs all Workers in one launch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from torch import Tensor
 
 from hf_attn_plugins.cqs.cost import parse_bytes
 from hf_attn_plugins.cqs.leaf import Leaf
+from hf_attn_plugins.cqs.pieces import of_plan
 from hf_attn_plugins.cqs.scheduler import Plan
 from hf_attn_plugins.cqs.tiler import Tiler
 from hf_attn_plugins.cqs.tokens import TOKENS, Tokens
 from hf_attn_plugins.cqs.workers import work
+from hf_attn_plugins.kernels.choose import choose
+from hf_attn_plugins.kernels.pieces import attend_pieces
 from hf_attn_plugins.masks import Mask, Window, window_of
 from hf_attn_plugins.partial import Partial
 
@@ -40,11 +43,14 @@ def attention(
     """Exact self-attention, divided among the workers of `plan` and merged; every pair of positions computed once.
 
     Differentiable in query, key, value, sinks and a float mask, through both results. The workers run one after another
-    here; `work` and `Tiler` are the parts for running them anywhere else.
+    here, or, with the kernel "triton" (which GPUs take), all in one launch over the cells that they keep: on a device
+    that holds every token anyway, one worker at a time would only leave it idle, and their partial results cost memory.
+    `work` and `Tiler` are the parts for running workers anywhere else, one by one.
 
-    With `memory_budget` everything allocated besides the inputs and the returned pair stays within that many bytes on
-    the computing device, a plan that fits is chosen when none is given, and there are no gradients. Then query, key and
-    value may also be NumPy arrays (`numpy.memmap`) or slice objects of safetensors files, read range by range.
+    With `memory_budget` the workers run one after another everywhere, and all that is allocated besides the inputs and
+    the returned pair stays within that many bytes on the computing device; a plan that fits is chosen when none is
+    given, and there are no gradients. Then query, key and value may also be NumPy arrays (`numpy.memmap`) or slice
+    objects of safetensors files, read range by range.
 
     Args:
         query: (B, Hq, N, D), of any float dtype.
@@ -80,6 +86,14 @@ def attention(
     if plan is None or not (device is None and out is None and folder is None):
         raise ValueError("plan may be left out, and device, out and folder be given, only with a memory_budget.")
     check_lengths(query.shape[TOKENS], key.shape[TOKENS], plan, whole)
+    if (kernel or choose(query, key, value, whole, softcap, dropout)) == "triton":
+        # A prefix is seen from before it, so that its blocks above the diagonal count although the rest is causal.
+        cells = of_plan(plan, whole.causal and not whole.prefix)
+        part = attend_pieces(
+            query, key, value, cells, mask=whole.replace(offset=0), scale=scale, softcap=softcap, dropout=dropout,
+            kernel="triton",
+        )  # fmt: skip
+        return with_sinks(part, sinks)
     leaves = list(plan.leaves())
     cuts = _cuts(leaves) if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)) else None
     tokens = [Tokens(x, cuts=cuts) for x in (query, key, value)]

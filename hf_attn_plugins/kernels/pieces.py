@@ -22,7 +22,8 @@ from hf_attn_plugins.partial import Partial, merge
 class Piece(NamedTuple):
     """Rows row_begin..row_end see keys key_begin..key_end; if `banded`, only those that causal and window allow.
 
-    The pieces of one row of the batch must not share a (row, key) pair, or that pair counts twice.
+    The pieces of one row of the batch must not share a (row, key) pair, or that pair counts twice. `shift` is added to
+    the position that a banded piece's rows have on the key axis: packed sequences lie at their own places on each side.
     """
 
     row_begin: int
@@ -30,6 +31,12 @@ class Piece(NamedTuple):
     key_begin: int
     key_end: int
     banded: bool = False
+    shift: int = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it holds no pair."""
+        return self.row_begin >= self.row_end or self.key_begin >= self.key_end
 
 
 Tables = list[list[list[tuple[int, ...]]]]
@@ -44,25 +51,26 @@ def per_batch(plan: Plan) -> list[list[Piece]]:
 
 
 def table(plan: list[list[Piece]], length: int, tile: int, *, of_keys: bool = False) -> Tables:
-    """For every row of the batch and every tile, the pieces that touch it as (begin, end, begin, end, banded).
+    """For every row of the batch and every tile, the pieces that touch it as (begin, end, begin, end, banded, shift).
 
     The held side comes first: rows, or keys when `of_keys`. All lists are padded with empty pieces to one length.
 
     Example: `table([[Piece(0, 4, 0, 2), Piece(4, 8, 0, 8, True)]], 8, 4)` is
-    [[[(0, 4, 0, 2, 0)], [(4, 8, 0, 8, 1)]]].
+    [[[(0, 4, 0, 2, 0, 0)], [(4, 8, 0, 8, 1, 0)]]].
     """
     tables = []
     for pieces in plan:
         tiles: list[list[tuple[int, ...]]] = [[] for _ in range(0, length, tile)]
         for piece in pieces:
-            held, walked = (piece[0:2], piece[2:4]) if not of_keys else (piece[2:4], piece[0:2])
-            if held[0] >= held[1] or walked[0] >= walked[1]:
+            if piece.is_empty:
                 continue
+            held, walked = (piece[0:2], piece[2:4]) if not of_keys else (piece[2:4], piece[0:2])
             for index in range(held[0] // tile, (held[1] - 1) // tile + 1):
-                tiles[index].append((*held, *walked, int(piece.banded)))
+                tiles[index].append((*held, *walked, int(piece.banded), piece.shift))
         tables.append(tiles)
     most = max((len(entries) for tiles in tables for entries in tiles), default=0)
-    return [[entries + [(0, 0, 0, 0, 0)] * (max(most, 1) - len(entries)) for entries in tiles] for tiles in tables]
+    nothing = (0,) * len(Piece._fields)
+    return [[entries + [nothing] * (max(most, 1) - len(entries)) for entries in tiles] for tiles in tables]
 
 
 def check_plan(plan: list[list[Piece]], batch: int, num_rows: int, num_keys: int) -> None:
@@ -84,6 +92,7 @@ def attend_pieces(
     mask: Mask | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    dropout: float = 0.0,
     kernel: str | None = None,
 ) -> Partial:
     """Attention over the pieces of a plan, merged; differentiable like `kernels.attend`.
@@ -93,7 +102,7 @@ def attend_pieces(
         plan: `Piece`s for all rows of the batch, or a list of them for each row.
         mask: what else restricts the pairs; its `causal` and `window` (about positions `t + offset`) bind banded
             pieces only, everything else binds all of them.
-        scale, softcap: as in `kernels.attend`.
+        scale, softcap, dropout: as in `kernels.attend`.
         kernel: "triton" for a single launch; None takes it on GPUs, and pieces one by one elsewhere.
 
     Raises:
@@ -109,32 +118,32 @@ def attend_pieces(
     if kernel == "triton" or (kernel is None and query.device.type == "cuda"):
         from hf_attn_plugins.kernels.triton_attend import supported
 
-        reason = supported(query, key, value, mask, softcap, 0.0)
+        reason = supported(query, key, value, mask, softcap, dropout)
         if reason is None:
             load("triton")  # its module, with a clear error where Triton is missing
             from hf_attn_plugins.kernels.triton_attend import run
 
-            return run(query, key, value, mask, scale, softcap, 0.0, lists)
+            return run(query, key, value, mask, scale, softcap, dropout, lists)
         if kernel == "triton":
             raise NotImplementedError(f"kernel 'triton' cannot do {reason}: use kernel=None.")
     start = mask.start(num_rows, num_keys)
 
     def one(b: int, piece: Piece) -> Partial:
-        row = mask.slice_batch(b).replace(offset=start)
+        row = mask.slice_batch(b)
         if not piece.banded:
             row = row.replace(causal=False, window=(None, None))
         rows, keys = slice(piece.row_begin, piece.row_end), slice(piece.key_begin, piece.key_end)
-        sub = sub_mask(row, rows, keys, start)
+        sub = sub_mask(row, rows, keys, start + (piece.shift if piece.banded else 0))
         item = slice(b, b + 1)
         return attend(
             query[item, :, rows], key[item, :, keys], value[item, :, keys],
-            mask=sub, scale=scale, softcap=softcap, kernel=kernel,
+            mask=sub, scale=scale, softcap=softcap, dropout=dropout, kernel=kernel,
         )  # fmt: skip
 
     outs, lses = [], []
     for b in range(query.shape[0]):
         part = Partial.empty(query[b : b + 1], value.shape[-1])
-        pieces = [piece for piece in lists[b % len(lists)] if piece.row_begin < piece.row_end]
+        pieces = [piece for piece in lists[b % len(lists)] if not piece.is_empty]
         cuts = sorted({0, num_rows, *(edge for piece in pieces for edge in piece[:2])})
         done = [one(b, piece) for piece in pieces]
         bands = []
@@ -163,5 +172,5 @@ def sub_mask(mask: Mask, rows: slice, keys: slice, start: int) -> Mask:
     part = mask.replace(
         query_segments=None if segments is None else segments[:, rows], bias=bias, offset=start + rows.start
     )
-    part = part.slice_keys(keys)
+    part = part.over_keys(keys)
     return part.replace(offset=start + rows.start - keys.start, prefix=max(0, mask.prefix - keys.start))

@@ -34,6 +34,7 @@ def run(
     """The call as operator arguments; `plan` is empty for all pairs, or holds pieces per row of the batch."""
     from hf_attn_plugins.kernels.triton_labels import make_labels
     from hf_attn_plugins.kernels.triton_ops import triton_attention
+    from hf_attn_plugins.kernels.triton_plan import flat
 
     rows, num_keys = query.shape[2], key.shape[2]
     if scale <= 0:  # the kernels take the maximum before they scale
@@ -52,7 +53,7 @@ def run(
         mask.offset if tensor_offset else None,
         torch.randint(2**62, (), device=query.device) if dropout else None,
         scale, softcap, left, right, 0 if tensor_offset else (num_keys - rows if mask.offset is None else mask.offset),
-        dropout, [number for index, pieces in enumerate(plan) for piece in pieces for number in (index, *piece)],
+        dropout, flat(plan),
     )  # fmt: skip
     return Partial(out, lse)
 

@@ -48,13 +48,11 @@ def delta_kernel(
 
 @triton.jit
 def weights_and_slope(
-    scores, rows, keys, row_lse, piece, shift, row_labels, key_labels, bias_rows, stride_bias, scale, softcap,
-    MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PLAN: tl.constexpr,
-    LABELS: tl.constexpr, BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    scores, rows, keys, row_lse, piece, labels, bias_rows, stride_bias, scale, softcap, MASKED: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PLAN: tl.constexpr, LABELS: tl.constexpr,
+    BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """P from raw products, and the derivative of the capped score by the scaled one (1 without a softcap)."""
-    row_begin, row_end, key_begin, key_end = piece[0], piece[1], piece[2], piece[3]
-    left, right = piece[4], piece[5]
     slope = 1.0
     if HAS_SOFTCAP:
         bent = tanh(scores * (scale / softcap))
@@ -63,14 +61,11 @@ def weights_and_slope(
     else:
         scores = scores * (scale * LOG2_E)
     if BIAS != NO_BIAS:
-        inside = (rows < row_end) & (keys < key_end)
+        inside = (rows < piece[1]) & (keys < piece[3])
         scores += load_bias(bias_rows, stride_bias, keys, inside, BIAS) * LOG2_E
     weights = tl.exp2(scores - row_lse)
     if MASKED:
-        seen = visible(
-            rows, keys, row_begin, row_end, key_begin, key_end, shift, left, right, row_labels, key_labels,
-            HAS_LEFT, HAS_RIGHT, HAS_PLAN, LABELS,
-        )  # fmt: skip
+        seen = visible(rows, keys, piece, labels, HAS_LEFT, HAS_RIGHT, HAS_PLAN, LABELS)
         weights = tl.where(seen, weights, 0.0)
     return weights, slope
 

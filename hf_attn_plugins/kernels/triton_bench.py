@@ -20,6 +20,8 @@ launch of a call with {tokens} tokens, {heads} query and {kv_heads} key heads, b
 
 * registers: per thread; spilled: bytes of stack per thread; shared: bytes per block (limits: sm80 {sm80}, sm90 {sm90},
   sm100 {sm100}, gfx942 {gfx942}).
+* rows x keys: tile sizes, warps and stages of the tuning table; with TMA, the same forward loading keys and values by
+  TMA descriptors, which that table leaves off until a GPU has timed both.
 * matrix: matrix instructions in the binary, by name. resident: blocks that fit on one multiprocessor (NVIDIA only).
 * floor_ms: milliseconds that the call's matrix products take at the data sheet's dense bfloat16 peak
   ({peaks} TFLOP/s): a bound that no kernel can beat, not an estimate of this one.

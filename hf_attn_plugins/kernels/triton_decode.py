@@ -13,14 +13,8 @@ import triton
 import triton.language as tl
 
 from hf_attn_plugins.kernels.triton_forward import walk
-from hf_attn_plugins.kernels.triton_tiles import (
-    BOTH_LABELS,
-    NO_BIAS,
-    NO_LABELS,
-    load_bounds,
-    span,
-    store_lse,
-)
+from hf_attn_plugins.kernels.triton_program import batch_labels, load_numbers, matrix, tile_limits
+from hf_attn_plugins.kernels.triton_tiles import NO_BIAS, span, store_lse
 
 
 @triton.jit
@@ -46,21 +40,12 @@ def decode_kernel(
     # Unused lanes repeat row 0 and are not stored.
     row = tl.where(used, lane % num_rows, 0)
     head = kv_head * groups + tl.where(used, lane // num_rows, 0)
-    shift = offset
-    if HAS_OFFSET:
-        shift = tl.load(offset_pointer).to(tl.int32)
-    seed = 0
-    if HAS_DROPOUT:
-        seed = tl.load(seed_pointer)
-    if LABELS != NO_LABELS:
-        key_labels += batch * stride_key_labels
-        bounds += batch * stride_bounds_b
-    if LABELS == BOTH_LABELS:
-        row_labels += batch * stride_row_labels
+    shift, seed = load_numbers(offset, offset_pointer, seed_pointer, HAS_OFFSET, HAS_DROPOUT)
+    labels = batch_labels(row_labels, key_labels, stride_row_labels, stride_key_labels, batch, LABELS)
+    limits = tile_limits(bounds, stride_bounds_b, 0, batch, 0, num_keys, LABELS)
     bias_rows = bias
     if BIAS != NO_BIAS:
         bias_rows = (bias + batch * stride_bias_b + head * stride_bias_h + row * stride_bias_t)[:, None]
-    limits = load_bounds(bounds, num_keys, LABELS != NO_LABELS)
     begin, _, _, end = span(0, num_rows - 1, shift, left, right, 0, num_keys, limits, HAS_LEFT, HAS_RIGHT, BLOCK_N)
     length = (tl.maximum(end - begin, 0) + num_splits * BLOCK_N - 1) // (num_splits * BLOCK_N) * BLOCK_N
     begin += split * length
@@ -70,21 +55,21 @@ def decode_kernel(
     wide_head = tl.cast(head, tl.int64)[:, None]
     places = batch * stride_query_b + wide_head * stride_query_h + row[:, None] * stride_query_t + dims * stride_query_d
     q = tl.load(query + places, mask=used[:, None] & (dims < HEAD_DIM), other=0.0)
-    key += batch * stride_key_b + tl.cast(kv_head, tl.int64) * stride_key_h
-    value += batch * stride_value_b + tl.cast(kv_head, tl.int64) * stride_value_h
+    key = matrix(key, batch, kv_head, stride_key_b, stride_key_h)
+    value = matrix(value, batch, kv_head, stride_value_b, stride_value_h)
     strides = (stride_key_s, stride_key_d, stride_value_s, stride_value_d)
     bound_begin, bound_end, bound_whole_begin, bound_whole_end = limits
     limits = (
         tl.maximum(bound_begin, begin), tl.minimum(bound_end, end), bound_whole_begin, tl.minimum(bound_whole_end, end)
     )  # fmt: skip
-    piece = (0, num_rows, 0, num_keys, left, right)
+    piece = (0, num_rows, 0, num_keys, left, right, shift)
     acc = tl.full((BLOCK_M, BLOCK_DV), 0.0, tl.float32)
     total = tl.full((BLOCK_M,), 0.0, tl.float32)
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     acc, total, top = walk(
-        acc, total, top, q, key, value, strides, row[:, None], head[:, None], 0, num_rows - 1, piece, limits, shift,
-        row_labels, key_labels, bias_rows, stride_bias_s, scale, softcap, dropout, seed, HAS_LEFT, HAS_RIGHT, False,
-        LABELS, BIAS, HAS_SOFTCAP, HAS_DROPOUT, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
+        acc, total, top, q, key, value, strides, row[:, None], head[:, None], 0, num_rows - 1, piece, limits, labels,
+        bias_rows, stride_bias_s, scale, softcap, dropout, seed, HAS_LEFT, HAS_RIGHT, False, LABELS, BIAS, HAS_SOFTCAP,
+        HAS_DROPOUT, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, False,
     )  # fmt: skip
     seen = total > 0
     acc = acc / tl.where(seen, total, 1.0)[:, None]

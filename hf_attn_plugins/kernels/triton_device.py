@@ -73,3 +73,28 @@ def multiprocessors(device: torch.device) -> int:
 def precision(dtype: torch.dtype, arch: str) -> str:
     """How products of float32 tiles are done: three TF32 products on NVIDIA, plain float32 elsewhere."""
     return "tf32x3" if dtype == torch.float32 and arch.startswith("sm") else "ieee"
+
+
+def takes_tma(*tensors: Tensor) -> bool:
+    """Whether TMA descriptors can be made of (B, H, S, D) tensors: Hopper or newer, and steps of 16 bytes.
+
+    Descriptors made in a kernel need memory from a hook of Triton, which is set here.
+    """
+    arch = architecture(tensors[0].device)
+    if not (arch == "interpreter" or (arch.startswith("sm") and int(arch[2:]) >= 90)):
+        return False
+    for tensor in tensors:
+        size = tensor.element_size()
+        steps = (*tensor.stride()[:3], tensor.shape[3])
+        place = 0 if tensor.device.type == "meta" else tensor.data_ptr()
+        if tensor.stride(3) != 1 or tensor.stride(2) < 1 or place % 16 or any(step * size % 16 for step in steps):
+            return False
+    if arch != "interpreter" and _recording is None:
+        import triton
+
+        triton.set_allocator(_scratch)  # again in every call: Triton keeps it per thread
+    return True
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")

@@ -8,25 +8,23 @@ import triton
 import triton.language as tl
 
 from hf_attn_plugins.kernels.triton_backward import load_row_numbers, weights_and_slope
-from hf_attn_plugins.kernels.triton_tiles import (
-    BOTH_LABELS,
-    NO_BIAS,
-    NO_LABELS,
-    count_steps,
-    keep,
-    load_bounds,
+from hf_attn_plugins.kernels.triton_program import (
+    batch_labels,
+    load_numbers,
     load_piece,
-    load_tile,
-    span,
-    step_start,
-    store_tile,
+    matrix,
+    piece_span,
+    place,
+    tile_limits,
+    tile_plan,
 )
+from hf_attn_plugins.kernels.triton_tiles import NO_BIAS, count_steps, keep, load_tile, step_start, store_tile
 
 
 @triton.jit
 def dq_range(
-    acc, query, grad_out, row_lse, row_delta, key_base, value_base, strides, limits, rows, head, piece, shift,
-    row_labels, key_labels, bias_rows, stride_bias, scale, softcap, dropout, seed,
+    acc, query, grad_out, row_lse, row_delta, key_base, value_base, strides, limits, rows, head, piece, labels,
+    bias_rows, stride_bias, scale, softcap, dropout, seed,
     MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PLAN: tl.constexpr,
     LABELS: tl.constexpr, BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -44,9 +42,8 @@ def dq_range(
         )
         keys = start + tl.arange(0, BLOCK_N)[None, :]
         weights, slope = weights_and_slope(
-            tl.dot(query, tl.trans(key), input_precision=PRECISION), rows, keys, row_lse[:, None], piece, shift,
-            row_labels, key_labels, bias_rows, stride_bias, scale, softcap, MASKED, HAS_LEFT, HAS_RIGHT, HAS_PLAN,
-            LABELS, BIAS, HAS_SOFTCAP,
+            tl.dot(query, tl.trans(key), input_precision=PRECISION), rows, keys, row_lse[:, None], piece, labels,
+            bias_rows, stride_bias, scale, softcap, MASKED, HAS_LEFT, HAS_RIGHT, HAS_PLAN, LABELS, BIAS, HAS_SOFTCAP,
         )  # fmt: skip
         d_weights = tl.dot(grad_out, tl.trans(value), input_precision=PRECISION)
         if HAS_DROPOUT:
@@ -74,64 +71,35 @@ def dq_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ (B, H, T, D), a tile of BLOCK_M rows each."""
-    tiles = (num_rows + BLOCK_M - 1) // BLOCK_M
-    program = tl.program_id(0)
-    tile, batch_head = program % tiles, program // tiles
-    if HAS_RIGHT:
-        tile = tiles - 1 - tile
-    head, batch = batch_head % num_heads, tl.cast(batch_head // num_heads, tl.int64)
-    kv_head = tl.cast(head // groups, tl.int64)
+    tile, head, batch = place(num_rows, num_heads, HAS_RIGHT, BLOCK_M)
     first = tile * BLOCK_M
     high = tl.minimum(first + BLOCK_M, num_rows) - 1
     rows = first + tl.arange(0, BLOCK_M)[:, None]
-    shift = offset
-    if HAS_OFFSET:
-        shift = tl.load(offset_pointer).to(tl.int32)
-    seed = 0
-    if HAS_DROPOUT:
-        seed = tl.load(seed_pointer)
-    if LABELS != NO_LABELS:
-        key_labels += batch * stride_key_labels
-        bounds += batch * stride_bounds_b + tl.cast(tile, tl.int64) * stride_bounds_tile
-    if LABELS == BOTH_LABELS:
-        row_labels += batch * stride_row_labels
-    limits = load_bounds(bounds, num_keys, LABELS != NO_LABELS)
-    if HAS_PLAN:
-        plan += batch * stride_plan_b + tl.cast(tile, tl.int64) * stride_plan_tile
-    wide_head = tl.cast(head, tl.int64)
-    query += batch * stride_query_b + wide_head * stride_query_h
-    grad_out += batch * stride_grad_b + wide_head * stride_grad_h
-    d_query += batch * stride_dq_b + wide_head * stride_dq_h
-    key += batch * stride_key_b + kv_head * stride_key_h
-    value += batch * stride_value_b + kv_head * stride_value_h
+    shift, seed = load_numbers(offset, offset_pointer, seed_pointer, HAS_OFFSET, HAS_DROPOUT)
+    labels = batch_labels(row_labels, key_labels, stride_row_labels, stride_key_labels, batch, LABELS)
+    limits = tile_limits(bounds, stride_bounds_b, stride_bounds_tile, batch, tile, num_keys, LABELS)
+    plan = tile_plan(plan, stride_plan_b, stride_plan_tile, batch, tile, HAS_PLAN)
     bias_rows = bias
     if BIAS != NO_BIAS:
-        bias_rows = bias + batch * stride_bias_b + head * stride_bias_h + tl.cast(rows, tl.int64) * stride_bias_t
+        bias_rows = matrix(bias, batch, head, stride_bias_b, stride_bias_h) + tl.cast(rows, tl.int64) * stride_bias_t
+    query = matrix(query, batch, head, stride_query_b, stride_query_h)
+    grad_out = matrix(grad_out, batch, head, stride_grad_b, stride_grad_h)
+    d_query = matrix(d_query, batch, head, stride_dq_b, stride_dq_h)
+    key = matrix(key, batch, head // groups, stride_key_b, stride_key_h)
+    value = matrix(value, batch, head // groups, stride_value_b, stride_value_h)
+    strides = (stride_key_s, stride_key_d, stride_value_s, stride_value_d)
     q = load_tile(query, first, stride_query_t, stride_query_d, num_rows, True, HEAD_DIM, BLOCK_M, BLOCK_D)
     g = load_tile(grad_out, first, stride_grad_t, stride_grad_d, num_rows, True, HEAD_DIM_V, BLOCK_M, BLOCK_DV)
-    skip = tl.cast(batch_head, tl.int64) * num_rows
+    skip = (batch * num_heads + head) * num_rows
     tile_lse, tile_delta = load_row_numbers(row_lse + skip, delta + skip, first + tl.arange(0, BLOCK_M), num_rows, True)
-    strides = (stride_key_s, stride_key_d, stride_value_s, stride_value_d)
     acc = tl.full((BLOCK_M, BLOCK_D), 0.0, tl.float32)
     for index in range(num_pieces if HAS_PLAN else 1):
-        piece = load_piece(plan, index, num_rows, num_keys, left, right, HAS_PLAN)
-        row_begin, row_end, key_begin, key_end, piece_left, piece_right = piece
-        begin, whole_begin, whole_end, end = span(
-            tl.maximum(first, row_begin), tl.minimum(high, row_end - 1), shift, piece_left, piece_right, key_begin,
-            key_end, limits, HAS_LEFT, HAS_RIGHT, BLOCK_N,
-        )  # fmt: skip
-        if HAS_PLAN:
-            inside = (first >= row_begin) & (high < row_end)
-            end = tl.where(row_begin > high, begin, end)
-            whole_begin, whole_end = tl.where(inside, whole_begin, begin), tl.where(inside, whole_end, begin)
-        if BIAS != NO_BIAS:
-            whole_begin, whole_end = begin, begin
+        piece = load_piece(plan, index, num_rows, num_keys, left, right, shift, HAS_PLAN)
+        reach = piece_span(first, high, piece, limits, HAS_LEFT, HAS_RIGHT, HAS_PLAN, BIAS, BLOCK_N)
         for MASKED in tl.static_range(1 if BIAS != NO_BIAS else 0, 2):  # the whole tiles, then the others
             acc = dq_range(
-                acc, q, g, tile_lse, tile_delta, key, value, strides,
-                (begin, whole_begin, whole_end, end), rows, head, piece, shift, row_labels, key_labels,
-                bias_rows, stride_bias_s, scale, softcap, dropout, seed, MASKED == 1,
-                HAS_LEFT, HAS_RIGHT, HAS_PLAN, LABELS, BIAS, HAS_SOFTCAP, HAS_DROPOUT, HEAD_DIM, HEAD_DIM_V, BLOCK_D,
-                BLOCK_DV, BLOCK_N, PRECISION,
+                acc, q, g, tile_lse, tile_delta, key, value, strides, reach, rows, head, piece, labels, bias_rows,
+                stride_bias_s, scale, softcap, dropout, seed, MASKED == 1, HAS_LEFT, HAS_RIGHT, HAS_PLAN, LABELS, BIAS,
+                HAS_SOFTCAP, HAS_DROPOUT, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
             )  # fmt: skip
     store_tile(d_query, acc * scale, first, stride_dq_t, stride_dq_d, num_rows, HEAD_DIM, BLOCK_M, BLOCK_D)

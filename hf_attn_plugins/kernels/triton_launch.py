@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_attn_plugins.kernels import triton_backward, triton_decode, triton_dkdv, triton_dq, triton_forward
-from hf_attn_plugins.kernels.pieces import Piece, table
-from hf_attn_plugins.kernels.triton_device import architecture, launch, multiprocessors, on_device, precision
+from hf_attn_plugins.kernels.triton_device import architecture, launch, multiprocessors, on_device, precision, takes_tma
 from hf_attn_plugins.kernels.triton_labels import Labels, key_bounds, row_bounds
+from hf_attn_plugins.kernels.triton_plan import tables
 from hf_attn_plugins.kernels.triton_tuning import Config, configuration
 
 MAX_DECODE_ROWS = 16
@@ -28,7 +27,7 @@ class Call(NamedTuple):
         left, right: a row at position p sees keys p - left .. p + right; None for no bound.
         offset: position of row 0 on the key axis, an int or a 0-dim integer tensor.
         labels: padding and segments; bias: (B, H, T, S) with strides of 0 where it broadcasts; seed: of dropout.
-        pieces: flat, 6 integers a piece: which list, then a `Piece`; empty for one piece of everything.
+        pieces: a plan as `triton_plan.flat` writes it; empty for one piece of everything.
     """
 
     scale: float
@@ -81,7 +80,7 @@ def _prefill(query: Tensor, key: Tensor, value: Tensor, call: Call, out: Tensor,
         *query.stride(), *key.stride(), *value.stride(), *out.stride(),
         *_label_strides(call), *_stride2(bounds), *_stride2(plan), *_bias_strides(call),
         rows, key.shape[2], heads, heads // key.shape[1], num_pieces, *_scalars(call),
-        **_constants(query, value, call), HAS_PLAN=bool(call.pieces),
+        **_constants(query, value, call), HAS_PLAN=bool(call.pieces), TMA=config.tma and takes_tma(key, value),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
@@ -154,7 +153,7 @@ def backward(
             return d_query, d_key, d_value
         config = _config("dkdv", query, value, call)
         bounds = None if call.labels is None else key_bounds(call.labels, rows, config.block_n)
-        plan, num_pieces = _plan(call.pieces, num_keys, config.block_n, True, query.device)
+        plan, num_pieces = tables(call.pieces, num_keys, config.block_n, True, query.device)
         launch(
             triton_dkdv.dkdv_kernel, (-(-num_keys // config.block_n) * batch * kv_heads,),
             query, key, value, grad_out, row_lse, delta, d_key, d_value, *_side_tensors(call, bounds, plan, query),
@@ -168,21 +167,7 @@ def backward(
 
 def _row_side(call: Call, rows: int, tile: int, device: torch.device) -> tuple[Tensor | None, Tensor | None, int]:
     bounds = None if call.labels is None else row_bounds(call.labels, rows, tile)
-    return bounds, *_plan(call.pieces, rows, tile, False, device)
-
-
-@functools.lru_cache(maxsize=32)  # every layer of a model asks for the same plan
-def _plan(
-    pieces: tuple[int, ...], length: int, tile: int, of_keys: bool, device: torch.device
-) -> tuple[Tensor | None, int]:
-    if not pieces:
-        return None, 1
-    lists: list[list[Piece]] = [[] for _ in range(max(pieces[::6]) + 1)]
-    for i in range(0, len(pieces), 6):
-        row_begin, row_end, key_begin, key_end, banded = pieces[i + 1 : i + 6]
-        lists[pieces[i]].append(Piece(row_begin, row_end, key_begin, key_end, bool(banded)))
-    entries = torch.tensor(table(lists, length, tile, of_keys=of_keys), dtype=torch.int32)
-    return entries.to(device), entries.shape[2]
+    return bounds, *tables(call.pieces, rows, tile, False, device)
 
 
 def _side_tensors(call: Call, bounds: Tensor | None, plan: Tensor | None, query: Tensor) -> tuple[Tensor | None, ...]:

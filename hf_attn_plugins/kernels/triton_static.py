@@ -7,6 +7,7 @@ target, specialised as Triton's own launcher would; the resources are read from 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import subprocess
 import tempfile
@@ -19,7 +20,8 @@ from typing import Any
 import torch
 
 from hf_attn_plugins.kernels.triton_device import Launch, recording
-from hf_attn_plugins.kernels.triton_launch import Call, backward, forward
+from hf_attn_plugins.kernels.triton_launch import Call, backward, forward, override
+from hf_attn_plugins.kernels.triton_tuning import configuration
 
 TOKENS, HEADS, KV_HEADS = 16384, 32, 8
 
@@ -80,18 +82,28 @@ class Resources:
     floor_ms: float | None
 
 
-def record(target: str, dtype: torch.dtype, head_dim: int, causal: bool, **features: Any) -> list[Launch]:
-    """The launches of a prefill with its backward, and of a decode step, for the target's tile sizes."""
+def record(
+    target: str, dtype: torch.dtype, head_dim: int, causal: bool, tma: bool = False, **features: Any
+) -> list[Launch]:
+    """The launches of a prefill with its backward, and of a decode step, for the target's tile sizes.
+
+    tma: the forward loads by TMA descriptors, whatever the table says.
+    """
     call = Call(head_dim**-0.5, None, None, 0 if causal else None, 0, None, None, 0.0, None, ())._replace(**features)
 
     def tensor(heads: int, tokens: int) -> torch.Tensor:
         return torch.empty(1, tokens, heads, head_dim, dtype=dtype, device="meta").transpose(1, 2)
 
     query, key = tensor(HEADS, TOKENS), tensor(KV_HEADS, TOKENS)
-    with recording(target) as launches:
-        out, _, row_lse = forward(query, key, key, call)
-        backward(out, None, query, key, key, out, row_lse, call)
-        forward(tensor(HEADS, 1), key, key, call._replace(offset=TOKENS - 1))
+    if tma:
+        override["forward"] = configuration(target, "forward", dtype, head_dim, causal)._replace(tma=True)
+    try:
+        with recording(target) as launches:
+            out, _, row_lse = forward(query, key, key, call)
+            backward(out, None, query, key, key, out, row_lse, call)
+            forward(tensor(HEADS, 1), key, key, call._replace(offset=TOKENS - 1))
+    finally:
+        override.clear()
     return launches
 
 
@@ -144,6 +156,7 @@ def measure(launch: Launch, target: str, dtype: str, head_dim: int, causal: bool
         floor = round(pairs * 2 * head_dim * PRODUCTS[name] / chip.peak / 1e9, 3)
     sizes = [f"{words[part]}" for part in ("BLOCK_M", "BLOCK_N") if part in words]
     tile = "x".join(sizes) + f", {words['num_warps']} warps, {words.get('num_stages', 1)} stages"
+    tile += ", TMA" if words.get("TMA") else ""
     resident = None if chip.backend == "hip" else resident_blocks(registers, shared, words["num_warps"], chip)
     return Resources(
         name.removesuffix("_kernel"), target, dtype, head_dim, causal, tile, registers, spilled, shared, matrix,
@@ -194,15 +207,17 @@ def _tool(name: str, *arguments: str) -> str:
 def report(
     targets: list[str], dtypes: list[str], head_dims: list[int], causal: list[bool], kernels: list[str] | None = None
 ) -> Iterator[Resources]:
-    """`measure` over a grid, one kernel after the other; `kernels` are names without "_kernel"."""
-    for target in targets:
-        for dtype in dtypes:
-            for head_dim in head_dims:
-                for banded in causal:
-                    for launch in record(target, DTYPES[dtype], head_dim, banded):
-                        name = launch.kernel.__name__.removesuffix("_kernel")
-                        if kernels is None or name in kernels:
-                            yield measure(launch, target, dtype, head_dim, banded)
+    """`measure` over a grid, one kernel after the other; `kernels` are names without "_kernel".
+
+    Where the chip has TMA, the forward is measured with and without it.
+    """
+    for target, dtype, head_dim, banded in itertools.product(targets, dtypes, head_dims, causal):
+        launches = record(target, DTYPES[dtype], head_dim, banded)
+        if target in ("sm90", "sm100"):
+            launches.insert(1, record(target, DTYPES[dtype], head_dim, banded, tma=True)[0])
+        for launch in launches:
+            if kernels is None or launch.kernel.__name__.removesuffix("_kernel") in kernels:
+                yield measure(launch, target, dtype, head_dim, banded)
 
 
 def problems(rows: list[Resources]) -> list[str]:

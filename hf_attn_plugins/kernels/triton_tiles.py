@@ -86,29 +86,16 @@ def load_bounds(pointer, limit, HAS_BOUNDS: tl.constexpr):
 
 
 @triton.jit
-def load_piece(plan, index, num_held, num_walked, left, right, HAS_PLAN: tl.constexpr):
-    """One piece of a plan: held lo..hi sees walked lo..hi, by position only where it is banded."""
-    if HAS_PLAN:
-        pointer = plan + index * 5
-        banded = tl.load(pointer + 4) != 0
-        return (
-            tl.load(pointer),
-            tl.load(pointer + 1),
-            tl.load(pointer + 2),
-            tl.load(pointer + 3),
-            tl.where(banded, left, NO_BOUND),
-            tl.where(banded, right, NO_BOUND),
-        )
-    else:
-        return 0, num_held, 0, num_walked, left, right
-
-
-@triton.jit
 def visible(
-    rows, keys, row_begin, row_end, key_begin, key_end, shift, left, right, row_labels, key_labels,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PLAN: tl.constexpr, LABELS: tl.constexpr,
+    rows, keys, piece, labels, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PLAN: tl.constexpr,
+    LABELS: tl.constexpr,
 ):  # fmt: skip
-    """Which (row, key) pairs of a tile are seen; `rows` and `keys` broadcast against each other."""
+    """Which (row, key) pairs of a tile are seen; `rows` and `keys` broadcast against each other.
+
+    `piece`: row begin and end, key begin and end, left, right, shift. `labels`: of rows and of keys.
+    """
+    row_begin, row_end, key_begin, key_end, left, right, shift = piece
+    row_labels, key_labels = labels
     seen = (keys < key_end) & (rows < row_end)
     if HAS_PLAN:
         seen = seen & (keys >= key_begin) & (rows >= row_begin)
@@ -144,6 +131,26 @@ def load_tile(
         return tl.load(pointers, mask=dims[None, :] < DIM, other=0.0)
     else:
         return tl.load(pointers)
+
+
+@triton.jit
+def describe(base, num_tokens, stride, DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """A TMA descriptor of a (tokens, DIM) matrix, for `fetch`; what lies outside it reads as zero."""
+    return tl.make_tensor_descriptor(
+        base, shape=[num_tokens, DIM], strides=[tl.cast(stride, tl.int64), 1], block_shape=[BLOCK, BLOCK_DIM]
+    )
+
+
+@triton.jit
+def fetch(
+    base, start, stride, stride_dim, end, MASKED: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_DIM: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """`load_tile`, or with TMA the same by a descriptor, which loads to the end of the matrix rather than to `end`."""
+    if TMA:
+        return base.load([start, 0])
+    else:
+        return load_tile(base, start, stride, stride_dim, end, MASKED, DIM, BLOCK, BLOCK_DIM)
 
 
 @triton.jit

@@ -3,6 +3,17 @@
 The table's rows were chosen by what the compiler makes of them (no spilled registers, shared memory within the chip's
 limit: eval/results/triton_static.md), not by timings. `hf-attn bench gpu --tune FILE` times the candidates on the
 machine it runs on and writes FILE; HF_ATTN_PLUGINS_TUNING=FILE makes its rows take precedence.
+
+TMA descriptors in the forward compile for sm_90 and sm_100 (`hf-attn bench triton --static` lists both ways): the same
+matrix instructions, in bfloat16 33 to 57 registers a thread fewer on sm_90 and 3 to 45 on sm_100, no spills up to
+head_dim 128 (8 bytes of stack at 256, full, on sm_100). That is no timing, and up to head_dim 128 as many blocks fit on
+a multiprocessor either way, so the rows below load by pointers until a GPU has shown what is faster; tuning tries both.
+
+Warp specialisation (`tl.range(..., warp_specialize=True)`) is left out for what Triton 3.9 makes of it. sm_90, tried on
+a bare forward loop: with 8 warps the same registers, memory and instructions as without; with 4 the compiler's
+NVGPUWarpSpecialization pass fails. sm_100, tried on this forward: with TMA the TritonGPUHoistTMEMAlloc pass fails; with
+pointers it compiles, to as many registers (246 for 245 at head_dim 64, 220 for 222 at 128) and a tenth more shared
+memory.
 """
 
 from __future__ import annotations
@@ -21,12 +32,16 @@ HEAD_DIMS = (64, 128, 256)
 
 
 class Config(NamedTuple):
-    """block_m rows by block_n keys, done by num_warps warps, loads num_stages tiles ahead."""
+    """block_m rows by block_n keys, done by num_warps warps, loads num_stages tiles ahead.
+
+    tma: the forward loads keys and values by TMA descriptors, where chip and strides allow it.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    tma: bool = False
 
 
 def _split(sm80: Config, sm90: Config, sm100: Config, gfx942: Config) -> dict[str, Config]:
@@ -41,7 +56,7 @@ HALF: dict[str, dict[int, Config | dict[str, Config]]] = {
         256: _split(Config(64, 32, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 4, 1)),
     },
     "dq": {
-        64: _split(Config(64, 32, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
+        64: _split(Config(64, 32, 4, 2), Config(64, 64, 4, 2), Config(128, 64, 8, 2), Config(64, 64, 4, 2)),
         128: _split(Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 32, 4, 1)),
         256: _split(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 4, 1)),
     },
@@ -105,6 +120,8 @@ def candidates(kind: str, head_dim: int) -> Iterator[Config]:
                 for num_stages in (1, 2, 3):
                     if (block_m + 2 * block_n * num_stages) * head_dim * 2 <= 227 * 1024:
                         yield Config(block_m, block_n, num_warps, num_stages)
+                        if kind == "forward" and block_m == 128 and num_stages > 1:
+                            yield Config(block_m, block_n, num_warps, num_stages, tma=True)
 
 
 @functools.cache

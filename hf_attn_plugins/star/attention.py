@@ -4,7 +4,8 @@ A prompt of n blocks takes three calls, whatever n is: the first block, all late
 the anchor's keys and its own, and the query over everything; a ragged last block adds a fourth. Work is proportional to
 the attended pairs. The anchor's keys are those of the first block, nothing computes them again. They are copied before
 each block's own keys, which saves a second pass over the rows: with so few keys, merging two partial results costs more
-than the attention to the anchor itself (`windowed` has to do so).
+than the attention to the anchor itself (`windowed` has to do so). Where the Triton kernels run, a whole batch takes one
+launch instead (`launched`), however its rows are padded, packed or windowed, and copies nothing.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from torch import Tensor
 
 from hf_attn_plugins.kernels import attend
 from hf_attn_plugins.kernels.choose import choose
+from hf_attn_plugins.kernels.pieces import attend_pieces
 from hf_attn_plugins.masks import Mask, Window
 from hf_attn_plugins.options import StarOptions
 from hf_attn_plugins.partial import Partial, merge
-from hf_attn_plugins.star.pattern import masked, prompts_of
+from hf_attn_plugins.star.pattern import masked, plans_of, prompts_of
+from hf_attn_plugins.star.pieces import pieces
 from hf_attn_plugins.star.plan import Plan, plan_for
 
 
@@ -92,6 +95,10 @@ def attention(
     def plan_of(length: int) -> Plan:
         return plan_for(length, options.block_size, options.anchor_size, options.query_size)
 
+    if not unknown_start and mask.predicate is None and kernel.chosen_for(query, key, value, mask).name == "triton":
+        plans = plans_of(mask, query.shape[0], rows, plan_of)
+        if plans is not None:
+            return launched(query, key[:, :, :rows], value[:, :, :rows], mask, plans, kernel)
     if mask.predicate is not None or mask.bias is not None or unknown_start:
         return kernel(query, key, value, mask=masked(mask, rows, options))
     if mask.key_padding is None and mask.query_segments is None:
@@ -99,6 +106,20 @@ def attention(
     # Lengths cannot be read into a plan while a graph is traced.
     apart = None if torch.compiler.is_compiling() else ragged(query, key, value, mask, plan_of, kernel)
     return apart or kernel(query, key, value, mask=masked(mask, rows, options))
+
+
+def launched(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, plans: list[list[tuple[int, Plan]]], kernel: Kernel
+) -> Partial:
+    """All prompts of a batch in one launch of the Triton kernels, forward, and one a gradient, backward."""
+    mask = mask.over_keys(slice(0, query.shape[2])).replace(offset=0)
+    if all(plan.is_dense for prompts in plans for _, plan in prompts):
+        return Kernel(kernel.scale, kernel.softcap, kernel.dropout, "triton")(query, key, value, mask=mask)
+    cells = [[piece for first, plan in prompts for piece in pieces(plan, first)] for prompts in plans]
+    return attend_pieces(
+        query, key, value, cells, mask=mask, scale=kernel.scale, softcap=kernel.softcap, dropout=kernel.dropout,
+        kernel="triton",
+    )  # fmt: skip
 
 
 def prompt(query: Tensor, key: Tensor, value: Tensor, plan: Plan, window: Window, kernel: Kernel) -> Partial:

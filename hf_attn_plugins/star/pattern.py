@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from hf_attn_plugins.masks import Mask
 from hf_attn_plugins.options import StarOptions
-from hf_attn_plugins.star.plan import ANCHOR_SHARE, BLOCK_STEP, BLOCKS, DEFAULT_QUERY, DENSE_BELOW
+from hf_attn_plugins.star.plan import ANCHOR_SHARE, BLOCK_STEP, BLOCKS, DEFAULT_QUERY, DENSE_BELOW, Plan
 
 
 def prompts_of(mask: Mask, batch: int, rows: int) -> list[tuple[int, int, int]] | None:
@@ -35,6 +36,27 @@ def prompts_of(mask: Mask, batch: int, rows: int) -> list[tuple[int, int, int]] 
             return None
         prompts += [(member, first, end) for _, first, end in runs]
     return prompts
+
+
+def plans_of(mask: Mask, batch: int, rows: int, plan_of: Callable[[int], Plan]) -> list[list[tuple[int, Plan]]] | None:
+    """(first token, plan) of the prompts in every row of the batch, or in one row that stands for all.
+
+    Where a prompt's tokens are not next to each other, its plan counts what lies between them, as `masked` does, and
+    the mask has to hide that. None while a graph is traced in which lengths are data.
+    """
+    if mask.key_padding is None and mask.query_segments is None:
+        return [[(0, plan_of(rows))]]
+    if torch.compiler.is_compiling():
+        return None
+    spans = prompts_of(mask, batch, rows)
+    if spans is None:
+        real = torch.ones(batch, rows) if mask.key_padding is None else mask.key_padding[:, :rows].expand(batch, rows)
+        places = [row.nonzero().flatten().tolist() for row in real.cpu()]
+        spans = [(member, place[0], place[-1] + 1) for member, place in enumerate(places) if place]
+    plans: list[list[tuple[int, Plan]]] = [[] for _ in range(batch)]
+    for member, first, end in spans:
+        plans[member].append((first, plan_of(end - first)))
+    return plans
 
 
 class Sizes(NamedTuple):

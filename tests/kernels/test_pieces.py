@@ -23,15 +23,22 @@ def seen_by(plan, batch, rows, keys, start):
     seen = torch.zeros(batch, 1, rows, keys, dtype=torch.bool)
     lists = plan if plan and isinstance(plan[0], list) else [plan] * batch
     for b, pieces in enumerate(lists):
-        for r0, r1, k0, k1, banded in pieces:
+        for r0, r1, k0, k1, banded, shift in pieces:
             for t in range(r0, r1):
                 for s in range(k0, k1):
-                    seen[b, 0, t, s] |= not banded or s <= t + start
+                    seen[b, 0, t, s] |= not banded or s <= t + start + shift
     return seen
 
 
-@pytest.mark.parametrize("plan", [STAR, PAIRS, PER_ROW], ids=["star", "pairs", "per row"])
-@pytest.mark.parametrize("kernel", [None, pytest.param("triton", marks=needs_interpreter)])
+@pytest.mark.parametrize(
+    ("plan", "kernel"),
+    [
+        pytest.param(STAR, None, id="star"),
+        pytest.param(PAIRS, None, id="pairs"),
+        pytest.param(PER_ROW, None, id="per row"),
+        pytest.param(PER_ROW, "triton", id="per row, triton", marks=needs_interpreter),
+    ],
+)
 def test_a_plan_is_what_its_pairs_say(plan, kernel):
     real = padding(3, 50)
     mask = Mask(causal=True, key_padding=real)
@@ -73,9 +80,11 @@ def test_a_plan_is_one_launch_forward_and_three_backward():
 
 def test_table_by_hand():
     plan = [[Piece(0, 4, 0, 2), Piece(4, 8, 0, 8, True)]]
-    assert table(plan, 8, 4) == [[[(0, 4, 0, 2, 0)], [(4, 8, 0, 8, 1)]]]
-    assert table(plan, 8, 4, of_keys=True) == [[[(0, 2, 0, 4, 0), (0, 8, 4, 8, 1)], [(0, 8, 4, 8, 1), (0, 0, 0, 0, 0)]]]
-    assert table([[]], 8, 4) == [[[(0, 0, 0, 0, 0)], [(0, 0, 0, 0, 0)]]]
+    assert table(plan, 8, 4) == [[[(0, 4, 0, 2, 0, 0)], [(4, 8, 0, 8, 1, 0)]]]
+    assert table(plan, 8, 4, of_keys=True) == [
+        [[(0, 2, 0, 4, 0, 0), (0, 8, 4, 8, 1, 0)], [(0, 8, 4, 8, 1, 0), (0,) * 6]]
+    ]
+    assert table([[]], 8, 4) == [[[(0,) * 6], [(0,) * 6]]]
 
 
 edges = st.integers(0, 40)
@@ -92,7 +101,7 @@ def test_tables_name_every_pair_of_every_piece(pieces, tile, of_keys):
     wanted = sorted((t, s) for p in plan for t in range(p[0], p[1]) for s in range(p[2], p[3]))
     found = []
     for index, entries in enumerate(table([plan], 40, tile, of_keys=of_keys)[0]):
-        for h0, h1, w0, w1, _ in entries:
+        for h0, h1, w0, w1, *_ in entries:
             for held in range(max(h0, index * tile), min(h1, index * tile + tile, 40)):
                 found += [(w, held) if of_keys else (held, w) for w in range(w0, w1)]
     assert sorted(found) == wanted
@@ -106,8 +115,11 @@ def test_pieces_that_leave_the_scores_are_refused():
         attend_pieces(query, key, value, [[Piece(0, 8, 0, 8)]] * 3)
 
 
-def test_a_plan_without_pieces_sees_nothing():
+@pytest.mark.parametrize("plan", [[], [[], []], [[Piece(0, 8, 0, 8)], []]], ids=["shared", "per row", "one row"])
+@pytest.mark.parametrize("kernel", [None, pytest.param("triton", marks=needs_interpreter)])
+def test_rows_without_pieces_see_nothing(plan, kernel):
     query, key, value = sharp_inputs(2, 2, 1, 8, 8, 16)
-    part = attend_pieces(query, key, value, [])
+    part = attend_pieces(query, key, value, plan, kernel=kernel)
     empty = Partial.empty(query, 16)
-    assert torch.equal(part.out, empty.out) and torch.equal(part.lse, empty.lse)
+    assert torch.equal(part.out[1], empty.out[1]) and torch.equal(part.lse[1], empty.lse[1])
+    assert bool((part.lse[0] == -torch.inf).all()) == (plan in ([], [[], []]))

@@ -49,7 +49,9 @@ def test_forward_and_decode_compile_for_hopper_without_spills(tmp_path):
         "decode",
         "merge",
     ]
-    rows = {row["kernel"]: row for row in compile_rows(tmp_path, *words)}
+    plain, with_tma, *others = compile_rows(tmp_path, *words)
+    assert "TMA" in with_tma["tile"] and with_tma["spilled"] == 0 and with_tma["matrix"] == plain["matrix"]
+    rows = {row["kernel"]: row for row in (plain, *others)}
     assert set(rows) == {"forward", "decode", "merge"}
     assert rows["forward"]["spilled"] == 0 and rows["forward"]["matrix"]["HGMMA"] > 0
     assert 32 <= rows["forward"]["registers"] <= 255 and rows["forward"]["resident"] >= 1
@@ -121,7 +123,7 @@ features = {
     "dropout": dict(dropout=0.1, seed=meta((), dtype=torch.int64)),
     "tensor offset": dict(offset=meta((), dtype=torch.int64)),
     "float bias": dict(bias=meta(1, 1, 16384, 16384, dtype=torch.bfloat16).expand(1, 32, -1, -1)),
-    "plan": dict(pieces=(0, 0, 8192, 0, 8192, 1, 0, 8192, 16384, 0, 16384, 1)),
+    "plan": dict(pieces=(0, 0, 8192, 0, 8192, 1, 0, 0, 8192, 16384, 0, 16384, 1, 0)),
 }
 for name, feature in features.items():
     for launch in record(target, torch.bfloat16, 64, True, **feature):
@@ -130,6 +132,8 @@ for name, feature in features.items():
                 continue
             compile_launch(launch, target)
             print(name, launch.kernel.__name__, flush=True)
+    if target in ("sm90", "sm100"):
+        compile_launch(record(target, torch.bfloat16, 64, True, tma=True, **feature)[0], target)
 """
 
 

@@ -158,3 +158,21 @@ def draw(
 ):
     """`sharp_inputs` with GQA by default."""
     return sharp_inputs(batch, *heads, rows, keys, *dims, **more)
+
+
+def count_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels launched from here on, in a list that grows."""
+    from hf_attn_plugins.kernels import triton_launch
+
+    names: list[str] = []
+    plain = triton_launch.launch
+
+    def noting(kernel: Any, grid: tuple[int, ...], *arguments: Any, **keywords: Any) -> None:
+        names.append(kernel.__name__)
+        plain(kernel, grid, *arguments, **keywords)
+
+    monkeypatch.setattr(triton_launch, "launch", noting)
+    return names
+
+
+ONE_LAUNCH_EACH = ["forward_kernel", "delta_kernel", "dq_kernel", "dkdv_kernel"]  # forward, then backward

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-
 logger = logging.getLogger("hf_attn_plugins")
 
 

@@ -175,6 +175,7 @@ def _session(model: nn.Module, group: Group, method: Method, asked: dict[str, An
         "transformers": transformers.__version__,
         "hf_attn_plugins": hf_attn_plugins.__version__,
     }
+    _check_device(model, group)
     agree(group, {**asked, "model": fingerprint(model), **versions, "size": group.size}, what="set-up")
     check_model(model)
     if isinstance(method, Star):
@@ -191,6 +192,15 @@ def _session(model: nn.Module, group: Group, method: Method, asked: dict[str, An
         AttentionInterface._global_mapping.pop(session.name, None)
         AttentionMaskInterface._global_mapping.pop(session.name, None)
         forget_function(session.name)
+
+
+def _check_device(model: nn.Module, group: Group) -> None:
+    here = {parameter.device.type for parameter in model.parameters()}
+    if group.device.type not in here and group.device.type != "mps":
+        raise ValueError(
+            f"Accelerate gives rank {group.rank} the device {group.device} and its model is on "
+            f"{', '.join(sorted(here))}: move it there first, model.to(accelerate.PartialState().device)."
+        )
 
 
 def _plugin_options(name: str, options: dict[str, Any]) -> dict[str, Any]:

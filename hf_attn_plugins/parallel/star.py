@@ -20,6 +20,7 @@ from hf_attn_plugins.options import StarOptions
 from hf_attn_plugins.parallel.cost import Wire, cheaper_anchor
 from hf_attn_plugins.parallel.dealing import contiguous, level
 from hf_attn_plugins.parallel.group import Group
+from hf_attn_plugins.parallel.launch import say_once
 from hf_attn_plugins.parallel.method import Kernel, Layout, Step
 from hf_attn_plugins.partial import Partial, merge
 from hf_attn_plugins.star.attention import join
@@ -94,6 +95,14 @@ class Star(StarOptions):
         spans = [_span(row) for row in real]
         plans = [plan_for(end - first, self.block_size, self.anchor_size, self.query_size) for first, end in spans]
         dealt = [contiguous(plan.num_blocks, size) for plan in plans]
+        most = max(plan.num_blocks for plan in plans)
+        if rank == 0 and most < size:
+            longest = max(plan.context for plan in plans)
+            say_once(
+                f"star_attention: a context of {longest} tokens makes {most} blocks of {self.block_size or 'default'} "
+                f"tokens for {size} ranks, {size - most} of them have none: block_size={max(1, -(-longest // size))} "
+                "or less gives work to all."
+            )
         widest = max(len(plan.anchor) for plan in plans)
         recompute = self._choice(widest, size) == "recompute"
 

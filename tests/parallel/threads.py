@@ -1,0 +1,60 @@
+"""Ranks as threads of one process, with exchanges over a shared board: planning and attention without any launch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from hf_attn_plugins.partial import Partial
+
+
+class Board:
+    """The exchanges of `parallel.Group` that methods use, among threads."""
+
+    def __init__(self, rank: int, size: int, shared: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self.size, self._shared, self._barrier = rank, size, shared, barrier
+
+    def _swap(self, value: Any) -> list[Any]:
+        self._shared[self.rank] = value
+        self._barrier.wait(20)
+        found = list(self._shared)
+        self._barrier.wait(20)
+        return found
+
+    def gather_partials(self, part: Partial, *, what: str = "") -> list[Partial]:
+        return self._swap(Partial(part.out.clone(), part.lse.clone()))  # a copy, as the wire makes
+
+    def broadcast(self, tensor: Tensor, source: int, *, what: str = "") -> Tensor:
+        found = self._swap(tensor.clone())
+        assert len({x.shape for x in found}) == 1, "a broadcast needs room of the right shape"
+        return found[source]
+
+    def all_gather(self, tensor: Tensor, sizes: Sequence[int], dim: int = 0, *, what: str = "") -> list[Tensor]:
+        found = self._swap(tensor.clone())
+        assert [x.shape[dim] for x in found] == list(sizes)
+        return found
+
+
+def on_threads(size: int, work: Callable[[Board], Any]) -> list[Any]:
+    """`work(board)` on every rank."""
+    shared, barrier, results = [None] * size, threading.Barrier(size), [None] * size
+    errors: list[BaseException] = []
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = work(Board(rank, size, shared, barrier))
+        except BaseException as error:
+            errors.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
+    return results

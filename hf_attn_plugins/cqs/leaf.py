@@ -68,6 +68,15 @@ class Leaf:
             if keys:
                 yield Piece(rows, keys, is_causal and self.keep[i][i])
 
+    def rows(self, is_causal: bool = False) -> tuple[Range, ...]:
+        """The ranges whose queries the pieces read."""
+        last = len(self.ranges)
+        return tuple(r for i, r in enumerate(self.ranges) if any(self.keep[i][: i + 1 if is_causal else last]))
+
+    def keys(self, is_causal: bool = False) -> tuple[Range, ...]:
+        """The ranges whose keys the pieces read."""
+        return tuple(r for j, r in enumerate(self.ranges) if any(row[j] for row in self.keep[j if is_causal else 0 :]))
+
     def divide(self, division: Division) -> Iterator[Leaf]:
         """The leaves of the division applied to this leaf's tokens, without those that have nothing to compute.
 

@@ -77,6 +77,15 @@ class Leaf:
         """The ranges whose keys the pieces read."""
         return tuple(r for j, r in enumerate(self.ranges) if any(row[j] for row in self.keep[j if is_causal else 0 :]))
 
+    def within(self, reach: int) -> Leaf:
+        """The same leaf without pairs of ranges whose keys all lie more than `reach` positions before the rows."""
+        ranges = self.ranges
+        keep = (
+            tuple(kept and ranges[j][1] > ranges[i][0] - reach for j, kept in enumerate(row))
+            for i, row in enumerate(self.keep)
+        )
+        return Leaf(self.path, ranges, tuple(keep))
+
     def divide(self, division: Division) -> Iterator[Leaf]:
         """The leaves of the division applied to this leaf's tokens, without those that have nothing to compute.
 

@@ -49,12 +49,15 @@ class RankPlan:
         num_ranks: R.
         is_causal: whether rows see only keys at or before their own position; groups that nobody then reads stay home.
         num_rounds: exchanges a layer; 1 moves the fewest bytes, W / R holds one worker's tokens at a time.
+        reach: positions before its own that a row sees (a causal sliding window), or None for all: groups out of reach
+            of each other are left out.
     """
 
     division: Plan
     num_ranks: int
     is_causal: bool = True
     num_rounds: int = 1
+    reach: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -84,7 +87,9 @@ class RankPlan:
     @functools.cached_property
     def rounds(self) -> tuple[tuple[Round, ...], ...]:
         """What every rank needs, round by round."""
-        leaves = {leaf.path[0]: leaf for leaf in self.division.leaves()}
+        every = self.division.leaves()
+        cut = every if self.reach is None else (leaf.within(self.reach) for leaf in every)
+        leaves = {leaf.path[0]: leaf for leaf in cut}
         found = []
         for index in range(self.num_rounds):
             each = []
@@ -107,7 +112,7 @@ class RankPlan:
         return () if owner == worker else tuple(group for group in needed if self.owner(group) == owner)
 
     def pairs(self, rank: int) -> int:
-        """(query, key) pairs the rank computes."""
+        """(query, key) pairs of the blocks the rank computes; what a window hides inside of a block counts, too."""
         return sum(leaf.cells(self.is_causal) for each in self.rounds for leaf in each[rank].leaves)
 
     def balance(self) -> float:
@@ -162,6 +167,7 @@ def rank_plan(
     interest_set: tuple[int, ...] | None = None,
     is_causal: bool = True,
     rounds: int = 1,
+    reach: int | None = None,
 ) -> RankPlan:
     """Deal CQS attention over `num_tokens` positions to ranks.
 
@@ -172,6 +178,7 @@ def rank_plan(
         interest_set: difference cover of Z_W; None takes the smallest known.
         is_causal: whether rows see only keys at or before their own position.
         rounds: exchanges a layer, 1 .. the most workers of a rank.
+        reach: of a causal sliding window, positions before its own that a row sees; None for no window.
 
     Raises:
         ValueError: a negative length, no rank, fewer workers than ranks, a set that is no cover, or too many rounds.
@@ -187,7 +194,7 @@ def rank_plan(
     most = -(-count // num_ranks)
     if not 1 <= rounds <= most:
         raise ValueError(f"rounds={rounds}: a rank has at most {most} of {count} workers; take 1 .. {most} rounds.")
-    return RankPlan(plan(num_tokens, count, interest_set), num_ranks, is_causal, rounds)
+    return RankPlan(plan(num_tokens, count, interest_set), num_ranks, is_causal, rounds, reach if is_causal else None)
 
 
 def choose_workers(num_tokens: int, num_ranks: int) -> int:

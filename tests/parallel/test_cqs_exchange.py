@@ -100,9 +100,10 @@ def test_masks_over_all_positions(is_causal: bool) -> None:
         {"window": (6, None if is_causal else 3)},
         {"query_segments": segments, "key_segments": segments, "key_padding": padding},
     ):
-        plan = rank_plan(tokens, 4, 7, None, is_causal)
         seen = visibility(tokens, tokens, is_causal=is_causal, **fields)  # type: ignore[arg-type]
-        compare_with_dense(plan, (4, 2), Mask(causal=is_causal, **fields), seen, softcap=4.0)  # type: ignore[arg-type]
+        for reach in {None, fields.get("window", (None,))[0]}:  # type: ignore[index]
+            plan = rank_plan(tokens, 4, 7, None, is_causal, reach=reach)  # type: ignore[arg-type]
+            compare_with_dense(plan, (4, 2), Mask(causal=is_causal, **fields), seen, softcap=4.0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

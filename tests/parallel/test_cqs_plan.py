@@ -21,7 +21,8 @@ def plans(draw: Any) -> RankPlan:
     tokens = draw(st.integers(0, 90))
     chosen = workers or choose_workers(tokens, ranks)
     rounds = draw(st.integers(1, -(-chosen // ranks)))
-    return rank_plan(tokens, ranks, workers, None, draw(st.booleans()), rounds)
+    reach = draw(st.one_of(st.none(), st.integers(0, 40)))
+    return rank_plan(tokens, ranks, workers, None, draw(st.booleans()), rounds, reach)
 
 
 def positions(spans: Any) -> set[int]:
@@ -61,8 +62,11 @@ def test_every_pair_is_computed_once_by_a_rank_that_holds_it(plan: RankPlan) -> 
                             count += 1
         assert count == plan.pairs(rank)
     n = plan.num_tokens
-    wanted = {(row, key) for row in range(n) for key in range(row + 1 if plan.is_causal else n)}
-    assert set(seen) == wanted and set(seen.values()) <= {1}
+    everything = {(row, key) for row in range(n) for key in range(row + 1 if plan.is_causal else n)}
+    reach = n if plan.reach is None else plan.reach
+    wanted = {(row, key) for row, key in everything if row - key <= reach}
+    assert wanted <= set(seen) <= everything and set(seen.values()) <= {1}
+    assert plan.reach is not None or set(seen) == everything
 
 
 @settings(deadline=None, max_examples=60)
@@ -122,6 +126,17 @@ def test_rounds_bound_what_is_held(ranks: int, workers: int) -> None:
         own = len(slowly.workers(rank)) * group
         assert all(held <= own + 6 * group for held in slowly.tokens_held(rank))
         assert slowly.pairs(rank) == once.pairs(rank)
+
+
+def test_a_window_moves_neighbouring_groups_only() -> None:
+    """100 tokens a rank, each of which sees 50 before it: one group in each direction, whatever the length."""
+    plan = rank_plan(800, 8, 8, reach=50)
+    for rank in range(8):
+        moved = [s for o in range(8) for find in (plan.rows_moved, plan.keys_moved) for s in find(0, o, rank)]
+        assert all(min(abs(s[0] - e) for e in plan.shards[rank]) == 0 or s[1] in plan.shards[rank] for s in moved)
+    whole = rank_plan(800, 8, 8)
+    assert sum(plan.inputs(r, SHAPE).sent for r in range(8)) < sum(whole.inputs(r, SHAPE).sent for r in range(8)) / 2
+    assert sum(plan.pairs(r) for r in range(8)) == 8 * 5050 + 7 * 10000
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from hf_attn_plugins.registry import PLUGINS, Plugin, register, unregister
 if TYPE_CHECKING:
     from hf_attn_plugins.agreement import compare
     from hf_attn_plugins.interception import intercept
+    from hf_attn_plugins.parallel_session import context_parallel
     from hf_attn_plugins.support import check
     from hf_attn_plugins.switch import configure, use
 
@@ -23,6 +24,7 @@ __all__ = [
     "check",
     "compare",
     "configure",
+    "context_parallel",
     "intercept",
     "plugins",
     "register",
@@ -35,10 +37,11 @@ _VERBS = {
     "check": "support",
     "compare": "agreement",
     "configure": "switch",
+    "context_parallel": "parallel_session",
     "intercept": "interception",
     "use": "switch",
 }
-_FOLDERS = ("cqs", "indexed", "kernels", "star", "tiled")
+_FOLDERS = ("cqs", "indexed", "kernels", "parallel", "star", "tiled")
 
 
 def plugins() -> list[Plugin]:

@@ -35,7 +35,16 @@ HARMLESS = {
 
 
 # What the table names, resolved at registration: importing by name is something torch.compile cannot trace.
-_METHODS: dict[str, tuple[Callable[..., Partial], type[Options]]] = {}
+_METHODS: dict[str, tuple[Callable[..., Partial], Callable[..., Any]]] = {}
+
+
+def _no_options(**_: Any) -> None:
+    return None
+
+
+def forget_function(name: str) -> None:
+    """Drop a method that `attention_function` was given."""
+    _METHODS.pop(name, None)
 
 
 def options_of(config: Any, name: str) -> Options:
@@ -44,10 +53,18 @@ def options_of(config: Any, name: str) -> Options:
     return _METHODS[name][1](**stored.get(name, {}))
 
 
-def attention_function(name: str) -> Callable[..., tuple[Tensor, None]]:
-    """The function that Transformers calls for `attn_implementation=name`; see `forward` for its arguments."""
-    for each in {name, EXACT}:
+def attention_function(name: str, method: Callable[..., Partial] | None = None) -> Callable[..., tuple[Tensor, None]]:
+    """The function that Transformers calls for `attn_implementation=name`; see `forward` for its arguments.
+
+    Args:
+        name: a plugin of the table, or any name together with a `method`.
+        method: what computes causal attention instead of a plugin: (query, key, value, mask, *, scale, softcap,
+            dropout, options) -> Partial, with options None.
+    """
+    for each in {EXACT} if method else {name, EXACT}:
         _METHODS[each] = (plugin(each).attention(), plugin(each).options_type())
+    if method is not None:
+        _METHODS[name] = (method, _no_options)
 
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any

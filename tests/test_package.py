@@ -26,6 +26,9 @@ KNOW_TRANSFORMERS = {
     "agreement.py",
     "checkpoint.py",
     "interception.py",
+    "parallel_cache.py",
+    "parallel_forward.py",
+    "parallel_session.py",
     "star_cache.py",
     "star_pipeline.py",
     "indexed_config.py",
@@ -81,6 +84,18 @@ def test_methods_import_no_transformers_and_no_other_method(method):
             assert command_line or not is_from(name, "transformers"), f"{method}/{path.name} imports {name}"
             for other in (*above, *(m for m in METHODS if m not in (method, "tiled"))):
                 assert not is_from(name, f"hf_attn_plugins.{other}"), f"{method}/{path.name} imports {name}"
+
+
+def test_parallel_stands_on_methods_and_knows_no_transformers():
+    above = ("interface", "structure", "switch", "support", "checkpoint", "eval", "patches", "commands")
+    for path in files(PACKAGE / "parallel"):
+        command_line = path.name in ("command.py", "bench.py")
+        for name in imports_of(path):
+            assert command_line or not is_from(name, "transformers"), f"parallel/{path.name} imports {name}"
+            for other in above:
+                assert command_line or not is_from(name, f"hf_attn_plugins.{other}"), (
+                    f"parallel/{path.name} imports {name}"
+                )
 
 
 def test_only_named_files_know_transformers():

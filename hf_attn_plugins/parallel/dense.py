@@ -1,0 +1,62 @@
+"""Dense attention with sharded keys: tokens dealt so that causal work is even, keys gathered layer by layer.
+
+Gathering keys and values moves 2 x Hkv x D numbers a token; sending queries about and partial results back would move
+Hq x (2 D + 1), never less. Only one layer's keys are whole at a time; what stays is the shard.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_attn_plugins.masks import Mask, Window
+from hf_attn_plugins.options import TiledOptions
+from hf_attn_plugins.parallel.dealing import mirrored
+from hf_attn_plugins.parallel.group import Group
+from hf_attn_plugins.parallel.method import Kernel, Layout, Step, local_columns
+from hf_attn_plugins.partial import Partial
+
+
+@dataclass(frozen=True)
+class Dense(TiledOptions):
+    """`tiled_attention` on several ranks: exact."""
+
+    trains = False
+
+    def deal(self, real: Tensor, rank: int, size: int) -> Layout | None:
+        count = real.shape[1]
+        dealt = mirrored(count, size)
+        if not all(dealt):
+            return None
+        loads = [sum(map(len, runs)) for runs in dealt]
+        columns = torch.cat([torch.arange(run.start, run.stop) for run in dealt[rank]])
+        slots = torch.arange(len(columns))
+        own = local_columns(real, columns.expand(len(real), -1))
+        return Layout(own, slots, slots, loads, (dealt, real))
+
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor, window: Window, step: Step, kernel: Kernel, group: Group
+    ) -> Partial:
+        assert step.layout is not None
+        dealt, real = step.layout.extra
+        keys, values = (self._whole(x, dealt, step.layout.loads, group) for x in (key, value))
+        padding = None if bool(real.all()) else real.to(query.device)
+        parts, start = [], 0
+        for run in dealt[group.rank]:
+            rows = query[:, :, start : start + len(run)]
+            mask = Mask(causal=True, window=window, offset=run.start, key_padding=padding)
+            parts.append(kernel(rows, keys, values, mask))
+            start += len(run)
+        return Partial(torch.cat([part.out for part in parts], 2), torch.cat([part.lse for part in parts], 2))
+
+    @staticmethod
+    def _whole(own: Tensor, dealt: list[list[range]], loads: list[int], group: Group) -> Tensor:
+        """(B, H, L, D): all ranks' keys or values in the order of the columns."""
+        shards = group.all_gather(own, loads, 2, what="keys and values")
+        runs = []
+        for shard, ranges in zip(shards, dealt, strict=True):
+            pieces = shard.split([len(run) for run in ranges], 2)
+            runs += list(zip((run.start for run in ranges), pieces, strict=True))
+        return torch.cat([piece for _, piece in sorted(runs, key=lambda pair: pair[0])], 2)

@@ -1,0 +1,225 @@
+"""The ranks of one launch and the few exchanges between them, on NCCL or gloo, counted in bytes.
+
+In one process every exchange is a no-op with the same interface, so that nothing above this file asks how many ranks
+there are. Tensors travel as bytes: every dtype works on every backend, and out and lse fit into one message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hf_attn_plugins.parallel.failure import RankError, Watch
+from hf_attn_plugins.parallel.launch import place
+from hf_attn_plugins.parallel.traffic import Traffic
+from hf_attn_plugins.partial import Partial
+
+__all__ = ["Group", "RankError"]
+
+
+class Group:
+    """All ranks of a launch, with a process group of their own.
+
+    Attributes:
+        rank, size: this process among all of them.
+        device: where Accelerate wants this process's model.
+        timeout: seconds that a rank waits for the others in one exchange.
+        traffic: bytes exchanged so far, by kind.
+    """
+
+    def __init__(self, rank: int, size: int, device: torch.device, timeout: float = 60.0, handle: Any = None) -> None:
+        self.rank, self.size, self.device, self.timeout = rank, size, device, timeout
+        self.traffic = Traffic()
+        self._handle, self._objects, self._watch = handle, None, None
+        if handle is not None:
+            gloo = dist.get_backend(handle) == "gloo"
+            self._objects = handle if gloo else dist.new_group(backend="gloo", timeout=_seconds(timeout))
+            self._wire = torch.device("cpu") if gloo else device
+            self._watch = Watch(rank, size)
+
+    @classmethod
+    def join(cls, timeout: float = 60.0) -> Group:
+        """The group of this launch as Accelerate knows it; a group of one outside of a distributed launch.
+
+        Every rank of the launch must call it, and `leave` the group again.
+
+        Raises:
+            ValueError: a timeout that is no positive number of seconds, or see `launch.place`.
+            RuntimeError: the processes cannot meet.
+        """
+        if not timeout > 0:
+            raise ValueError(f"timeout={timeout}: a positive number of seconds is needed.")
+        rank, size, device = place()
+        if size == 1:
+            return cls.alone(device, timeout)
+        backend = "nccl" if device.type == "cuda" and "nccl" in str(dist.get_backend()) else None
+        return cls(rank, size, device, timeout, dist.new_group(backend=backend, timeout=_seconds(timeout)))
+
+    @classmethod
+    def alone(cls, device: torch.device | None = None, timeout: float = 60.0) -> Group:
+        """A group of this process only."""
+        return cls(0, 1, device or torch.device("cpu"), timeout)
+
+    def leave(self, error: BaseException | None = None) -> None:
+        """Take the group down again; after an `error` the others are told first, so that they can name this rank."""
+        if self._watch is not None:
+            self._watch.stop(error)
+        handles = {id(handle): handle for handle in (self._handle, self._objects) if handle is not None}
+        self._handle = self._objects = self._watch = None
+        for handle in handles.values():
+            dist.destroy_process_group(handle)
+
+    def all_gather(
+        self, tensor: Tensor, sizes: Sequence[int] | None = None, dim: int = 0, *, what: str = "gather"
+    ) -> list[Tensor]:
+        """Every rank's tensor, on every rank, in the order of the ranks; differentiable.
+
+        Args:
+            tensor: of one shape on all ranks, but for dimension `dim` where `sizes` are given.
+            sizes: length of dimension `dim` on each rank; shorter shards travel padded to the longest.
+
+        Raises:
+            RankError: a rank is gone or does not answer.
+        """
+        if self.size == 1:
+            return [tensor]
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            from hf_attn_plugins.parallel.collectives import AllGather
+
+            return list(AllGather.apply(self, tensor, sizes, dim, what))
+        return self._all_gather(tensor, sizes, dim, what)
+
+    def all_to_all(
+        self, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]], *, what: str = "exchange"
+    ) -> list[Tensor]:
+        """Piece r goes to rank r; what came from each rank is returned, in their order; differentiable.
+
+        Args:
+            pieces: one tensor for every rank, of any shapes (empty ones included) and one dtype.
+            shapes: the shape of what every rank sends here: both sides know the plan, no sizes travel.
+
+        Raises:
+            RankError: a rank is gone or does not answer.
+        """
+        if self.size == 1:
+            return [pieces[0]]
+        if torch.is_grad_enabled() and any(piece.requires_grad for piece in pieces):
+            from hf_attn_plugins.parallel.collectives import AllToAll
+
+            return list(AllToAll.apply(self, [tuple(shape) for shape in shapes], what, *pieces))
+        return self._all_to_all(pieces, shapes, what)
+
+    def gather_partials(self, part: Partial, *, what: str = "merge") -> list[Partial]:
+        """Every rank's partial result over its own keys, out and lse in one message; not differentiable.
+
+        Bytes from each rank to each other one: rows x heads x (Dv x bytes of out + bytes of lse).
+        """
+        if self.size == 1:
+            return [part]
+        out, lse = _bytes(part.out), _bytes(part.lse)
+        packed = self._all_gather(torch.cat([out, lse]), None, 0, what)
+        return [
+            Partial(
+                _tensor(message[: len(out)], part.out.dtype, part.out.shape),
+                _tensor(message[len(out) :], part.lse.dtype, part.lse.shape),
+            )
+            for message in packed
+        ]
+
+    def broadcast(self, tensor: Tensor, source: int, *, what: str = "broadcast") -> Tensor:
+        """The tensor of rank `source`; the others pass one of the same shape and dtype, which is left as it is."""
+        if self.size == 1:
+            return tensor
+        message = _bytes(tensor).to(self._wire, copy=True)
+        with self._exchange(what, (self.size - 1) * len(message) if self.rank == source else 0):
+            dist.broadcast(message, dist.get_global_rank(self._handle, source), group=self._handle)
+        if self.rank != source:
+            self.traffic[what].received += len(message)
+        return _tensor(message.to(tensor.device), tensor.dtype, tensor.shape)
+
+    def collect(self, tensor: Tensor, *, what: str = "collect") -> Tensor:
+        """One tensor of which every element is filled in by one rank at most, and zero on the others."""
+        if self.size == 1:
+            return tensor
+        message = _bytes(tensor).to(self._wire, copy=True)
+        with self._exchange(what, (self.size - 1) * len(message), (self.size - 1) * len(message)):
+            dist.all_reduce(message, group=self._handle)  # a sum of bytes: all but one of them are zero
+        return _tensor(message.to(tensor.device), tensor.dtype, tensor.shape)
+
+    def objects(self, value: Any, *, what: str = "objects") -> list[Any]:
+        """Every rank's picklable value, in the order of the ranks. Small things only."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        with self._exchange(what, 0):
+            dist.all_gather_object(found, value, group=self._objects)
+        return found
+
+    def _all_gather(self, tensor: Tensor, sizes: Sequence[int] | None, dim: int, what: str) -> list[Tensor]:
+        lengths = [tensor.shape[dim]] * self.size if sizes is None else list(sizes)
+        if len(lengths) != self.size or tensor.shape[dim] != lengths[self.rank]:
+            raise ValueError(
+                f"rank {self.rank} gathers shards of lengths {lengths} and has one of {tensor.shape[dim]}: pass the "
+                f"length of dimension {dim} on each of the {self.size} ranks."
+            )
+        longest, moved = max(lengths), tensor.movedim(dim, 0)
+        if len(moved) < longest:
+            moved = torch.cat([moved, moved.new_zeros(longest - len(moved), *moved.shape[1:])])
+        message = _bytes(moved).to(self._wire)
+        found = message.new_empty(self.size * len(message))
+        others = (self.size - 1) * len(message)
+        with self._exchange(what, others, others):
+            if len(message):
+                dist.all_gather_into_tensor(found, message, group=self._handle)
+        shards = _tensor(found.to(tensor.device), tensor.dtype, (self.size, *moved.shape))
+        return [shard[:length].movedim(0, dim) for shard, length in zip(shards, lengths, strict=True)]
+
+    def _all_to_all(self, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]], what: str) -> list[Tensor]:
+        if len(pieces) != self.size or len(shapes) != self.size:
+            raise ValueError(
+                f"all_to_all among {self.size} ranks needs as many pieces and shapes, got {len(pieces)}, {len(shapes)}."
+            )
+        device, dtype = pieces[self.rank].device, pieces[self.rank].dtype
+        messages = [_bytes(piece).to(self._wire) for piece in pieces]
+        sent = [len(message) for message in messages]
+        arriving = [torch.Size(shape).numel() * dtype.itemsize for shape in shapes]
+        found = messages[0].new_empty(sum(arriving))
+        with self._exchange(what, sum(sent) - sent[self.rank], sum(arriving) - arriving[self.rank]):
+            dist.all_to_all_single(found, torch.cat(messages), arriving, sent, group=self._handle)
+        parts = found.to(device).split(arriving)
+        return [_tensor(part, dtype, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    @contextlib.contextmanager
+    def _exchange(self, what: str, sent: int, received: int = 0) -> Iterator[None]:
+        """Count an exchange, and turn a backend's error into one that names the rank at fault."""
+        if self._handle is None or self._watch is None:
+            raise RuntimeError(f"the group of rank {self.rank} was left: open a new context_parallel(...).")
+        self.traffic.add(what, sent, received)
+        self._watch.enter(what)
+        try:
+            yield
+        except RuntimeError as error:  # what both gloo and NCCL raise for a lost or silent peer
+            raise self._watch.diagnose(what, self.timeout, error) from error
+        self._watch.passed()
+
+
+def _seconds(timeout: float) -> datetime.timedelta:
+    return datetime.timedelta(seconds=timeout)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The contents as a flat uint8 tensor."""
+    return tensor.detach().contiguous().flatten().view(torch.uint8)
+
+
+def _tensor(message: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """The inverse of `_bytes`; copied where the bytes do not lie where numbers of this dtype may."""
+    if message.storage_offset() % dtype.itemsize:
+        message = message.clone()
+    return message.view(dtype).view(*shape)

@@ -1,0 +1,141 @@
+"""What a method of attention has to know to run on several ranks, and what is common to all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hf_attn_plugins.kernels import attend
+from hf_attn_plugins.masks import Mask, Window
+from hf_attn_plugins.parallel.group import Group
+from hf_attn_plugins.partial import Partial
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """What a rank does of a prompt that starts an empty cache.
+
+    A *slot* is a place in this rank's forward, a *column* a place in the prompt as every rank was given it.
+
+    Attributes:
+        columns: (B, T) long, the column in each slot, -1 for a slot without a token. At least one slot.
+        stored: (S,) long, the slots whose keys and values stay on this rank; every real column is stored on one rank.
+        reported: (R,) long, the slots whose hidden states this rank answers for; every real column has one such rank.
+        loads: number of slots that each rank stores, this one's being S.
+        extra: what else the method wants to find again in its attention.
+    """
+
+    columns: Tensor
+    stored: Tensor
+    reported: Tensor
+    loads: list[int]
+    extra: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One forward of the model on this rank.
+
+    Attributes:
+        first: columns before this forward: 0 where it starts a cache.
+        columns: (B, T) long on the model's device, the column of each query row, -1 for none.
+        layout: of a sharded prompt; None where the rows are the same on every rank (decoding, later turns).
+        keys: (B, S) long on the model's device, the columns of the keys on this rank, this forward's included; -1 for
+            none. None for a sharded prompt.
+        gaps: whether any of `columns` or `keys` is -1.
+    """
+
+    first: int
+    columns: Tensor
+    layout: Layout | None
+    keys: Tensor | None
+    gaps: bool
+
+
+class Method(Protocol):
+    """A plan over ranks: `star.Star`, `dense.Dense`, ... stand behind `context_parallel(model, name)`.
+
+    Attributes:
+        trains: whether its exchanges carry gradients.
+    """
+
+    trains: bool
+
+    def deal(self, real: Tensor, rank: int, size: int) -> Layout | None:
+        """The layout of a prompt, or None where it is too short to be cut and every rank does all of it.
+
+        Args:
+            real: (B, L) bool on the CPU, False for padding.
+        """
+        ...
+
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor, window: Window, step: Step, kernel: Kernel, group: Group
+    ) -> Partial:
+        """Attention of this rank's rows of a sharded prompt over keys anywhere; decoding is `later` for all methods.
+
+        Args:
+            query: (B, Hq, T, D); key, value: (B, Hkv, T, D and Dv): the slots of `step.layout`.
+            window: of this layer, in columns.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """`kernels.attend` with everything but tensors and mask given."""
+
+    scale: float
+    softcap: float | None = None
+    dropout: float = 0.0
+    name: str | None = None
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask | None = None) -> Partial:
+        if not key.shape[2] or not query.shape[2]:
+            return Partial.empty(query, value.shape[-1])
+        return attend(
+            query,
+            key,
+            value,
+            mask=mask,
+            scale=self.scale,
+            softcap=self.softcap,
+            dropout=self.dropout,
+            kernel=self.name,
+        )
+
+
+def over_columns(
+    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, keys: Tensor, window: Window, gaps: bool, kernel: Kernel
+) -> Partial:
+    """Causal attention of rows at columns `rows` over keys at columns `keys`, wherever these lie.
+
+    There is no causal mask by places: a shard's last key is not the query's (defect D1 of the original).
+
+    Args:
+        rows: (B, T) long, ascending but for -1; the rows of one column are alike in all of the batch.
+        keys: (B, S) long, -1 for keys that nobody sees.
+        gaps: whether there is any -1.
+    """
+    left = window[0]
+    num_rows = query.shape[2]
+    if num_rows == 1:
+        padding = keys >= 0 if gaps else None
+        if left is not None:
+            padding = (keys >= 0) & (keys >= rows - left)
+        return kernel(query, key, value, Mask(key_padding=padding))
+
+    def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        row, column = rows[b, q], keys[b, k]
+        inside = (column >= 0) & (column <= row)
+        return inside if left is None else inside & (row - column <= left)
+
+    return kernel(query, key, value, Mask(predicate=seen, offset=0))
+
+
+def local_columns(real: Tensor, columns: Tensor) -> Tensor:
+    """`columns` with -1 in the place of those that hold padding."""
+    return torch.where(real.gather(1, columns.clamp_min(0)) & (columns >= 0), columns, -1)

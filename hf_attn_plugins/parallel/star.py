@@ -1,0 +1,242 @@
+"""Star Attention on several ranks: each encodes its own blocks, all of them answer the query together.
+
+A rank's forward has three parts, all of them in one pass: the anchor again (where it is recomputed), the rank's own
+blocks, and the query. Blocks attend to the anchor and themselves, without a word to other ranks, unless the anchor's
+keys are broadcast layer by layer. The query's rows are merged over all ranks in every layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_attn_plugins.masks import Mask, Window
+from hf_attn_plugins.options import StarOptions
+from hf_attn_plugins.parallel.dealing import contiguous, level
+from hf_attn_plugins.parallel.group import Group
+from hf_attn_plugins.parallel.method import Kernel, Layout, Step
+from hf_attn_plugins.partial import Partial, merge
+from hf_attn_plugins.star.attention import join
+from hf_attn_plugins.star.plan import Plan, plan_for
+
+ANCHORS = ("auto", "recompute", "broadcast")
+
+
+class Row(NamedTuple):
+    """What a rank does of one row of the batch: ranges of tokens, counted from the row's first real one."""
+
+    first: int
+    plan: Plan
+    own: range
+    anchor: range  # recomputed here
+    query: range
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """Where the three parts lie in a rank's slots: anchor | blocks | query, each as long as the longest row's.
+
+    Attributes:
+        rows: one for each row of the batch.
+        anchor, own, query: slots of the parts.
+        kept: places within the query's part whose keys stay on this rank.
+        source: whose keys the anchor's are, if they are broadcast; None where they are recomputed.
+        widest: tokens of the longest anchor in the batch.
+    """
+
+    rows: list[Row]
+    anchor: range
+    own: range
+    query: range
+    kept: range
+    source: int | None
+    widest: int
+
+
+@dataclass(frozen=True)
+class Star(StarOptions):
+    """`star_attention` on several ranks.
+
+    Attributes:
+        anchor: how a rank gets the anchor's keys: "recompute" (the anchor in front of its blocks, once for all of
+            them), "broadcast" (from the first rank, in every layer), or "auto" by `cheaper_anchor`.
+    """
+
+    anchor: str = "auto"
+
+    trains = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.anchor not in ANCHORS:
+            raise ValueError(f"anchor={self.anchor!r} is unknown: choose one of {', '.join(ANCHORS)}.")
+
+    def deal(self, real: Tensor, rank: int, size: int) -> Layout | None:
+        spans = [_span(row) for row in real]
+        plans = [plan_for(end - first, self.block_size, self.anchor_size, self.query_size) for first, end in spans]
+        dealt = [contiguous(plan.num_blocks, size) for plan in plans]
+        recompute = self.anchor != "broadcast"
+
+        def row_of(rank: int, row: int) -> Row:
+            plan, blocks = plans[row], dealt[row][rank]
+            own = range(plan.block(blocks[0]).start, plan.block(blocks[-1]).stop) if blocks else range(0)
+            again = plan.anchor if recompute and own.start else range(0)
+            return Row(spans[row][0], plan, own, again, plan.query)
+
+        rows = [row_of(rank, row) for row in range(len(plans))]
+        held = [max(len(row_of(other, row).own) for row in range(len(plans))) for other in range(size)]
+        queries = max(len(row.query) for row in rows)
+        shares = level(held, queries)
+        anchors, owns = max(len(row.anchor) for row in rows), max(len(row.own) for row in rows)
+        total = max(1, anchors + owns + queries)
+        parts = Parts(
+            rows,
+            range(anchors),
+            range(anchors, anchors + owns),
+            range(anchors + owns, anchors + owns + queries),
+            shares[rank],
+            None if recompute else 0,
+            max(len(row.plan.anchor) for row in rows),
+        )
+        columns = torch.full((len(rows), total), -1)
+        for index, row in enumerate(rows):
+            for slots, tokens in ((parts.anchor, row.anchor), (parts.own, row.own)):
+                columns[index, slots.start : slots.start + len(tokens)] = _arange(tokens, row.first)
+            # The query's part is filled from its end: its last slot is the last token of every row.
+            columns[index, parts.query.stop - len(row.query) : parts.query.stop] = _arange(row.query, row.first)
+        own = torch.arange(parts.own.start, parts.own.stop)
+        query = torch.arange(parts.query.start, parts.query.stop)
+        return Layout(
+            columns,
+            stored=torch.cat([own, query[shares[rank].start : shares[rank].stop]]),
+            reported=torch.cat([own, query]) if rank == 0 else own,
+            loads=[mine + len(share) for mine, share in zip(held, shares, strict=True)],
+            extra=parts,
+        )
+
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor, window: Window, step: Step, kernel: Kernel, group: Group
+    ) -> Partial:
+        assert step.layout is not None
+        parts: Parts = step.layout.extra
+        anchor = self._anchor(key, value, parts, group)
+        out, lse = Partial.empty(query, value.shape[-1])
+        asked = range(parts.query.start, parts.query.stop)
+        for members, row in _groups(parts.rows):
+            index = torch.tensor(members, device=query.device)
+            pick = _Picker(query, key, value, index)
+            pieces: list[tuple[range, Partial]] = []
+            if row.anchor:
+                slots = range(len(row.anchor))
+                pieces.append((slots, kernel(*pick(slots, slots), Mask(causal=True, window=window))))
+            if row.own:
+                slots = range(parts.own.start, parts.own.start + len(row.own))
+                keys = tuple(x.index_select(0, index)[:, :, : len(row.plan.anchor)] for x in anchor)
+                pieces.append((slots, self._blocks(pick, slots, keys, row, window, kernel)))
+            if row.query:
+                slots = range(parts.query.stop - len(row.query), parts.query.stop)
+                pieces.append((slots, self._question(pick, slots, row, parts, window, kernel)))
+            for slots, part in pieces:
+                out[index, :, slots.start : slots.stop], lse[index, :, slots.start : slots.stop] = part
+        if asked:
+            part = Partial(out[:, :, asked.start : asked.stop], lse[:, :, asked.start : asked.stop])
+            merged = merge(group.gather_partials(part))
+            out[:, :, asked.start : asked.stop], lse[:, :, asked.start : asked.stop] = merged
+        return Partial(out, lse)
+
+    @staticmethod
+    def _anchor(key: Tensor, value: Tensor, parts: Parts, group: Group) -> tuple[Tensor, Tensor]:
+        """The anchor's keys and values on this rank, (B, Hkv, a, D and Dv)."""
+        begin = parts.anchor.start if parts.anchor else parts.own.start
+        here = key[:, :, begin : begin + parts.widest], value[:, :, begin : begin + parts.widest]
+        if parts.source is None or not parts.widest:
+            return here
+        if group.rank != parts.source:
+            here = tuple(x.new_empty(*x.shape[:2], parts.widest, x.shape[3]) for x in (key, value))  # type: ignore[assignment]
+        sent = torch.cat([here[0].flatten(2), here[1].flatten(2)], 2)
+        found = group.broadcast(sent, parts.source, what="anchor")
+        split = parts.widest * key.shape[3]
+        return found[:, :, :split].unflatten(2, (parts.widest, -1)), found[:, :, split:].unflatten(
+            2, (parts.widest, -1)
+        )
+
+    @staticmethod
+    def _blocks(
+        pick: _Picker, slots: range, anchor: tuple[Tensor, ...], row: Row, window: Window, kernel: Kernel
+    ) -> Partial:
+        """This rank's blocks, one after another: each over the anchor (but for the first block) and itself."""
+        size, done = row.plan.block_size, []
+        causal = Mask(causal=True, window=window)
+        for start in range(0, len(slots), size):
+            block = slots[start : start + size]
+            position = row.own.start + start
+            query, key, value = pick(block, block)
+            if not position or not row.plan.anchor:
+                done.append(kernel(query, key, value, causal))
+            elif window[0] is None or window[0] >= position + len(block) - 1:
+                keys, values = (torch.cat([far, near], 2) for far, near in zip(anchor, (key, value), strict=True))
+                done.append(kernel(query, keys, values, causal.replace(window=(None, None))))
+            else:  # the anchor stays at its true distance
+                far = kernel(query, anchor[0], anchor[1], Mask(window=window, offset=position))
+                done.append(merge([kernel(query, key, value, causal), far]))
+        return join(done)
+
+    @staticmethod
+    def _question(pick: _Picker, slots: range, row: Row, parts: Parts, window: Window, kernel: Kernel) -> Partial:
+        """The query's rows over the keys of this rank: all of its blocks, and what it keeps of the query itself."""
+        context = row.plan.context
+        own = range(parts.own.start, parts.own.start + len(row.own))
+        far = kernel(*pick(slots, own), Mask(window=window, offset=context - row.own.start))
+        padding = parts.query.stop - parts.query.start - len(row.query)
+        kept = range(max(parts.kept.start, padding), max(parts.kept.stop, padding))
+        keys = range(parts.query.start + kept.start, parts.query.start + kept.stop)
+        near = kernel(*pick(slots, keys), Mask(causal=True, window=window, offset=padding - kept.start))
+        return merge([far, near])
+
+
+class _Picker:
+    """Queries of some slots, keys and values of others, of some rows of the batch."""
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, index: Tensor) -> None:
+        whole = len(index) == len(query)
+        self.tensors = [x if whole else x.index_select(0, index) for x in (query, key, value)]
+
+    def __call__(self, rows: range, keys: range) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = self.tensors
+        return (
+            query[:, :, rows.start : rows.stop],
+            key[:, :, keys.start : keys.stop],
+            value[:, :, keys.start : keys.stop],
+        )
+
+
+def _groups(rows: list[Row]) -> list[tuple[list[int], Row]]:
+    """Rows of the batch that are dealt alike, wherever their padding ends."""
+    found: dict[Row, list[int]] = {}
+    for index, row in enumerate(rows):
+        found.setdefault(row._replace(first=0), []).append(index)
+    return [(members, row) for row, members in found.items()]
+
+
+def _span(row: Tensor) -> tuple[int, int]:
+    """(first, end) of a row's real tokens.
+
+    Raises:
+        NotImplementedError: padding between them.
+    """
+    places = row.nonzero()[:, 0].tolist()
+    if not places:
+        return 0, 0
+    if places[-1] - places[0] + 1 != len(places):
+        raise NotImplementedError(
+            "star_attention on several ranks takes prompts with padding on one side or both, not between tokens: "
+            "leave it out, or use tiled_attention."
+        )
+    return places[0], places[-1] + 1
+
+
+def _arange(tokens: range, first: int) -> Tensor:
+    return torch.arange(first + tokens.start, first + tokens.stop)

@@ -1,0 +1,178 @@
+"""`context_parallel`: one long prompt on all processes of an `accelerate launch`."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+import hf_attn_plugins
+from hf_attn_plugins.interface import attention_function, forget_function
+from hf_attn_plugins.masks import Mask
+from hf_attn_plugins.parallel.agree import agree
+from hf_attn_plugins.parallel.group import Group
+from hf_attn_plugins.parallel.later import later
+from hf_attn_plugins.parallel.method import Kernel, Method
+from hf_attn_plugins.parallel.methods import method as method_called
+from hf_attn_plugins.parallel.traffic import Traffic
+from hf_attn_plugins.parallel_forward import Forward
+from hf_attn_plugins.partial import Partial
+from hf_attn_plugins.star.model import check_model, fingerprint
+from hf_attn_plugins.structure import StructuredMask, _parse
+from hf_attn_plugins.support import check
+from hf_attn_plugins.switch import use
+
+_NUMBERS = itertools.count()
+
+
+class Session:
+    """What `context_parallel` hands out.
+
+    Attributes:
+        group: the ranks, `group.rank` and `group.size`.
+        method: the plan over them.
+    """
+
+    def __init__(self, model: nn.Module, group: Group, method: Method) -> None:
+        self.group, self.method = group, method
+        self.forward = Forward(model, group, method)
+        self.name = f"context_parallel_{next(_NUMBERS)}"
+
+    @property
+    def rank(self) -> int:
+        return self.group.rank
+
+    @property
+    def size(self) -> int:
+        return self.group.size
+
+    def traffic(self) -> Traffic:
+        """Bytes that this rank has sent and received so far, by kind of exchange."""
+        return self.group.traffic
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values that this rank holds of the last cache."""
+        return self.forward.cache.bytes if self.forward.cache is not None else 0
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Tokens of each row of the last prompt that this rank computed, those that others computed too included."""
+        return self.forward.prefill_tokens
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Mask,
+        *,
+        scale: float,
+        softcap: float | None,
+        dropout: float,
+        options: None,
+    ) -> Partial:
+        """What the layers call: a sharded prompt goes to the method, everything later is alike for all of them."""
+        step = self.forward.step
+        if step is None:
+            raise RuntimeError("attention was called outside of the model's own forward: call the model itself.")
+        kernel = Kernel(scale, softcap, dropout, getattr(self.method, "kernel", None))
+        run = later if step.layout is None else self.method.attention
+        return run(query, key, value, mask.window, step, kernel, self.group)
+
+    def mask(
+        self,
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        q_offset: int | Tensor = 0,
+        kv_offset: int = 0,
+        mask_function: Any = None,
+        attention_mask: Tensor | None = None,
+        config: Any = None,
+        **_: Any,
+    ) -> StructuredMask:
+        """Of the model's mask only the window is new here: padding and places are the step's."""
+        found = (
+            _parse(mask_function, q_length, kv_length, kv_offset) if mask_function is not None else Mask(causal=True)
+        )
+        if found is None or not found.only_positions():
+            raise NotImplementedError(
+                f"{type(config).__name__} builds a mask that is neither causal nor a sliding window, which "
+                "context_parallel cannot cut into shards: run this model in one process."
+            )
+        return StructuredMask(found, (batch_size, 1, q_length, kv_length))
+
+
+@contextlib.contextmanager
+def context_parallel(model: nn.Module, name: str, *, timeout: float = 60.0, **options: Any) -> Iterator[Session]:
+    """Run a model's long prompts on all processes of this launch, each holding a part of the keys and values.
+
+    Every rank opens it with the same model and options and calls `model(...)` or `model.generate(...)` with the same
+    inputs; every rank gets the same tokens. Outside of `accelerate launch` it is `hap.use` in one process. On exit the
+    model is as before.
+
+    Args:
+        model: a causal decoder on this process's device, the same weights everywhere.
+        name: "star_attention" or "tiled_attention".
+        timeout: seconds that a rank waits for the others in one exchange before it names the one that is missing.
+        **options: of the method: those of the plugin, and for star_attention `anchor` ("auto", "recompute" or
+            "broadcast").
+
+    Raises:
+        ValueError: an unknown name or option, or ranks that differ in model, options or library versions.
+        NotImplementedError: a model whose context is not made of causal keys and values.
+        parallel.RankError: later, where another rank fails or does not answer; it names the rank.
+    """
+    method = method_called(name, **options)
+    check(model, name).raise_if_refused()
+    group = Group.join(timeout)
+    error: BaseException | None = None
+    try:
+        if group.size == 1:
+            with use(model, name, **_plugin_options(name, options)):
+                yield Session(model, group, method)
+        else:
+            with _session(model, group, method, {"method": name, "options": options}) as session:
+                yield session
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        group.leave(error)
+
+
+@contextlib.contextmanager
+def _session(model: nn.Module, group: Group, method: Method, asked: dict[str, Any]) -> Iterator[Session]:
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "hf_attn_plugins": hf_attn_plugins.__version__,
+    }
+    agree(group, {**asked, "model": fingerprint(model), **versions, "size": group.size}, what="set-up")
+    check_model(model)
+    session = Session(model, group, method)
+    with use(model, "tiled_attention"):  # restores whatever implementation the model came with
+        AttentionInterface.register(session.name, attention_function(session.name, session.attention))
+        AttentionMaskInterface.register(session.name, session.mask)
+        try:
+            model.set_attn_implementation(session.name)  # type: ignore[operator]
+            session.forward.attach()
+            yield session
+        finally:
+            session.forward.detach()
+            AttentionInterface._global_mapping.pop(session.name, None)
+            AttentionMaskInterface._global_mapping.pop(session.name, None)
+            forget_function(session.name)
+
+
+def _plugin_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    from hf_attn_plugins.registry import plugin
+
+    return {key: value for key, value in options.items() if key in plugin(name).options_type().names()}

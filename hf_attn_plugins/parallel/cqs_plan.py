@@ -207,7 +207,7 @@ def choose_workers(num_tokens: int, num_ranks: int) -> int:
 
     def cost(count: int) -> tuple[int, float]:
         trial = RankPlan(plan(12 * num_ranks, count), num_ranks)
-        token = Shape(heads=1, kv_heads=1, head_dim=1, head_dim_v=1)
+        token = Shape(heads=4, kv_heads=1, head_dim=128, head_dim_v=128)  # as in most models of today
         moved = max(trial.inputs(r, token).received + trial.results(r, token).sent for r in range(num_ranks))
         return moved, trial.balance()
 

@@ -80,7 +80,7 @@ class ShardedCache(DynamicCache):
             real: (B, T) bool on the model's device, False for padding.
             layout: of a sharded prompt, or None for rows that every rank computes.
         """
-        device = real.device
+        device, fresh = real.device, range(0)
         if layout is not None:
             rows = layout.columns.to(device)
             stored: Any = layout.stored.to(device)
@@ -91,13 +91,14 @@ class ShardedCache(DynamicCache):
             rows = torch.where(real, torch.arange(self.length, self.length + count, device=device), -1)
             shares = level(self.loads, count)
             self.loads = [load + len(share) for load, share in zip(self.loads, shares, strict=True)]
-            stored = slice(shares[self.group.rank].start, shares[self.group.rank].stop)
+            fresh = shares[self.group.rank]
+            stored = slice(fresh.start, fresh.stop)
             keys = rows[:, stored]
             self.visible = keys.shape[1] + (0 if self.columns is None else self.columns.shape[1])
         self.gaps = self.gaps or bool((rows < 0).any())
         self.columns = keys if self.columns is None else torch.cat([self.columns, keys], 1)
         self.stored = stored
-        self._step = Step(self.length, rows, layout, None if layout is not None else self.columns, self.gaps)
+        self._step = Step(self.length, rows, layout, None if layout is not None else self.columns, self.gaps, fresh)
         return self._step
 
     def finish(self, count: int) -> None:

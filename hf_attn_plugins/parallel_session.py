@@ -188,18 +188,17 @@ def _session(model: nn.Module, group: Group, method: Method, asked: dict[str, An
     agree(group, {**asked, "model": fingerprint(model), **versions, "size": group.size}, what="set-up")
     check_model(model)
     session = Session(model, group, method)
-    with use(model, "tiled_attention"):  # restores whatever implementation the model came with
-        AttentionInterface.register(session.name, attention_function(session.name, session.attention))
-        AttentionMaskInterface.register(session.name, session.mask)
-        try:
-            model.set_attn_implementation(session.name)  # type: ignore[operator]
+    AttentionInterface.register(session.name, attention_function(session.name, session.attention))
+    AttentionMaskInterface.register(session.name, session.mask)
+    try:
+        with use(model, session.name):
             session.forward.attach()
             yield session
-        finally:
-            session.forward.detach()
-            AttentionInterface._global_mapping.pop(session.name, None)
-            AttentionMaskInterface._global_mapping.pop(session.name, None)
-            forget_function(session.name)
+    finally:
+        session.forward.detach()
+        AttentionInterface._global_mapping.pop(session.name, None)
+        AttentionMaskInterface._global_mapping.pop(session.name, None)
+        forget_function(session.name)
 
 
 def _plugin_options(name: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections import Counter
 from dataclasses import dataclass
@@ -104,6 +105,7 @@ def _has_attention(model: nn.Module) -> bool:
     return any(_is_attention(module) for module in model.modules())
 
 
+@functools.cache
 def _source(cls: type) -> str:
     try:
         return inspect.getsource(cls)

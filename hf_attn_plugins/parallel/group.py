@@ -67,9 +67,24 @@ class Group:
         return cls(0, 1, device or torch.device("cpu"), timeout)
 
     def leave(self, error: BaseException | None = None) -> None:
-        """Take the group down again; after an `error` the others are told first, so that they can name this rank."""
-        if self._watch is not None:
+        """Take the group down again, once all have come; after an `error` the others are told, to name this rank.
+
+        Raises:
+            RankError: this rank is done and another one is not, and never will be.
+        """
+        if self._watch is None:
+            return
+        try:
+            if error is None:
+                self.objects(None, what="end")
+        except RankError as raised:
+            error = raised
+            raise
+        finally:
             self._watch.stop(error)
+            self._close()
+
+    def _close(self) -> None:
         handles = {id(handle): handle for handle in (self._handle, self._objects) if handle is not None}
         self._handle = self._objects = self._watch = None
         for handle in handles.values():

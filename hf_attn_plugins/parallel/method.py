@@ -46,6 +46,7 @@ class Step:
         keys: (B, S) long on the model's device, the columns of the keys on this rank, this forward's included; -1 for
             none. None for a sharded prompt.
         gaps: whether any of `columns` or `keys` is -1.
+        fresh: which of this forward's rows have their keys on this rank: the last ones of `keys`.
     """
 
     first: int
@@ -53,6 +54,7 @@ class Step:
     layout: Layout | None
     keys: Tensor | None
     gaps: bool
+    fresh: range = range(0)
 
 
 class Method(Protocol):
@@ -107,34 +109,6 @@ class Kernel:
             dropout=self.dropout,
             kernel=self.name,
         )
-
-
-def over_columns(
-    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, keys: Tensor, window: Window, gaps: bool, kernel: Kernel
-) -> Partial:
-    """Causal attention of rows at columns `rows` over keys at columns `keys`, wherever these lie.
-
-    There is no causal mask by places: a shard's last key is not the query's (defect D1 of the original).
-
-    Args:
-        rows: (B, T) long, ascending but for -1; the rows of one column are alike in all of the batch.
-        keys: (B, S) long, -1 for keys that nobody sees.
-        gaps: whether there is any -1.
-    """
-    left = window[0]
-    num_rows = query.shape[2]
-    if num_rows == 1:
-        padding = keys >= 0 if gaps else None
-        if left is not None:
-            padding = (keys >= 0) & (keys >= rows - left)
-        return kernel(query, key, value, Mask(key_padding=padding))
-
-    def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        row, column = rows[b, q], keys[b, k]
-        inside = (column >= 0) & (column <= row)
-        return inside if left is None else inside & (row - column <= left)
-
-    return kernel(query, key, value, Mask(predicate=seen, offset=0))
 
 
 def local_columns(real: Tensor, columns: Tensor) -> Tensor:

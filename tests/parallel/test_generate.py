@@ -1,0 +1,96 @@
+"""Several ranks against one process: the same tokens, the same logits."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.parallel import cases
+from tests.parallel.processes import ranks as started
+
+pytestmark = pytest.mark.multi_process
+
+
+@pytest.fixture(scope="module", params=(1, 2, 3, 4))
+def ranks(request):
+    with started(request.param) as group:
+        yield group
+
+
+STAR = dict(block_size=5, anchor_size=3, query_size=4)
+PADDED = dict(length=23, batch=3, padding=4)
+CASES = {
+    "padded rows": dict(options=STAR, given=PADDED),
+    "anchor broadcast, padded": dict(options=STAR | {"anchor": "broadcast"}, given=PADDED),
+    "anchor recomputed": dict(options=STAR | {"anchor": "recompute"}),
+    "fewer blocks than ranks": dict(options=dict(block_size=16, anchor_size=4, query_size=4)),
+    "shards shorter than the query": dict(options=dict(block_size=3, anchor_size=2, query_size=12)),
+    "anchor longer than the last shard": dict(options=dict(block_size=9, anchor_size=8, query_size=3)),
+    "sliding windows and softcap": dict(family="gemma2", options=STAR, given=PADDED),
+    "sampling": dict(options=STAR, do_sample=True, top_k=20, num_return_sequences=2),
+    "beams": dict(options=STAR, num_beams=3, given=PADDED),
+    "dense, padded rows": dict(name="tiled_attention", given=PADDED),
+    "dense, beams": dict(name="tiled_attention", num_beams=3),
+}
+MORE = {
+    "one block": dict(options=dict(block_size=64)),
+    "neither anchor nor query": dict(options=dict(block_size=4, anchor_size=0, query_size=0), given=PADDED),
+    "all of it query": dict(options=dict(block_size=5, anchor_size=5, query_size=40), given=PADDED),
+    "blocks of one token": dict(options=dict(block_size=1, anchor_size=1, query_size=1)),
+    "padding on the right": dict(options=STAR, given=PADDED | {"side": "right"}),
+    "default sizes": dict(),
+    "two tokens": dict(options=STAR, given=dict(length=2, batch=2)),
+    "one token": dict(options=STAR, given=dict(length=1, batch=1)),
+    "windows, anchor broadcast": dict(family="mistral", options=STAR | {"anchor": "broadcast"}, given=PADDED),
+    "sinks": dict(family="gpt_oss", options=STAR, given=PADDED),
+    "two kinds of layers": dict(family="gemma3", options=STAR, given=PADDED),
+    "qwen3": dict(family="qwen3", options=STAR, given=PADDED),
+    "learned positions": dict(family="gpt2", options=STAR, given=PADDED),
+    "prompt look-up": dict(options=STAR, prompt_lookup_num_tokens=3, given=dict(length=23, batch=1)),
+    "prefill in chunks": dict(options=STAR, prefill_chunk_size=9, given=PADDED),
+    "dense, windows": dict(name="tiled_attention", family="gemma2", given=PADDED),
+    "dense, windows in chunks": dict(name="tiled_attention", family="mistral", prefill_chunk_size=9, given=PADDED),
+    "dense, short": dict(name="tiled_attention", given=dict(length=3, batch=2)),
+    "dense, sinks": dict(name="tiled_attention", family="gpt_oss", given=PADDED),
+    "dense, prompt look-up": dict(
+        name="tiled_attention", prompt_lookup_num_tokens=3, given=dict(length=23, batch=1)
+    ),
+}
+
+
+def check(ranks, case):
+    found = ranks.run(cases.generate, **case)
+    for rank, result in enumerate(found):
+        assert result["tokens"] == found[0]["wanted"], rank
+        assert result["implementation"] == found[0]["before"], "the model is as it was"
+    assert found[0]["error"] <= 1e-10 and found[0]["prefill error"] <= 1e-10
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_tokens_and_logits(ranks, case):
+    found = check(ranks, CASES[case])
+    if CASES[case].get("name", "star_attention") == "star_attention":
+        assert found[0]["from dense"] > 1e-3, "star and dense attention must differ for this to be a test"
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("case", MORE)
+def test_same_tokens_and_logits_everywhere(ranks, case):
+    check(ranks, MORE[case])
+
+
+@pytest.mark.parametrize("name", ("star_attention", "tiled_attention"))
+def test_a_second_turn_on_the_same_cache(ranks, name):
+    found = ranks.run(cases.turns, name=name, options=STAR if name == "star_attention" else {})
+    assert all(result["tokens"] == found[0]["wanted"] for result in found) and found[0]["error"] <= 1e-10
+    if ranks.size > 1:
+        loads = found[0]["loads"]
+        assert sum(loads) >= 23 + 5 + 9 + 4 and max(loads) - min(loads) <= 5, "no shard alone grows"
+
+
+def test_streaming_on_the_first_rank_and_an_early_end(ranks):
+    found = ranks.run(cases.streamed)
+    plain = found[0]["plain"]
+    end = plain.index(plain[25], 23) + 1
+    assert all(result["tokens"] == plain[:end] for result in found)
+    assert found[0]["heard"] == [*plain[:end], -1] and all(result["heard"] is None for result in found[1:])

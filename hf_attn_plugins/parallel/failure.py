@@ -1,6 +1,6 @@
 """Who is to blame when an exchange fails: every rank keeps a short record in the launch's store, and reads the others'.
 
-A record is how many exchanges the rank has been through, which one it stands in, an error it ended with, and a beat
+A record is how many exchanges the rank has been through, whether it stands in one, an error it ended with, and a beat
 that a thread renews, so that a rank which hangs (it beats, but is behind) can be told from one that is gone (no beat).
 """
 
@@ -18,6 +18,7 @@ import torch.distributed as dist
 BEAT = 0.5  # seconds between two beats
 GONE = 6 * BEAT  # seconds without a beat after which a rank counts as gone
 _SESSIONS = itertools.count()  # every rank opens its groups in the same order
+Records = dict[int, dict[str, Any]]
 
 
 class RankError(RuntimeError):
@@ -39,15 +40,17 @@ class Watch:
         self.rank, self.size = rank, size
         self._store = dist.PrefixStore(f"hf_attn_plugins/{next(_SESSIONS)}", dist.distributed_c10d._get_default_store())
         self._lock, self._end = threading.Lock(), threading.Event()
-        self._record: dict[str, Any] = {"done": 0, "in": None, "error": None, "beat": 0}
+        self._record: dict[str, Any] = {"done": 0, "in": None, "beat": 0, "left": False, "error": None, "victim": False}
         self._write()
         self._thread = threading.Thread(target=self._beat, name="hf_attn_plugins beat", daemon=True)
         self._thread.start()
 
     def enter(self, what: str) -> None:
+        """This rank stands in an exchange."""
         self._record["in"] = what
 
     def passed(self) -> None:
+        """It is through."""
         self._record["done"] += 1
         self._record["in"] = None
 
@@ -55,54 +58,60 @@ class Watch:
         """End the beat; an `error` of this rank is left for the others to read."""
         self._end.set()
         self._thread.join(timeout=2 * BEAT)
+        self._record["left"] = True
         if error is not None:
             text = str(error).splitlines()
             self._record["error"] = f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ")
             self._record["victim"] = isinstance(error, RankError)
-        self._record["left"] = True
         with contextlib.suppress(RuntimeError):  # the store may be what is gone
             self._write()
-            if error is not None and self.rank == 0:
-                self._outlive()
+            if error is not None:
+                if not self._record["victim"]:
+                    self._store.set("failed", str(self.rank))
+                if self.rank == 0:
+                    self._outlive()
 
-    def _outlive(self) -> None:
-        """Rank 0 may keep the store in its own process: after an error it stays until the others have read it."""
-        end = time.monotonic() + 3 * GONE
-        while time.monotonic() < end and not all(record.get("left") for record in self._read().values()):
-            time.sleep(BEAT)
+    def somebody_failed(self) -> bool:
+        """Whether a rank has left an error of its own."""
+        return self._store.check(["failed"])
 
     def diagnose(self, what: str, timeout: float, error: BaseException) -> RankError:
         """The error of an exchange `what` that failed here, naming the rank at fault."""
         head = f"rank {self.rank} of {self.size}, exchange {self._record['done']} ({what})"
         try:
-            first = self._read()
-            time.sleep(GONE)
-            second = self._read()
+            first = records = self._read()
+            end = time.monotonic() + GONE
+            while time.monotonic() < end and not _failed(records):
+                time.sleep(BEAT)
+                records = self._read()
         except RuntimeError:
             return RankError(f"{head}: rank 0 is gone, and the store it keeps with it.", 0)
-        here = self._record["done"]
-        for rank, record in second.items():
-            if record["error"] and not record["victim"]:
-                return RankError(f"{head}: rank {rank} failed: {record['error']}", rank)
-        for rank, record in second.items():
-            if not record.get("left") and record["beat"] == first[rank]["beat"]:
+        for rank, record in _failed(records).items():
+            return RankError(f"{head}: rank {rank} failed: {record['error']}", rank)
+        for rank, record in records.items():
+            if not record["left"] and record["beat"] == first[rank]["beat"]:
                 return RankError(
                     f"{head}: rank {rank} is gone: its process ended or its machine is out of reach.", rank
                 )
-        for rank, record in second.items():
-            if record.get("left") and not record["error"]:
+        for rank, record in records.items():
+            if record["left"] and record["error"] is None:
                 return RankError(f"{head}: rank {rank} has left context_parallel before this exchange.", rank)
-        behind = min(second, key=lambda rank: (second[rank]["done"], second[rank]["in"] is not None))
-        if second[behind]["done"] < here or second[behind]["in"] is None:
-            done = second[behind]["done"]
+        late, record = min(records.items(), key=lambda item: (item[1]["done"], item[1]["in"] is not None))
+        if record["done"] < self._record["done"] or record["in"] is None:
             return RankError(
-                f"{head}: rank {behind} has not come for {timeout:g} seconds; it is at work since exchange {done}. "
+                f"{head}: rank {late} has not come for {timeout:g} seconds; it is through {record['done']} exchanges. "
                 "Raise timeout= if it is only slow.",
-                behind,
+                late,
             )
         return RankError(f"{head} failed, and no rank says why: {str(error).splitlines()[0]}", None)
 
-    def _read(self) -> dict[int, dict[str, Any]]:
+    def _outlive(self) -> None:
+        """Rank 0 may keep the store in its own process: after an error it stays until the others have read it."""
+        end = time.monotonic() + 3 * GONE
+        while time.monotonic() < end and not all(record["left"] for record in self._read().values()):
+            time.sleep(BEAT)
+
+    def _read(self) -> Records:
         others = [rank for rank in range(self.size) if rank != self.rank]
         return {rank: json.loads(self._store.get(str(rank))) for rank in others}
 
@@ -117,3 +126,8 @@ class Watch:
                 self._write()
             except RuntimeError:
                 return
+
+
+def _failed(records: Records) -> Records:
+    """Those that ended by an error of their own, not by one about another rank."""
+    return {rank: record for rank, record in records.items() if record["error"] and not record["victim"]}

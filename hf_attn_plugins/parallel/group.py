@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-from collections.abc import Iterator, Sequence
+import gc
+import pickle
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +24,9 @@ from hf_attn_plugins.parallel.traffic import Traffic
 from hf_attn_plugins.partial import Partial
 
 __all__ = ["Group", "RankError"]
+
+BEYOND = 60.0  # seconds
+LOOK = 1.0  # seconds between two looks at whether another rank has failed
 
 
 class Group:
@@ -36,11 +42,10 @@ class Group:
     def __init__(self, rank: int, size: int, device: torch.device, timeout: float = 60.0, handle: Any = None) -> None:
         self.rank, self.size, self.device, self.timeout = rank, size, device, timeout
         self.traffic = Traffic()
-        self._handle, self._objects, self._watch = handle, None, None
+        self._handle, self._watch = handle, None
         if handle is not None:
-            gloo = dist.get_backend(handle) == "gloo"
-            self._objects = handle if gloo else dist.new_group(backend="gloo", timeout=_seconds(timeout))
-            self._wire = torch.device("cpu") if gloo else device
+            self._polls = dist.get_backend(handle) == "gloo"  # NCCL's waiting happens on the device
+            self._wire = torch.device("cpu") if self._polls else device
             self._watch = Watch(rank, size)
 
     @classmethod
@@ -59,7 +64,9 @@ class Group:
         if size == 1:
             return cls.alone(device, timeout)
         backend = "nccl" if device.type == "cuda" and "nccl" in str(dist.get_backend()) else None
-        return cls(rank, size, device, timeout, dist.new_group(backend=backend, timeout=_seconds(timeout)))
+        # The backend's own limit is the last resort: it knows that somebody is missing, and not who.
+        limit = datetime.timedelta(seconds=timeout + BEYOND)
+        return cls(rank, size, device, timeout, dist.new_group(backend=backend, timeout=limit))
 
     @classmethod
     def alone(cls, device: torch.device | None = None, timeout: float = 60.0) -> Group:
@@ -85,10 +92,10 @@ class Group:
             self._close()
 
     def _close(self) -> None:
-        handles = {id(handle): handle for handle in (self._handle, self._objects) if handle is not None}
-        self._handle = self._objects = self._watch = None
-        for handle in handles.values():
-            dist.destroy_process_group(handle)
+        handle, self._handle, self._watch = self._handle, None, None
+        dist.destroy_process_group(handle)
+        del handle
+        gc.collect()  # connections close with the last reference: whoever waits for this rank learns it at once
 
     def all_gather(
         self, tensor: Tensor, sizes: Sequence[int] | None = None, dim: int = 0, *, what: str = "gather"
@@ -152,10 +159,10 @@ class Group:
         if self.size == 1:
             return tensor
         message = _bytes(tensor).to(self._wire, copy=True)
-        with self._exchange(what, (self.size - 1) * len(message) if self.rank == source else 0):
-            dist.broadcast(message, dist.get_global_rank(self._handle, source), group=self._handle)
-        if self.rank != source:
-            self.traffic[what].received += len(message)
+        others = (self.size - 1) * len(message)
+        sent, received = (others, 0) if self.rank == source else (0, len(message))
+        with self._exchange(what, sent, received) as wait:
+            wait(dist.broadcast(message, group_src=source, group=self._handle, async_op=True))
         return _tensor(message.to(tensor.device), tensor.dtype, tensor.shape)
 
     def collect(self, tensor: Tensor, *, what: str = "collect") -> Tensor:
@@ -163,8 +170,10 @@ class Group:
         if self.size == 1:
             return tensor
         message = _bytes(tensor).to(self._wire, copy=True)
-        with self._exchange(what, (self.size - 1) * len(message), (self.size - 1) * len(message)):
-            dist.all_reduce(message, group=self._handle)  # a sum of bytes: all but one of them are zero
+        others = (self.size - 1) * len(message)
+        with self._exchange(what, others, others) as wait:
+            # A sum of bytes: all but one of them are zero.
+            wait(dist.all_reduce(message, group=self._handle, async_op=True))
         return _tensor(message.to(tensor.device), tensor.dtype, tensor.shape)
 
     def sum(self, tensor: Tensor, *, what: str = "sum") -> Tensor:
@@ -181,10 +190,9 @@ class Group:
         """Every rank's picklable value, in the order of the ranks. Small things only."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        with self._exchange(what, 0):
-            dist.all_gather_object(found, value, group=self._objects)
-        return found
+        message = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        sizes = [int(size) for size in self._all_gather(torch.tensor([len(message)]), None, 0, what)]
+        return [pickle.loads(found.numpy().tobytes()) for found in self._all_gather(message, sizes, 0, what)]
 
     def _all_gather(self, tensor: Tensor, sizes: Sequence[int] | None, dim: int, what: str) -> list[Tensor]:
         lengths = [tensor.shape[dim]] * self.size if sizes is None else list(sizes)
@@ -199,9 +207,9 @@ class Group:
         message = _bytes(moved).to(self._wire)
         found = message.new_empty(self.size * len(message))
         others = (self.size - 1) * len(message)
-        with self._exchange(what, others, others):
+        with self._exchange(what, others, others) as wait:
             if len(message):
-                dist.all_gather_into_tensor(found, message, group=self._handle)
+                wait(dist.all_gather_into_tensor(found, message, group=self._handle, async_op=True))
         shards = _tensor(found.to(tensor.device), tensor.dtype, (self.size, *moved.shape))
         return [shard[:length].movedim(0, dim) for shard, length in zip(shards, lengths, strict=True)]
 
@@ -215,27 +223,39 @@ class Group:
         sent = [len(message) for message in messages]
         arriving = [torch.Size(shape).numel() * dtype.itemsize for shape in shapes]
         found = messages[0].new_empty(sum(arriving))
-        with self._exchange(what, sum(sent) - sent[self.rank], sum(arriving) - arriving[self.rank]):
-            dist.all_to_all_single(found, torch.cat(messages), arriving, sent, group=self._handle)
+        with self._exchange(what, sum(sent) - sent[self.rank], sum(arriving) - arriving[self.rank]) as wait:
+            all_sent = torch.cat(messages)
+            wait(dist.all_to_all_single(found, all_sent, arriving, sent, group=self._handle, async_op=True))
         parts = found.to(device).split(arriving)
         return [_tensor(part, dtype, shape) for part, shape in zip(parts, shapes, strict=True)]
 
     @contextlib.contextmanager
-    def _exchange(self, what: str, sent: int, received: int = 0) -> Iterator[None]:
-        """Count an exchange, and turn a backend's error into one that names the rank at fault."""
+    def _exchange(self, what: str, sent: int, received: int) -> Iterator[Callable[[Any], None]]:
+        """Count an exchange, wait for it, and turn a backend's error into one that names the rank at fault."""
         if self._handle is None or self._watch is None:
             raise RuntimeError(f"the group of rank {self.rank} was left: open a new context_parallel(...).")
         self.traffic.add(what, sent, received)
         self._watch.enter(what)
         try:
-            yield
+            yield self._wait
         except RuntimeError as error:  # what both gloo and NCCL raise for a lost or silent peer
             raise self._watch.diagnose(what, self.timeout, error) from error
         self._watch.passed()
 
-
-def _seconds(timeout: float) -> datetime.timedelta:
-    return datetime.timedelta(seconds=timeout)
+    def _wait(self, work: Any) -> None:
+        if not self._polls:
+            work.wait()
+            return
+        assert self._watch is not None
+        end = time.monotonic() + self.timeout
+        while not work.is_completed():
+            left = end - time.monotonic()
+            try:
+                work.wait(datetime.timedelta(seconds=max(0.01, min(LOOK, left))))
+            except RuntimeError:
+                # Not yet, or never: a backend says both by the same type of error.
+                if work.is_completed() or left <= 0 or self._watch.somebody_failed():
+                    raise
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ MORE = {
     "two tokens": dict(options=STAR, given=dict(length=2, batch=2)),
     "one token": dict(options=STAR, given=dict(length=1, batch=1)),
     "windows, anchor broadcast": dict(family="mistral", options=STAR | {"anchor": "broadcast"}, given=PADDED),
-    "sinks": dict(family="gpt_oss", options=STAR, given=PADDED),
+    "sinks": dict(family="gpt_oss", options=STAR, given=PADDED, dtype="float32"),
     "two kinds of layers": dict(family="gemma3", options=STAR, given=PADDED),
     "qwen3": dict(family="qwen3", options=STAR, given=PADDED),
     "learned positions": dict(family="gpt2", options=STAR, given=PADDED),
@@ -50,7 +50,7 @@ MORE = {
     "dense, windows": dict(name="tiled_attention", family="gemma2", given=PADDED),
     "dense, windows in chunks": dict(name="tiled_attention", family="mistral", prefill_chunk_size=9, given=PADDED),
     "dense, short": dict(name="tiled_attention", given=dict(length=3, batch=2)),
-    "dense, sinks": dict(name="tiled_attention", family="gpt_oss", given=PADDED),
+    "dense, sinks": dict(name="tiled_attention", family="gpt_oss", given=PADDED, dtype="float32"),
     "dense, prompt look-up": dict(
         name="tiled_attention", prompt_lookup_num_tokens=3, given=dict(length=23, batch=1)
     ),
@@ -62,7 +62,8 @@ def check(ranks, case):
     for rank, result in enumerate(found):
         assert result["tokens"] == found[0]["wanted"], rank
         assert result["implementation"] == found[0]["before"], "the model is as it was"
-    assert found[0]["error"] <= 1e-10 and found[0]["prefill error"] <= 1e-10
+    limit = 1e-10 if case.get("dtype") is None else 1e-5 * found[0]["scale"]  # experts know no float64
+    assert found[0]["error"] <= limit and found[0]["prefill error"] <= limit
     return found
 
 

@@ -42,7 +42,7 @@ def own_keys(query: Tensor, key: Tensor, value: Tensor, window: Window, step: St
     if left is not None:
         return kernel(query, key, value, Mask(predicate=_near(step, left), offset=0))
     old = key.shape[2] - len(step.fresh)
-    padding = (keys >= 0 if step.gaps else None)
+    padding = keys >= 0 if step.gaps else None
     far, near = (None, None) if padding is None else (padding[:, :old], padding[:, old:])
     before = kernel(query, key[:, :, :old], value[:, :, :old], Mask(key_padding=far))
     new = Mask(causal=True, offset=-step.fresh.start, key_padding=near)

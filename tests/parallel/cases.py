@@ -44,7 +44,11 @@ def generate(
             "prefill": cp.prefill_tokens,
             "loads": getattr(found.past_key_values, "loads", None),
         }
-    report |= {"tokens": found.sequences.tolist(), "implementation": model.config._attn_implementation, "before": before}
+    report |= {
+        "tokens": found.sequences.tolist(),
+        "implementation": model.config._attn_implementation,
+        "before": before,
+    }
     if rank:  # the reference once
         return report
     torch.set_rng_state(state)
@@ -77,9 +81,7 @@ def turns(rank: int, size: int, name: str = "star_attention", options: dict[str,
         ids = torch.cat([one.sequences, second["input_ids"]], 1)
         mask = torch.cat([first["attention_mask"], torch.ones(2, ids.shape[1] - 23, dtype=torch.long)], 1)
         with session():
-            two = model.generate(
-                input_ids=ids, attention_mask=mask, past_key_values=one.past_key_values, **arguments
-            )
+            two = model.generate(input_ids=ids, attention_mask=mask, past_key_values=one.past_key_values, **arguments)
         return one, two
 
     one, two = talk(lambda: hap.context_parallel(model, name, timeout=30, **options))
@@ -111,7 +113,7 @@ def streamed(rank: int, size: int) -> dict[str, Any]:
         plain = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0].tolist()
     heard = Heard() if rank == 0 else None
     with hap.context_parallel(model, "tiled_attention", timeout=30):
-        found = model.generate(
-            **inputs, max_new_tokens=6, do_sample=False, streamer=heard, eos_token_id=plain[25]
-        )[0].tolist()
+        found = model.generate(**inputs, max_new_tokens=6, do_sample=False, streamer=heard, eos_token_id=plain[25])[
+            0
+        ].tolist()
     return {"plain": plain, "tokens": found, "heard": heard.tokens if heard else None}

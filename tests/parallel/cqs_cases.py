@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 import hf_attn_plugins as hap
+from hf_attn_plugins.commands import parallel_rank
 from hf_attn_plugins.masks import Mask
 from hf_attn_plugins.parallel import Group, cqs_exchange
 from hf_attn_plugins.parallel.cqs_plan import rank_plan
@@ -117,6 +119,11 @@ def _batch(length: int, padding: int, side: str, seed: int) -> dict[str, Tensor]
 
 def _gradients(model: Any) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def bench(rank: int, size: int, path: str) -> None:
+    """What `hf-attn bench parallel` lets a rank do."""
+    parallel_rank.main(Path(path))
 
 
 def refused(rank: int, size: int, what: str) -> str:

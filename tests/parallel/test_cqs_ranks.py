@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hf_attn_plugins.commands.bench_parallel import differences
 from hf_attn_plugins.cqs.cost import Shape
 from hf_attn_plugins.parallel.cqs_plan import rank_plan
+from hf_attn_plugins.parallel.volumes import costs
 from tests.parallel import cases, cqs_cases
 from tests.parallel.processes import Ranks
 from tests.parallel.processes import ranks as started
@@ -139,6 +143,31 @@ def test_what_cannot_work_is_said(ranks: Ranks, what: str, words: str) -> None:
     if ranks.size != 4:
         pytest.skip("said once")
     assert all(words in found for found in ranks.run(cqs_cases.refused, what=what))
+
+
+BENCH = {
+    "star_attention": [{"block_size": 16, "query_size": 10}, {"block_size": 40, "anchor": "broadcast"}],
+    "cqs_attention": [{}, {"workers": 13, "rounds": 3}],
+    "tiled_attention": [{}],
+}
+
+
+@pytest.mark.parametrize("name", BENCH)
+def test_bytes_cache_pairs_and_rows_are_those_counted_from_the_plan(ranks: Ranks, name: str, tmp_path: Path) -> None:
+    """The table's figures, from the groups' counters and the kernels' masks."""
+    if ranks.size == 1:
+        pytest.skip("nothing to exchange")
+    case = {"length": 131, "heads": 4, "kv_heads": 2, "head_dim": 8, "layers": 2, "dtype": "float32", "name": name}
+    for options in BENCH[name]:
+        path = tmp_path / "case.json"
+        path.write_text(json.dumps({**case, "options": options}), encoding="utf-8")
+        ranks.run(cqs_cases.bench, path=str(path))
+        reports = [json.loads((tmp_path / f"rank-{r}.json").read_text(encoding="utf-8")) for r in range(ranks.size)]
+        counted = costs(name, 131, ranks.size, Shape(4, 2, 8, 8, 4), **options)
+        assert differences(counted, reports, layers=2) == []
+        assert all(report["sent"] and report["received"] for report in reports) or name == "cqs_attention"
+        reports[0]["pairs"] += 1
+        assert len(differences(counted, reports, layers=2)) == 1
 
 
 @pytest.mark.slow

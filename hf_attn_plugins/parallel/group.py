@@ -25,7 +25,7 @@ from hf_attn_plugins.partial import Partial
 
 __all__ = ["Group", "RankError"]
 
-BEYOND = 60.0  # seconds
+_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 LOOK = 1.0  # seconds between two looks at whether another rank has failed
 
 
@@ -64,8 +64,9 @@ class Group:
         if size == 1:
             return cls.alone(device, timeout)
         backend = "nccl" if device.type == "cuda" and "nccl" in str(dist.get_backend()) else None
-        # The backend's own limit is the last resort: it knows that somebody is missing, and not who.
-        limit = datetime.timedelta(seconds=timeout + BEYOND)
+        # The backend's own limit comes right after ours, which knows who is missing: an exchange that was given up keeps
+        # this process from ending until then.
+        limit = datetime.timedelta(seconds=timeout + LOOK)
         return cls(rank, size, device, timeout, dist.new_group(backend=backend, timeout=limit))
 
     @classmethod
@@ -209,7 +210,7 @@ class Group:
         others = (self.size - 1) * len(message)
         with self._exchange(what, others, others) as wait:
             if len(message):
-                wait(dist.all_gather_into_tensor(found, message, group=self._handle, async_op=True))
+                wait(_GATHER(found, message, group=self._handle, async_op=True))
         shards = _tensor(found.to(tensor.device), tensor.dtype, (self.size, *moved.shape))
         return [shard[:length].movedim(0, dim) for shard, length in zip(shards, lengths, strict=True)]
 

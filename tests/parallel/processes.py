@@ -89,10 +89,13 @@ class Ranks:
         for pipe in self.pipes:
             pipe.send((function, arguments))
 
-    def results(self, timeout: float = 60.0) -> list[tuple[str, Any]]:
-        """("done", value), ("raised", text) or ("died", exit code) of every rank."""
+    def results(self, timeout: float = 60.0, skip: int | None = None) -> list[tuple[str, Any]]:
+        """("done", value), ("raised", text) or ("died", exit code) of every rank; rank `skip` is ended instead."""
         found: list[tuple[str, Any]] = []
-        for pipe, process in zip(self.pipes, self.processes, strict=True):
+        for rank, (pipe, process) in enumerate(zip(self.pipes, self.processes, strict=True)):
+            if rank == skip:
+                found.append(("skipped", None))
+                continue
             try:
                 assert pipe.poll(timeout), f"no answer from a rank within {timeout} seconds"
                 found.append(pipe.recv())
@@ -114,7 +117,7 @@ class Ranks:
             with contextlib.suppress(OSError):
                 pipe.send(None)
         for process in self.processes:
-            process.join(10)
+            process.join(2)
             if process.is_alive():
                 process.kill()
                 process.join(10)

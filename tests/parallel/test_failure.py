@@ -1,0 +1,111 @@
+"""When things go wrong: whoever is at fault is named, on every rank, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+
+import pytest
+
+from hf_attn_plugins.parallel.group import Group
+from hf_attn_plugins.parallel.launch import place
+from tests.parallel import breaking
+from tests.parallel.processes import environment, ranks
+
+PREFILL, DECODING = 0, 3
+
+
+def run_broken(size: int, **how) -> list[tuple[str, dict]]:
+    with ranks(size) as group:
+        group.start(breaking.broken, **how)
+        return group.results(40, skip=how["who"] if how["what"] == "hang" else None)
+
+
+@pytest.mark.multi_process
+@pytest.mark.parametrize(("who", "forward"), ((0, DECODING), (1, PREFILL), (1, DECODING)))
+def test_a_killed_rank_is_named(who, forward):
+    results = run_broken(3, who=who, what="kill", forward=forward, timeout=30)
+    assert results[who] == ("died", -9)
+    for rank in {0, 1, 2} - {who}:
+        kind, found = results[rank]
+        assert kind == "done" and found["rank"] == who and f"rank {who} is gone" in found["error"], found
+        assert found["seconds"] < 25, "the others did not wait for the timeout"
+        assert found["implementation"] == "sdpa", "the model is as it was"
+    assert not multiprocessing.active_children(), "no process stays behind"
+
+
+@pytest.mark.multi_process
+def test_a_hanging_rank_is_named_within_the_timeout():
+    results = run_broken(3, who=1, what="hang", forward=DECODING, timeout=3)
+    for rank in (0, 2):
+        kind, found = results[rank]
+        assert kind == "done" and found["rank"] == 1 and "rank 1 has not come for 3 seconds" in found["error"], found
+        assert 3 <= found["seconds"] < 25
+
+
+@pytest.mark.multi_process
+@pytest.mark.parametrize("who", (0, 2))
+def test_out_of_memory_is_reported_by_all(who):
+    results = run_broken(3, who=who, what="memory", forward=PREFILL, timeout=30)
+    for rank, (kind, found) in enumerate(results):
+        assert kind == "done" and "OutOfMemoryError: tried to allocate 2.00 GiB" in found["error"], found
+        if rank != who:
+            assert found["rank"] == who and f"rank {who} failed" in found["error"] and found["seconds"] < 25
+
+
+@pytest.mark.multi_process
+def test_ranks_that_differ_are_refused_before_any_work():
+    expected = {
+        "inputs": "the ranks differ in their inputs: input_ids is (1, 23)",
+        "mask": "the ranks differ in their inputs: mask is",
+        "length": "input_ids is (1, 22)",
+        "options": "the ranks differ in their set-up: options is",
+        "method": "method is tiled_attention on rank 1 and star_attention on rank 0",
+        "model": "the ranks differ in their set-up: model is",
+        "version": "hf_attn_plugins is 9.9.9 on rank 1 and",
+    }
+    with ranks(2) as group:
+        for how, message in expected.items():
+            found = group.run(breaking.differ, how=how)
+            for result in found:
+                assert message in result["error"] and "Nothing was computed" in result["error"], (how, result["error"])
+                assert result["computed"] == 0 and result["again"] == found[0]["again"]
+
+
+@pytest.mark.parametrize(
+    ("size", "rank", "message"),
+    (("0", "0", "WORLD_SIZE=0"), ("x", "0", "WORLD_SIZE=x"), ("2", "2", "RANK=2"), ("2", "-1", "RANK=-1")),
+)
+def test_a_launch_that_makes_no_sense_is_refused(monkeypatch, size, rank, message):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(ValueError, match=message) as raised:
+        place()
+    assert "\n" not in str(raised.value)
+
+
+def test_a_timeout_is_a_positive_number():
+    with pytest.raises(ValueError, match="timeout=0"):
+        Group.join(0)
+
+
+@pytest.mark.multi_process
+def test_a_port_in_use_is_told_in_one_line():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with ranks(1) as group:
+            (found,) = group.run(_meet, port=port)
+    assert f"the port of 127.0.0.1:{port} is in use" in found and "--main_process_port" in found
+    assert "\n" not in found
+
+
+def _meet(rank: int, size: int, port: int) -> str:
+    os.environ.update(environment(0, 2, port))
+    try:
+        place()
+    except RuntimeError as error:
+        return str(error)
+    return "met"

@@ -25,11 +25,11 @@ NAME, TITLE = "parallel", "Several ranks: what each method sends, holds and comp
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("--length", type=int, default=4096, help="tokens of the prompt")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of the prompt")
     parser.add_argument("--ranks", type=int, nargs="+", default=list(range(1, 9)), help="numbers of ranks to count for")
     parser.add_argument("--measure-up-to", type=int, default=4, help="most processes to start; 0 only counts")
     parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--kv-heads", type=int, default=2)
+    parser.add_argument("--kv-heads", type=int, nargs="+", default=[8, 2], help="one table row for each")
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2, help="of the random Llama that is measured")
     parser.add_argument("--dtype", choices=SIZES, default="float32")
@@ -49,18 +49,20 @@ def run(arguments: argparse.Namespace) -> None:
         ValueError: a size below 1, or options that do not fit the length or the ranks.
         OSError: the ranks cannot be launched, or one of them failed; the message has its last line.
     """
-    for name in ("length", "heads", "kv_heads", "head_dim", "layers"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: at least 1 is needed.")
-    if min(arguments.ranks) < 1:
-        raise ValueError(f"--ranks {min(arguments.ranks)}: at least 1 process is needed.")
+    for name in ("length", "heads", "kv_heads", "head_dim", "layers", "ranks"):
+        given = getattr(arguments, name)
+        if (min(given) if isinstance(given, list) else given) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {given}: at least 1 is needed.")
+    if any(arguments.heads % kv_heads for kv_heads in arguments.kv_heads):
+        raise ValueError(f"--heads {arguments.heads} is no multiple of each of --kv-heads {arguments.kv_heads}.")
     rows = []
-    for ranks in sorted(set(arguments.ranks)):
-        for name in METHODS:
-            row = counted(arguments, name, ranks)
-            row |= _comparison(arguments, name, ranks)
-            print("  ".join(f"{k} {_cell(v)}" for k, v in row.items()), flush=True)
-            rows.append(row)
+    for kv_heads in arguments.kv_heads:
+        for ranks in sorted(set(arguments.ranks)):
+            for name in METHODS:
+                row = counted(arguments, name, ranks, kv_heads)
+                row |= _comparison(arguments, name, ranks, kv_heads)
+                print("  ".join(f"{k} {_cell(v)}" for k, v in row.items()), flush=True)
+                rows.append(row)
     print("written to", write_table(arguments.out, NAME, TITLE, rows, notes(arguments)))
 
 
@@ -73,20 +75,21 @@ def options_of(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
     return {}
 
 
-def plan_costs(arguments: argparse.Namespace, name: str, ranks: int) -> list[Cost]:
+def plan_costs(arguments: argparse.Namespace, name: str, ranks: int, kv_heads: int) -> list[Cost]:
     """Every rank's cost of one layer."""
     size = SIZES[arguments.dtype]
-    shape = Shape(arguments.heads, arguments.kv_heads, arguments.head_dim, arguments.head_dim, size)
+    shape = Shape(arguments.heads, kv_heads, arguments.head_dim, arguments.head_dim, size)
     return costs(name, arguments.length, ranks, shape, **options_of(arguments, name))
 
 
-def counted(arguments: argparse.Namespace, name: str, ranks: int) -> dict[str, Any]:
+def counted(arguments: argparse.Namespace, name: str, ranks: int, kv_heads: int) -> dict[str, Any]:
     """The row's figures from the plan, for the rank that has most of each."""
-    found = plan_costs(arguments, name, ranks)
+    found = plan_costs(arguments, name, ranks, kv_heads)
     most = {field: max(getattr(cost, field) for cost in found) for field in vars(found[0])}
     dense = arguments.length * (arguments.length + 1) // 2
     return {
         "method": METHODS[name],
+        "heads": f"{arguments.heads}:{kv_heads}",
         "ranks": ranks,
         "received KiB": most["received"] / 2**10,
         "sent KiB": most["sent"] / 2**10,
@@ -99,13 +102,14 @@ def counted(arguments: argparse.Namespace, name: str, ranks: int) -> dict[str, A
     }
 
 
-def _comparison(arguments: argparse.Namespace, name: str, ranks: int) -> dict[str, Any]:
+def _comparison(arguments: argparse.Namespace, name: str, ranks: int, kv_heads: int) -> dict[str, Any]:
     """The measured columns: whether everything counted was seen, and the peak of memory."""
     if ranks > arguments.measure_up_to:
         return {"as counted": "", "peak MiB": ""}
-    found = measured(arguments, name, ranks)
+    found = measured(arguments, name, ranks, kv_heads)
     # One rank runs the plugin itself, which exchanges nothing and is not what was counted.
-    wrong = differences(plan_costs(arguments, name, ranks), found, arguments.layers) if ranks > 1 else []
+    planned = plan_costs(arguments, name, ranks, kv_heads)
+    wrong = differences(planned, found, arguments.layers) if ranks > 1 else []
     peaks = [report["peak"] for report in found]
     return {
         "as counted": "; ".join(wrong) or ("yes" if ranks > 1 else ""),
@@ -113,11 +117,10 @@ def _comparison(arguments: argparse.Namespace, name: str, ranks: int) -> dict[st
     }
 
 
-def measured(arguments: argparse.Namespace, name: str, ranks: int) -> list[dict[str, Any]]:
+def measured(arguments: argparse.Namespace, name: str, ranks: int, kv_heads: int) -> list[dict[str, Any]]:
     """What every rank of a launch reports; see `parallel_rank`."""
-    fields = ("length", "heads", "kv_heads", "head_dim", "layers", "dtype")
-    case = {field: getattr(arguments, field) for field in fields}
-    case |= {"name": name, "options": options_of(arguments, name)}
+    case = {field: getattr(arguments, field) for field in ("length", "heads", "head_dim", "layers", "dtype")}
+    case |= {"kv_heads": kv_heads, "name": name, "options": options_of(arguments, name)}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "case.json")
         path.write_text(json.dumps(case), encoding="utf-8")
@@ -147,8 +150,8 @@ def notes(arguments: argparse.Namespace) -> str:
     """What the columns mean."""
     cases = ", ".join(f"{METHODS[name]} {options}" for name in METHODS if (options := options_of(arguments, name)))
     return f"""\
-One prompt of {arguments.length} tokens, {arguments.heads}:{arguments.kv_heads} heads, head_dim {arguments.head_dim}, \
-{arguments.dtype}; {cases}.
+One prompt of {arguments.length} tokens, head_dim {arguments.head_dim}, {arguments.dtype}; {cases}. `heads` are those of
+queries and of keys.
 All figures are of one layer and of the rank that has most of it, counted from the plans. `received`, `sent`: bytes from
 and to other ranks in a prefill, forward; `all ranks` is what goes over the wire together. `held`: queries, keys, values
 and results on a rank at once, with what came in. `cache`: keys and values that stay. `decode`: bytes received for each

@@ -71,11 +71,14 @@ def test_the_command_counts_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(words) == 0
     record = json.loads((tmp_path / "parallel.json").read_text(encoding="utf-8"))
     assert [(row["method"], row["ranks"]) for row in record["rows"]][-1] == ("dense, keys gathered", 4)
-    assert "torch" in record["hardware"] and "| CQS | 4 |" in (tmp_path / "parallel.md").read_text(encoding="utf-8")
+    assert "torch" in record["hardware"] and "| CQS | 8:2 | 4 |" in (tmp_path / "parallel.md").read_text(
+        encoding="utf-8"
+    )
     for bad, said in (
         (["--length", "0"], "--length 0"),
-        (["--ranks", "0"], "--ranks 0"),
+        (["--ranks", "0"], "--ranks [0]"),
         (["--workers", "2"], "workers=2"),
+        (["--kv-heads", "3"], "no multiple"),
     ):
         assert main([*words, *bad]) == 2
         assert said in capsys.readouterr().err

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+
+
+logger = logging.getLogger("hf_attn_plugins")
 
 
 class Place(NamedTuple):
@@ -39,6 +43,11 @@ def place() -> Place:
             ) from error
         raise RuntimeError(f"the processes cannot meet at {where}: {str(error).splitlines()[0]}") from error
     if not dist.is_available() or not dist.is_initialized():
+        if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
+            logger.warning(
+                "accelerate launch was asked for several processes and has started this one only, as it does without "
+                "GPUs: add --multi_gpu, which starts one process each on CPUs too. Going on in one process."
+            )
         return Place(0, 1, state.device)
     return Place(dist.get_rank(), dist.get_world_size(), state.device)
 

@@ -183,8 +183,8 @@ class Group:
             return tensor
         found = tensor.detach().to(self._wire, copy=True)
         others = (self.size - 1) * found.numel() * found.element_size()
-        with self._exchange(what, others, others):
-            dist.all_reduce(found, group=self._handle)
+        with self._exchange(what, others, others) as wait:
+            wait(dist.all_reduce(found, group=self._handle, async_op=True))
         return found.to(tensor.device)
 
     def objects(self, value: Any, *, what: str = "objects") -> list[Any]:

@@ -65,6 +65,11 @@ class Mask:
         """True when nothing but `causal`, `window`, `offset` and `prefix` decides."""
         return self.key_padding is None and self.query_segments is None and self.predicate is None and self.bias is None
 
+    def is_plain(self, start: int) -> bool:
+        """True when the mask is causal or full and no more, its row 0 standing at position `start`."""
+        in_place = self.offset is None or (isinstance(self.offset, int) and self.offset == start)
+        return in_place and self.window == (None, None) and not self.prefix and self.only_positions()
+
     def trimmed(self, num_rows: int, num_keys: int) -> tuple[Mask, slice]:
         """Drop the bounds that do not bind and the keys no row can reach by its position.
 

@@ -31,6 +31,7 @@ class Forward:
     Attributes:
         step: the forward under way.
         prefill_tokens: slots that this rank's last sharded prompt had, padding and repeated tokens included.
+        merged_rows: rows that all layers together have merged over the ranks.
         cache: the cache of the last forward.
         columns: (B, T) long, the places in the prompt of the last forward's rows on this rank, -1 for padding.
     """
@@ -41,7 +42,7 @@ class Forward:
         self.signature = inspect.signature(self.decoder.forward)
         self.step: Step | None = None
         self.cache: ShardedCache | None = None
-        self.prefill_tokens = 0
+        self.prefill_tokens = self.merged_rows = 0
         self._keep: int | None = None  # last columns whose hidden states are wanted, None for all
         self._one = False  # whether logits are made the same on every rank
         self._use_cache = True

@@ -21,11 +21,12 @@ from hf_attn_plugins.parallel.group import Group
 from hf_attn_plugins.parallel.later import later
 from hf_attn_plugins.parallel.method import Kernel, Method, Step
 from hf_attn_plugins.parallel.methods import method as method_called
+from hf_attn_plugins.parallel.star import Star
 from hf_attn_plugins.parallel.traffic import Traffic
 from hf_attn_plugins.parallel_forward import Forward
 from hf_attn_plugins.parallel_training import sum_gradients
 from hf_attn_plugins.partial import Partial
-from hf_attn_plugins.star.model import check_model, fingerprint
+from hf_attn_plugins.star.model import check_model, fingerprint, text_config
 from hf_attn_plugins.structure import StructuredMask, _parse
 from hf_attn_plugins.support import check
 from hf_attn_plugins.switch import use
@@ -87,9 +88,27 @@ class Session:
         sum_gradients(self.forward.model, self.group)
 
     @property
+    def loads(self) -> list[int]:
+        """Keys of each row of the batch that every rank holds of the last cache; empty in one process."""
+        return list(self.forward.cache.loads) if self.forward.cache is not None else []
+
+    @property
     def prefill_tokens(self) -> int:
         """Tokens of each row of the last prompt that this rank computed, those that others computed too included."""
         return self.forward.prefill_tokens
+
+    def summary(self) -> str:
+        """What this rank computed, holds and sent, as lines to print."""
+        merge = self.traffic()["merge"]
+        lines = [
+            f"rank {self.rank} of {self.size}: {self.prefill_tokens} tokens of the last prompt computed, "
+            f"{self.cache_bytes} bytes of keys and values held",
+            str(self.traffic()),
+        ]
+        if merge.calls and self.forward.merged_rows:
+            each = merge.sent / (self.size - 1) / self.forward.merged_rows
+            lines.append(f"merge: {each:g} bytes per token and layer, from each rank to each other one")
+        return "\n".join(lines)
 
     def attention(
         self,
@@ -110,6 +129,7 @@ class Session:
             raise RuntimeError("attention was called outside of the model's own forward: call the model itself.")
         kernel = Kernel(scale, softcap, dropout, getattr(self.method, "kernel", None))
         run = later if step.layout is None else self.method.attention
+        self.forward.merged_rows += len(query) * (query.shape[2] if step.layout is None else step.layout.merged)
         return run(query, key, value, mask.window, step, kernel, self.group)
 
     def mask(
@@ -185,8 +205,11 @@ def _session(model: nn.Module, group: Group, method: Method, asked: dict[str, An
         "transformers": transformers.__version__,
         "hf_attn_plugins": hf_attn_plugins.__version__,
     }
+    _check_device(model, group)
     agree(group, {**asked, "model": fingerprint(model), **versions, "size": group.size}, what="set-up")
     check_model(model)
+    if isinstance(method, Star):
+        method = method.settle(text_config(model).to_dict(), group)
     session = Session(model, group, method)
     AttentionInterface.register(session.name, attention_function(session.name, session.attention))
     AttentionMaskInterface.register(session.name, session.mask)
@@ -199,6 +222,15 @@ def _session(model: nn.Module, group: Group, method: Method, asked: dict[str, An
         AttentionInterface._global_mapping.pop(session.name, None)
         AttentionMaskInterface._global_mapping.pop(session.name, None)
         forget_function(session.name)
+
+
+def _check_device(model: nn.Module, group: Group) -> None:
+    here = {parameter.device.type for parameter in model.parameters()}
+    if group.device.type not in here and group.device.type != "mps":
+        raise ValueError(
+            f"Accelerate gives rank {group.rank} the device {group.device} and its model is on "
+            f"{', '.join(sorted(here))}: move it there first, model.to(accelerate.PartialState().device)."
+        )
 
 
 def _plugin_options(name: str, options: dict[str, Any]) -> dict[str, Any]:

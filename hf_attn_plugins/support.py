@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -78,7 +79,8 @@ def _verdict(module: nn.Module, name: str) -> tuple[str, str] | None:
         return None
     if not _is_attention(module):
         return None
-    source = _source(type(module))
+    kind: Any = type(module)
+    source = _source(kind)
     if "ALL_ATTENTION_FUNCTIONS" not in source and "attention_interface" not in source:
         return "refused", "computes attention itself and never asks the registry"
     sparse = next((word[:-1] for word in SEMANTICS_REFUSED if word in source), None)
@@ -95,7 +97,8 @@ def _is_attention(module: nn.Module) -> bool:
     """A module that projects and attends itself, rather than one that wraps such a module."""
     if "attention" not in type(module).__name__.lower():
         return False
-    source = _source(type(module))
+    kind: Any = type(module)
+    source = _source(kind)
     if "ALL_ATTENTION_FUNCTIONS" in source or "attention_interface" in source:
         return True
     return "softmax" in source or "scaled_dot_product_attention" in source
@@ -106,7 +109,7 @@ def _has_attention(model: nn.Module) -> bool:
 
 
 @functools.cache
-def _source(cls: type) -> str:
+def _source(cls: Any) -> str:
     try:
         return inspect.getsource(cls)
     except (OSError, TypeError):

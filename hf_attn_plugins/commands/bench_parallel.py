@@ -55,21 +55,23 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {given}: at least 1 is needed.")
     if any(arguments.heads % kv_heads for kv_heads in arguments.kv_heads):
         raise ValueError(f"--heads {arguments.heads} is no multiple of each of --kv-heads {arguments.kv_heads}.")
+    cases = [(kv_heads, name) for kv_heads in arguments.kv_heads for name in METHODS]
     rows = []
-    for kv_heads in arguments.kv_heads:
-        for ranks in sorted(set(arguments.ranks)):
-            for name in METHODS:
-                row = counted(arguments, name, ranks, kv_heads)
-                row |= _comparison(arguments, name, ranks, kv_heads)
-                print("  ".join(f"{k} {_cell(v)}" for k, v in row.items()), flush=True)
-                rows.append(row)
+    for ranks in sorted(set(arguments.ranks)):
+        found = [counted(arguments, name, ranks, kv_heads) for kv_heads, name in cases]  # refuses what does not fit
+        reports = measured(arguments, cases, ranks) if ranks <= arguments.measure_up_to else [None] * len(cases)
+        for (kv_heads, name), row, report in zip(cases, found, reports, strict=True):
+            row |= _comparison(plan_costs(arguments, name, ranks, kv_heads), report, arguments.layers)
+            print("  ".join(f"{k} {_cell(v)}" for k, v in row.items()), flush=True)
+            rows.append(row)
+    rows.sort(key=lambda row: [f"{arguments.heads}:{n}" for n in arguments.kv_heads].index(row["heads"]))
     print("written to", write_table(arguments.out, NAME, TITLE, rows, notes(arguments)))
 
 
 def options_of(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
     """The method's options that the command line asks for."""
     if name == "star_attention":
-        return {"block_size": arguments.block_size or max(1, arguments.length // 8)}
+        return {"block_size": arguments.block_size or max(1, arguments.length // 8), "anchor": "recompute"}
     if name == "cqs_attention":
         return {"workers": arguments.workers, "rounds": arguments.rounds}
     return {}
@@ -102,28 +104,26 @@ def counted(arguments: argparse.Namespace, name: str, ranks: int, kv_heads: int)
     }
 
 
-def _comparison(arguments: argparse.Namespace, name: str, ranks: int, kv_heads: int) -> dict[str, Any]:
+def _comparison(planned: list[Cost], found: list[dict[str, Any]] | None, layers: int) -> dict[str, Any]:
     """The measured columns: whether everything counted was seen, and the peak of memory."""
-    if ranks > arguments.measure_up_to:
+    if found is None:
         return {"as counted": "", "peak MiB": ""}
-    found = measured(arguments, name, ranks, kv_heads)
     # One rank runs the plugin itself, which exchanges nothing and is not what was counted.
-    planned = plan_costs(arguments, name, ranks, kv_heads)
-    wrong = differences(planned, found, arguments.layers) if ranks > 1 else []
+    wrong = differences(planned, found, layers) if len(found) > 1 else []
     peaks = [report["peak"] for report in found]
     return {
-        "as counted": "; ".join(wrong) or ("yes" if ranks > 1 else ""),
+        "as counted": "; ".join(wrong) or ("yes" if len(found) > 1 else ""),
         "peak MiB": "" if None in peaks else max(peaks) / 2**20,
     }
 
 
-def measured(arguments: argparse.Namespace, name: str, ranks: int, kv_heads: int) -> list[dict[str, Any]]:
-    """What every rank of a launch reports; see `parallel_rank`."""
-    case = {field: getattr(arguments, field) for field in ("length", "heads", "head_dim", "layers", "dtype")}
-    case |= {"kv_heads": kv_heads, "name": name, "options": options_of(arguments, name)}
+def measured(arguments: argparse.Namespace, cases: list[tuple[int, str]], ranks: int) -> list[list[dict[str, Any]]]:
+    """What every rank of one launch reports, for each case of (key heads, method); see `parallel_rank`."""
+    sizes = {field: getattr(arguments, field) for field in ("length", "heads", "head_dim", "layers", "dtype")}
+    asked = [{**sizes, "kv_heads": n, "name": name, "options": options_of(arguments, name)} for n, name in cases]
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "case.json")
-        path.write_text(json.dumps(case), encoding="utf-8")
+        path = Path(folder, "cases.json")
+        path.write_text(json.dumps(asked), encoding="utf-8")
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         done = subprocess.run(
             [*launcher, "-m", "hf_attn_plugins.commands.parallel_rank", str(path)],
@@ -131,8 +131,9 @@ def measured(arguments: argparse.Namespace, name: str, ranks: int, kv_heads: int
         )  # fmt: skip
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "Error: " in line] or done.stderr.splitlines()
-            raise OSError(f"{METHODS[name]} on {ranks} ranks failed: {errors[0] if errors else done.returncode}")
-        return [json.loads(Path(folder, f"rank-{r}.json").read_text(encoding="utf-8")) for r in range(ranks)]
+            raise OSError(f"the launch of {ranks} ranks failed: {errors[0] if errors else done.returncode}")
+        files = [json.loads(Path(folder, f"rank-{r}.json").read_text(encoding="utf-8")) for r in range(ranks)]
+    return [list(reports) for reports in zip(*files, strict=True)]
 
 
 def differences(costs: list[Cost], reports: list[dict[str, Any]], layers: int) -> list[str]:

@@ -1,6 +1,6 @@
-"""One rank of `hf-attn bench parallel`: a launched process that runs a prompt and writes down what it saw.
+"""One rank of `hf-attn bench parallel`: a launched process that runs prompts and writes down what it saw.
 
-python -m torch.distributed.run --standalone --nproc-per-node 4 -m hf_attn_plugins.commands.parallel_rank CASE.json
+python -m torch.distributed.run --standalone --nproc-per-node 4 -m hf_attn_plugins.commands.parallel_rank CASES.json
 """
 
 from __future__ import annotations
@@ -28,8 +28,13 @@ STEP = 512  # rows whose visible keys are counted at a time
 
 
 def main(path: Path) -> None:
-    """Run the case in the file and write `rank-N.json` beside it: what the exchanges, the kernels and the cache saw."""
-    case = json.loads(path.read_text(encoding="utf-8"))
+    """Run the cases in the file and write `rank-N.json` beside it: for each, what exchanges, kernels and cache saw."""
+    reports = [run_case(case) for case in json.loads(path.read_text(encoding="utf-8"))]
+    path.with_name(f"rank-{reports[0].pop('rank')}.json").write_text(json.dumps(reports), encoding="utf-8")
+
+
+def run_case(case: dict[str, Any]) -> dict[str, Any]:
+    """One prompt through one method."""
     model = tiny_model(case)
     tokens = torch.randint(0, model.config.vocab_size, (1, case["length"]), generator=torch.Generator().manual_seed(0))
     with hap.context_parallel(model, case["name"], timeout=300, **case["options"]) as cp, torch.no_grad():
@@ -40,6 +45,7 @@ def main(path: Path) -> None:
             cache = model(tokens, logits_to_keep=1).past_key_values
         traffic = cp.traffic().as_dict()
         report: dict[str, Any] = {
+            "rank": cp.rank,
             "sent": sum(traffic[what]["sent"] for what in EXCHANGES if what in traffic),
             "received": sum(traffic[what]["received"] for what in EXCHANGES if what in traffic),
             "cache": cp.cache_bytes,
@@ -50,8 +56,7 @@ def main(path: Path) -> None:
         cp.traffic().reset()
         model(tokens[:, :1], past_key_values=cache, logits_to_keep=1)
         report["decode"] = cp.traffic()["merge"].received
-        rank = cp.rank
-    path.with_name(f"rank-{rank}.json").write_text(json.dumps(report), encoding="utf-8")
+    return report
 
 
 def tiny_model(case: dict[str, Any]) -> Any:

@@ -11,6 +11,27 @@ from hf_attn_plugins.masks import Mask
 from hf_attn_plugins.partial import Partial, merge
 
 FEW_ROWS = 16  # up to here one call with an additive (B, 1, 1, S) mask beats one call per row of the batch
+QUICK_KEYS = 511  # up to here a call is so short that the time for choosing a kernel shows, and tiles never pay
+
+
+def few_rows(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, mask: Mask | Tensor | None, scale: float
+) -> Partial | None:
+    """A short plain call on the CPU, straight to the fused operator; None where anything has to be looked at."""
+    rows, num_keys = query.shape[2], key.shape[2]
+    if not (0 < rows <= FEW_ROWS or num_keys <= QUICK_KEYS) or rows > num_keys:
+        return None
+    if query.shape[-1] != value.shape[-1] or query.numel() == 0:
+        return None
+    if mask is not None:
+        if not isinstance(mask, Mask) or not mask.is_plain(num_keys - rows):
+            return None
+        is_causal = is_causal or mask.causal
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return None
+    if rows == 1 or not is_causal:
+        return _full(query, key, value, scale)
+    return Partial(*flash_cpu(query, key, value, True, scale, None)) if rows == num_keys else None
 
 
 def supported(

@@ -16,7 +16,8 @@ _OPS = torch.ops.aten
 def flash_cpu(
     query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return _OPS._scaled_dot_product_flash_attention_for_cpu(
+    # The binding in `torch` is the same operator as that in `torch.ops`, some microseconds closer.
+    return torch._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale
     )
 

@@ -17,9 +17,9 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Mask, float, float | None, float], Pa
 KERNELS = ("reference", "aten", "cpu_tiled", "triton")
 
 # Measured with `hf-attn bench tiled` (eval/results/tiled.md): below these sizes the tiles' bookkeeping costs more
-# than bf16 products save.
-MIN_TILED_ROWS, MIN_TILED_CAUSAL_ROWS = 512, 1024
-MIN_TILED_KEYS = 512
+# than bf16 products save. Heads that share keys are rows of one product, so they count as rows.
+MIN_TILED_ROWS, MIN_TILED_KEYS = 128, 1024
+MIN_TILED_FULL = 512  # rows and keys of a call without a causal mask, no half of whose tiles is wasted
 
 
 def load(name: str) -> Kernel:
@@ -72,11 +72,10 @@ def choose(query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float
 
     if supported(query, key, value, mask, softcap, dropout) is not None:
         return "cpu_tiled"
-    tiles_pay = (
-        query.device.type == "cpu"
-        and query.dtype == torch.bfloat16
-        and query.shape[2] >= (MIN_TILED_CAUSAL_ROWS if mask.causal else MIN_TILED_ROWS)
-        and key.shape[2] >= MIN_TILED_KEYS
-        and cpu_multiplies_bf16()
-    )
-    return "cpu_tiled" if tiles_pay else "aten"
+    fast_products = query.device.type == "cpu" and query.dtype == torch.bfloat16 and cpu_multiplies_bf16()
+    return "cpu_tiled" if fast_products and _many_scores(query, key, mask.causal) else "aten"
+
+
+def _many_scores(query: Tensor, key: Tensor, causal: bool) -> bool:
+    rows, keys = query.shape[2] * (query.shape[1] // key.shape[1]), key.shape[2]
+    return (rows >= MIN_TILED_ROWS and keys >= MIN_TILED_KEYS) or (not causal and min(rows, keys) >= MIN_TILED_FULL)

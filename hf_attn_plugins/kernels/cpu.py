@@ -27,9 +27,9 @@ from hf_attn_plugins.partial import Partial, lse_dtype
 
 LOG2_E = math.log2(math.e)
 ROW_TILE, KEY_TILE = 512, 512  # rows of one product (all heads of a group together), keys of one tile
-SHORT = 2048  # rows from which on causal tiles have full size
+SHORT, LONG = 2048, 8192  # causal calls: keys from which on key tiles have full size, rows for row tiles
 SCORES = 2**22  # scores held at a time, over all heads of a chunk (8 MiB in bfloat16)
-FIRST_KEYS = 128  # keys that the first guess of a row's maximum looks at
+FIRST_KEYS, NEAR_KEYS = 64, 64  # keys at the head, and next to a row, that the first guess of its maximum looks at
 
 
 def cpu_tiled(
@@ -40,6 +40,11 @@ def cpu_tiled(
         from hf_attn_plugins.kernels.cpu_op import tiled_op
 
         return tiled_op(query, key, value, mask, scale, softcap, dropout)
+    if len(query) > 1 and query.shape[2] < SHORT and mask.only_positions():
+        # Rows of the batch with one mask are further heads: fewer, larger products.
+        q, k, v = (x.reshape(1, x.shape[0] * x.shape[1], *x.shape[2:]) for x in (query, key, value))
+        out, lse = cpu_tiled(q, k, v, mask, scale, softcap, dropout)
+        return Partial(out.view(*query.shape[:3], value.shape[-1]), lse.view(query.shape[:3]))
     seed = int(torch.randint(2**62, ())) if dropout else 0
     return Partial(*_Tiled.apply(query, key, value, mask.bias, mask, scale, softcap, dropout, seed))
 
@@ -70,12 +75,14 @@ def chunks(query: Tensor, key: Tensor, mask: Mask) -> list[tuple[int, slice, sli
     batch, heads, rows, _ = query.shape
     kv_heads, num_keys = key.shape[1:3]
     groups = heads // kv_heads
-    # A short causal sequence has few tiles besides its diagonal ones, half of which are wasted: make them smaller.
-    row_tile = max(1, min(rows, ROW_TILE if rows >= SHORT or not mask.causal else ROW_TILE // 2))
-    at_once = max(1, min(kv_heads, SCORES // (groups * row_tile * min(KEY_TILE, max(1, num_keys)))))
+    # Half of a diagonal tile is wasted: smaller ones pay until a sequence has many others, or heads fill their rows.
+    small = mask.causal and (rows < LONG or groups > 1)
+    row_tile = max(1, min(rows, ROW_TILE // 2 if small else ROW_TILE))
+    key_tile = max(1, min(num_keys, KEY_TILE // 2 if mask.causal and num_keys < SHORT else KEY_TILE))
+    at_once = max(1, min(kv_heads, SCORES // (groups * row_tile * key_tile)))
     work = []
     for b in range(batch):
-        tiles = TileMap(mask.slice_batch(b), rows, num_keys, row_tile, KEY_TILE)
+        tiles = TileMap(mask.slice_batch(b), rows, num_keys, row_tile, key_tile)
         for h in range(0, kv_heads, at_once):
             end = min(h + at_once, kv_heads)
             work.append((b, slice(h * groups, end * groups), slice(h, end), tiles))
@@ -112,6 +119,17 @@ def forward(
                 tile_out, tile_lse = loop.run(index, key_tiles, dropout, generators)
                 out[b, heads, t0:t1], lse[b, heads, t0:t1] = tile_out, tile_lse
     return out, lse
+
+
+def key_blocks(tensor: Tensor, tiles: TileMap, columns: int) -> list[Tensor]:
+    """One contiguous (heads, keys, D + columns) block a key tile, 1 in the added columns.
+
+    Batched products copy strided inputs, tile by tile; transposed ones they take as they are.
+    """
+    if not columns:
+        return [tensor[:, s:e].contiguous() for s, e in tiles.key_tiles]
+    ones = tensor.new_ones(tensor.shape[0], tiles.key_tile, columns)
+    return [torch.cat([tensor[:, s:e], ones[:, : e - s]], 2) for s, e in tiles.key_tiles]
 
 
 class _Rows:
@@ -177,21 +195,19 @@ class _FastRows(_Rows):
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, tiles: TileMap, *rest: Any) -> None:
         super().__init__(query, key, value, tiles, *rest)
-        ones = key.new_ones(self.kv_heads, 1, KEY_TILE)
-        # One contiguous (heads, D + 1, keys) and (heads, keys, Dv) block a tile: batched products copy strided inputs.
-        self.key_blocks = [torch.cat([key[:, s:e].mT, ones[..., : e - s]], 1) for s, e in tiles.key_tiles]
-        self.value_blocks = [value[:, s:e].contiguous() for s, e in tiles.key_tiles]
+        self.key_blocks, self.value_blocks = key_blocks(key, tiles, 1), key_blocks(value, tiles, 0)
         self.edges = Edges(tiles, self.heads, self.groups, query.dtype)
         most_rows = self.groups * tiles.row_tile
         self.rows = query.new_empty(self.kv_heads, most_rows, query.shape[-1] + 1)
-        self.weights = query.new_empty(self.kv_heads * most_rows * min(KEY_TILE, tiles.num_keys))
+        self.weights = query.new_empty(self.kv_heads * most_rows * tiles.key_tile)
         self.tile_out = query.new_empty(self.kv_heads, most_rows, value.shape[-1])
+        self.wide_out = self.tile_out.to(self.wide)
 
     def shifted(self, rows: Tensor, tile: KeyTile, keys: int | None = None) -> Tensor:
         """log2-scores minus the shift column of `rows`, of the tile's first `keys` keys."""
         width = tile.end - tile.begin if keys is None else keys
         scores = self.weights[: rows.shape[0] * rows.shape[1] * width].view(*rows.shape[:2], width)
-        return torch.bmm(rows, self.key_blocks[tile.begin // KEY_TILE][..., :width], out=scores)
+        return torch.bmm(rows, self.key_blocks[tile.begin // self.tiles.key_tile][:, :width].mT, out=scores)
 
     def tile_weights(self, rows: Tensor, index: int, tile: KeyTile) -> tuple[Tensor, Tensor]:
         """exp2 of the shifted scores, 0 where hidden, and its row sums."""
@@ -200,15 +216,35 @@ class _FastRows(_Rows):
         self.edges.exp2_(view, t0, t1, tile)
         return scores, scores.sum(-1)
 
-    def new_shift(self, rows: Tensor, index: int, tile: KeyTile, keys: int | None, top: Tensor) -> Tensor:
-        """Raise `top` to the tile's largest scores and write it into the shift column of `rows`."""
+    def new_shift(self, rows: Tensor, index: int, tile: KeyTile, keys: int, top: Tensor) -> Tensor:
+        """Raise `top` to the tile's largest scores and write it into the shift column of `rows`.
+
+        Only the first `keys` keys are looked at, which no mask hides; 0 asks for all that are visible.
+        """
         rows[..., -1] = 0
-        scores = self.shifted(rows, tile, keys)
-        if tile.edge:
+        scores = self.shifted(rows, tile, keys or None)
+        if tile.edge and not keys:
             t0, t1 = self.tiles.row_tiles[index]
             scores.view(self.kv_heads, self.groups, t1 - t0, -1).add_(self.edges.bias(t0, t1, tile))
         top = torch.maximum(top, scores.amax(-1))
         rows[..., -1] = torch.where(top == -torch.inf, 0.0, -top)
+        return top
+
+    def near_shift(self, rows: Tensor, index: int, top: Tensor) -> Tensor:
+        """Raise `top` by the keys next to each row: in language, weight lies on the first tokens and on the last."""
+        (t0, t1), head_dim = self.tiles.row_tiles[index], self.query.shape[-1]
+        count = (t1 - t0) // NEAR_KEYS
+        first, size = t0 + self.tiles.start, count * NEAR_KEYS
+        if not count or first + size > self.tiles.num_keys:
+            return top
+        shape = (self.kv_heads, self.groups, t1 - t0)
+        near_rows = rows[..., :head_dim].unflatten(1, (self.groups, -1))[:, :, :size].unflatten(2, (count, -1))
+        near_keys = self.key[:, first : first + size].unflatten(1, (count, -1))
+        scores = torch.matmul(near_rows, near_keys.unsqueeze(1).mT)
+        hidden = torch.ones(NEAR_KEYS, NEAR_KEYS, dtype=torch.bool).triu_(1)
+        best = scores.masked_fill_(hidden, -torch.inf).amax(-1).flatten(2)
+        top.view(shape)[:, :, :size] = torch.maximum(top.view(shape)[:, :, :size], best)
+        rows[..., -1] = -top
         return top
 
     def run(
@@ -226,11 +262,14 @@ class _FastRows(_Rows):
         for j, tile in enumerate(key_tiles):
             width = tile.end - tile.begin
             if j == 0:
-                top = self.new_shift(rows, index, tile, None if tile.edge else min(FIRST_KEYS, width), top)
+                sure = self.tiles.seen_by_all(index, tile) >= min(FIRST_KEYS, width)
+                top = self.new_shift(rows, index, tile, min(FIRST_KEYS, width) if sure else 0, top)
+                if sure and self.tiles.only_causal:
+                    top = self.near_shift(rows, index, top)
             weights, sums = self.tile_weights(rows, index, tile)
             # A weight far above 1, or rows whose first key is in this tile: move the shift, then do the tile again.
             if bool(sums.amax() > 4 * width) or (j and bool((top == -torch.inf).any())):
-                new_top = self.new_shift(rows, index, tile, None, top)
+                new_top = self.new_shift(rows, index, tile, 0, top)
                 fade = torch.where(new_top == top, 1.0, (top - new_top).exp2())
                 acc.mul_(fade.unsqueeze(-1))
                 total.mul_(fade)
@@ -240,8 +279,8 @@ class _FastRows(_Rows):
             if dropout:
                 weights.mul_(keep_mask(weights, dropout, generators[j]))
             tile_out = self.tile_out[:, :count]
-            torch.bmm(weights, self.value_blocks[tile.begin // KEY_TILE][:, :width], out=tile_out)
-            acc.add_(tile_out)
+            torch.bmm(weights, self.value_blocks[tile.begin // self.tiles.key_tile][:, :width], out=tile_out)
+            acc.add_(self.wide_out[:, :count].copy_(tile_out))
         out = acc.div_(torch.where(total > 0, total, 1).unsqueeze(-1))
         lse = total.log2().add_(top).div_(LOG2_E)
         lse.masked_fill_(total == 0, -torch.inf)

@@ -8,13 +8,13 @@ As in the forward pass, the fast path folds -lse and -delta into the products as
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from hf_attn_plugins.kernels.cpu import LOG2_E, chunks, is_fast
+from hf_attn_plugins.kernels.cpu import LOG2_E, chunks, is_fast, key_blocks
 from hf_attn_plugins.kernels.cpu_masks import Edges, dropout_generator, keep_mask
 from hf_attn_plugins.kernels.tiles import KeyTile, TileMap
 from hf_attn_plugins.masks import Mask
@@ -92,6 +92,21 @@ class _Tiles:
         self.kv_heads, self.groups = key.shape[0], query.shape[0] // key.shape[0]
         self.wide = lse_dtype(query)
         self.edges = Edges(tiles, heads, self.groups, self.wide)
+        most_rows, most_keys = self.groups * tiles.row_tile, tiles.key_tile
+        most_parts = max(most_rows, most_keys) * max(query.shape[-1], value.shape[-1])
+        # Fresh memory for every product would cost page faults.
+        self.buffers = [query.new_empty(self.kv_heads * size) for size in (most_rows * most_keys,) * 2 + (most_parts,)]
+        self.wide_part = self.buffers[2].to(self.wide)
+
+    def product(self, slot: int, left: Tensor, right: Tensor) -> Tensor:
+        """A batched product in buffer `slot`: 0 and 1 for scores and their gradients, 2 for a part of a gradient."""
+        size = (*left.shape[:2], right.shape[2])
+        return torch.bmm(left, right, out=self.buffers[slot][: math.prod(size)].view(size))
+
+    def part(self, left: Tensor, right: Tensor) -> Tensor:
+        """A product as a part of a gradient, in `self.wide`."""
+        product = self.product(2, left, right)
+        return self.wide_part[: product.numel()].view(product.shape).copy_(product)
 
     def rows(self, tensor: Tensor, index: int) -> Tensor:
         """The rows of one row tile, (kv heads, groups * rows, ...)."""
@@ -103,10 +118,10 @@ class _Tiles:
         weights, grad_scores, grad_out = self.weights_and_grad(index, tile, dropout, generator)
         (t0, t1), keys = self.tiles.row_tiles[index], slice(tile.begin, tile.end)
         grad_query, grad_key, grad_value = self.grads
-        grad_value[:, keys].add_(torch.bmm(weights.mT, grad_out))
-        part = torch.bmm(grad_scores, self.key[:, keys])
-        grad_query[:, t0:t1].add_(part.view(-1, t1 - t0, part.shape[-1]), alpha=self.scale)
-        grad_key[:, keys].add_(torch.bmm(grad_scores.mT, self.rows(self.query, index)), alpha=self.scale)
+        grad_value[:, keys].add_(self.part(weights.mT, grad_out))
+        of_rows = self.part(grad_scores, self.key[:, keys])
+        grad_query[:, t0:t1].add_(of_rows.view(-1, t1 - t0, of_rows.shape[-1]), alpha=self.scale)
+        grad_key[:, keys].add_(self.part(grad_scores.mT, self.rows(self.query, index)), alpha=self.scale)
 
     def weights_and_grad(
         self, index: int, tile: KeyTile, dropout: float, generator: torch.Generator | None
@@ -118,7 +133,7 @@ class _Tiles:
             self.rows(self.grad_out, index),
             slice(tile.begin, tile.end),
         )
-        scores = torch.bmm(query, self.key[:, keys].mT).to(self.wide).mul_(self.scale)
+        scores = self.product(0, query, self.key[:, keys].mT).to(self.wide).mul_(self.scale)
         slope = None
         if self.softcap is not None:
             capped = scores.div_(self.softcap).tanh_()
@@ -127,7 +142,7 @@ class _Tiles:
         view = scores.view(self.kv_heads, self.groups, t1 - t0, -1)
         self.edges.add_to(view, t0, t1, tile)
         weights = scores.sub_(self.rows(self.lse, index).unsqueeze(-1)).exp_()
-        grad_weights = torch.bmm(grad_out, self.value[:, keys].mT).to(self.wide)
+        grad_weights = self.product(1, grad_out, self.value[:, keys].mT).to(self.wide)
         kept = weights
         if dropout:
             assert generator is not None
@@ -159,23 +174,24 @@ class _FastTiles(_Tiles):
         log2_lse = (self.lse * LOG2_E).clamp_max(HUGE)
         self.query_columns = torch.cat([self.query * (self.scale * LOG2_E), _split(-log2_lse, dtype)], -1)
         self.grad_columns = torch.cat([self.grad_out, _split(-self.delta, dtype)], -1)
-        self.key_columns, self.value_columns = (F.pad(x, (0, 3), value=1.0) for x in (self.key, self.value))
+        self.key_columns, self.value_columns = (key_blocks(x, self.tiles, 3) for x in (self.key, self.value))
 
     def weights_and_grad(
         self, index: int, tile: KeyTile, dropout: float, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        (t0, t1), keys = self.tiles.row_tiles[index], slice(tile.begin, tile.end)
-        scores = torch.bmm(self.rows(self.query_columns, index), self.key_columns[:, keys].mT)
+        t0, t1 = self.tiles.row_tiles[index]
+        block, width = tile.begin // self.tiles.key_tile, tile.end - tile.begin
+        scores = self.product(0, self.rows(self.query_columns, index), self.key_columns[block][:, :width].mT)
         view = scores.view(self.kv_heads, self.groups, t1 - t0, -1)
         self.edges.exp2_(view, t0, t1, tile)
         weights = scores
         columns, grad_out = self.rows(self.grad_columns, index), self.rows(self.grad_out, index)
         if not dropout:
-            grad_scores = torch.bmm(columns, self.value_columns[:, keys].mT).mul_(weights)
+            grad_scores = self.product(1, columns, self.value_columns[block][:, :width].mT).mul_(weights)
             return weights, grad_scores, grad_out
         assert generator is not None
         keep = keep_mask(weights, dropout, generator)
-        grad_weights = torch.bmm(grad_out, self.value[:, keys].mT).mul_(keep)
+        grad_weights = self.product(1, grad_out, self.value[:, tile.begin : tile.end].mT).mul_(keep)
         grad_scores = grad_weights.sub_(self.rows(self.delta, index).unsqueeze(-1)).mul_(weights)
         return weights * keep, grad_scores, grad_out
 

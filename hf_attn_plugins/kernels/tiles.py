@@ -68,6 +68,14 @@ class TileMap:
             tiles.append(KeyTile(s0, s1, self._is_edge(index, j, s0, s1, low, high)))
         return tiles
 
+    def seen_by_all(self, index: int, tile: KeyTile) -> int:
+        """How many leading keys of `tile` every row of row tile `index` sees for certain."""
+        if not tile.edge:
+            return tile.end - tile.begin
+        if not self.only_causal:
+            return 0
+        return min(max(0, self.row_tiles[index][0] + self.start - tile.begin + 1), tile.end - tile.begin)
+
     def _segments_meet(self, index: int, j: int) -> bool:
         if self._row_segments is None or self._key_segments is None:
             return True

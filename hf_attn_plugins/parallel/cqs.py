@@ -45,7 +45,7 @@ class CQS(CQSOptions):
         columns = local_columns(real, torch.arange(shard.start, shard.stop).expand(len(real), -1))
         slots = torch.arange(len(shard))
         padding = None if bool(real.all()) else real
-        return Layout(columns, slots, slots, [end - begin for begin, end in plan.shards], (plan, padding))
+        return Layout(columns, slots, slots, [end - begin for begin, end in plan.shards], extra=(plan, padding))
 
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, window: Window, step: Step, kernel: Kernel, group: Group

@@ -34,7 +34,7 @@ class Dense(TiledOptions):
         columns = torch.cat([torch.arange(run.start, run.stop) for run in dealt[rank]])
         slots = torch.arange(len(columns))
         own = local_columns(real, columns.expand(len(real), -1))
-        return Layout(own, slots, slots, loads, (dealt, real))
+        return Layout(own, slots, slots, loads, extra=(dealt, real))
 
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, window: Window, step: Step, kernel: Kernel, group: Group

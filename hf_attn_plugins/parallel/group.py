@@ -64,8 +64,8 @@ class Group:
         if size == 1:
             return cls.alone(device, timeout)
         backend = "nccl" if device.type == "cuda" and "nccl" in str(dist.get_backend()) else None
-        # The backend's own limit comes right after ours, which knows who is missing: an exchange that was given up keeps
-        # this process from ending until then.
+        # The backend's own limit comes right after ours, which knows who is missing: an exchange that was given up
+        # keeps this process from ending until then.
         limit = datetime.timedelta(seconds=timeout + LOOK)
         return cls(rank, size, device, timeout, dist.new_group(backend=backend, timeout=limit))
 

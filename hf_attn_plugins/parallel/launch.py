@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-
 
 logger = logging.getLogger("hf_attn_plugins")
 
@@ -50,6 +50,12 @@ def place() -> Place:
             )
         return Place(0, 1, state.device)
     return Place(dist.get_rank(), dist.get_world_size(), state.device)
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """Log a warning the first time it is given."""
+    logger.warning(message)
 
 
 def _check_environment() -> None:

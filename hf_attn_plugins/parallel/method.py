@@ -25,6 +25,7 @@ class Layout:
         stored: (S,) long, the slots whose keys and values stay on this rank; every real column is stored on one rank.
         reported: (R,) long, the slots whose hidden states this rank answers for; every real column has one such rank.
         loads: number of slots that each rank stores, this one's being S.
+        merged: rows that are merged over all ranks in every layer (Star's query).
         extra: what else the method wants to find again in its attention.
     """
 
@@ -32,6 +33,7 @@ class Layout:
     stored: Tensor
     reported: Tensor
     loads: list[int]
+    merged: int = 0
     extra: Any = None
 
 

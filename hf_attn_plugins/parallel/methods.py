@@ -8,9 +8,9 @@ from typing import Any
 from hf_attn_plugins.parallel.method import Method
 
 METHODS = {
-    "cqs_attention": "hf_attn_plugins.parallel.cqs:CQS",
     "star_attention": "hf_attn_plugins.parallel.star:Star",
     "tiled_attention": "hf_attn_plugins.parallel.dense:Dense",
+    "cqs_attention": "hf_attn_plugins.parallel.cqs:CQS",
 }
 
 

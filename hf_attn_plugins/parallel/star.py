@@ -7,19 +7,24 @@ keys are broadcast layer by layer. The query's rows are merged over all ranks in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_attn_plugins.masks import Mask, Window
 from hf_attn_plugins.options import StarOptions
+from hf_attn_plugins.parallel.cost import Wire, cheaper_anchor
 from hf_attn_plugins.parallel.dealing import contiguous, level
 from hf_attn_plugins.parallel.group import Group
+from hf_attn_plugins.parallel.launch import say_once
 from hf_attn_plugins.parallel.method import Kernel, Layout, Step
 from hf_attn_plugins.partial import Partial, merge
 from hf_attn_plugins.star.attention import join
+from hf_attn_plugins.star.cost import Shape
 from hf_attn_plugins.star.plan import Plan, plan_for
 
 ANCHORS = ("auto", "recompute", "broadcast")
@@ -62,12 +67,24 @@ class Star(StarOptions):
 
     Attributes:
         anchor: how a rank gets the anchor's keys: "recompute" (the anchor in front of its blocks, once for all of
-            them), "broadcast" (from the first rank, in every layer), or "auto" by `cheaper_anchor`.
+            them), "broadcast" (from the first rank, in every layer), or "auto" by `cost.cheaper_anchor`.
+        shape, wire: what "auto" goes by; `settle` fills them in.
     """
 
     anchor: str = "auto"
+    shape: Shape | None = None
+    wire: Wire | None = None
 
     trains = False
+
+    @classmethod
+    def names(cls) -> list[str]:
+        return [name for name in super().names() if name not in ("shape", "wire")]
+
+    def settle(self, config: Mapping[str, Any], group: Group) -> Star:
+        """Itself with what the choice of the anchor depends on: the same on every rank."""
+        nodes = group.objects(-(-group.size // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", group.size)))))
+        return replace(self, shape=Shape.of(config), wire=Wire.of(group.device.type, max(nodes)))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,7 +95,16 @@ class Star(StarOptions):
         spans = [_span(row) for row in real]
         plans = [plan_for(end - first, self.block_size, self.anchor_size, self.query_size) for first, end in spans]
         dealt = [contiguous(plan.num_blocks, size) for plan in plans]
-        recompute = self.anchor != "broadcast"
+        most = max(plan.num_blocks for plan in plans)
+        if rank == 0 and most < size:
+            longest = max(plan.context for plan in plans)
+            say_once(
+                f"star_attention: a context of {longest} tokens makes {most} blocks of {self.block_size or 'default'} "
+                f"tokens for {size} ranks, {size - most} of them have none: block_size={max(1, -(-longest // size))} "
+                "or less gives work to all."
+            )
+        widest = max(len(plan.anchor) for plan in plans)
+        recompute = self._choice(widest, size) == "recompute"
 
         def row_of(rank: int, row: int) -> Row:
             plan, blocks = plans[row], dealt[row][rank]
@@ -99,7 +125,7 @@ class Star(StarOptions):
             range(anchors + owns, anchors + owns + queries),
             shares[rank],
             None if recompute else 0,
-            max(len(row.plan.anchor) for row in rows),
+            widest,
         )
         columns = torch.full((len(rows), total), -1)
         for index, row in enumerate(rows):
@@ -114,8 +140,16 @@ class Star(StarOptions):
             stored=torch.cat([own, query[shares[rank].start : shares[rank].stop]]),
             reported=torch.cat([own, query]) if rank == 0 else own,
             loads=[mine + len(share) for mine, share in zip(held, shares, strict=True)],
+            merged=queries,
             extra=parts,
         )
+
+    def _choice(self, anchor: int, size: int) -> str:
+        if self.anchor != "auto":
+            return self.anchor
+        if self.shape is None or self.wire is None:
+            return "recompute"
+        return cheaper_anchor(self.shape, anchor, size, self.wire)
 
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, window: Window, step: Step, kernel: Kernel, group: Group

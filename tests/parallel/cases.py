@@ -42,7 +42,7 @@ def generate(
             "traffic": cp.traffic().as_dict(),
             "cache": cp.cache_bytes,
             "prefill": cp.prefill_tokens,
-            "loads": getattr(found.past_key_values, "loads", None),
+            "loads": cp.loads,
         }
     report |= {
         "tokens": found.sequences.tolist(),
@@ -84,7 +84,7 @@ def turns(rank: int, size: int, name: str = "star_attention", options: dict[str,
             two = model.generate(input_ids=ids, attention_mask=mask, past_key_values=one.past_key_values, **arguments)
         return one, two
 
-    one, two = talk(lambda: hap.context_parallel(model, name, timeout=30, **options))
+    _, two = talk(lambda: hap.context_parallel(model, name, timeout=30, **options))
     report = {"tokens": two.sequences.tolist(), "loads": getattr(two.past_key_values, "loads", None)}
     if not rank:
         _, wanted = talk(lambda: one_process(model, name, options))

@@ -14,7 +14,7 @@ from hf_attn_plugins.masks import Mask
 from hf_attn_plugins.parallel import cqs_exchange
 from hf_attn_plugins.parallel.cqs_plan import RankPlan, rank_plan
 from hf_attn_plugins.testing import assert_close_to_reference, dense_attention, sharp_inputs, visibility
-from tests.parallel.threads import on_ranks
+from tests.parallel.threads import on_threads
 
 
 def inputs(tokens: int, heads: tuple[int, int], dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
@@ -40,7 +40,7 @@ def sharded(plan: RankPlan, whole: tuple[Tensor, ...], grads: tuple[Tensor, Tens
         found = torch.autograd.grad(shares[0], mine, shares[1])
         return [out.detach(), lse.detach(), *found], group.traffic
 
-    results, traffic = zip(*on_ranks(plan.num_ranks, one), strict=True)
+    results, traffic = zip(*on_threads(plan.num_ranks, one), strict=True)
     return [torch.cat(shards, 2) for shards in zip(*results, strict=True)], traffic
 
 

@@ -146,7 +146,10 @@ def test_what_cannot_work_is_said(ranks: Ranks, what: str, words: str) -> None:
 
 
 BENCH = {
-    "star_attention": [{"block_size": 16, "query_size": 10}, {"block_size": 40, "anchor": "broadcast"}],
+    "star_attention": [
+        {"block_size": 16, "query_size": 10, "anchor": "recompute"},
+        {"block_size": 40, "anchor": "broadcast"},
+    ],
     "cqs_attention": [{}, {"workers": 13, "rounds": 3}],
     "tiled_attention": [{}],
 }
@@ -158,11 +161,11 @@ def test_bytes_cache_pairs_and_rows_are_those_counted_from_the_plan(ranks: Ranks
     if ranks.size == 1:
         pytest.skip("nothing to exchange")
     case = {"length": 131, "heads": 4, "kv_heads": 2, "head_dim": 8, "layers": 2, "dtype": "float32", "name": name}
-    for options in BENCH[name]:
-        path = tmp_path / "case.json"
-        path.write_text(json.dumps({**case, "options": options}), encoding="utf-8")
-        ranks.run(cqs_cases.bench, path=str(path))
-        reports = [json.loads((tmp_path / f"rank-{r}.json").read_text(encoding="utf-8")) for r in range(ranks.size)]
+    path = tmp_path / "cases.json"
+    path.write_text(json.dumps([{**case, "options": options} for options in BENCH[name]]), encoding="utf-8")
+    ranks.run(cqs_cases.bench, path=str(path))
+    files = [json.loads((tmp_path / f"rank-{r}.json").read_text(encoding="utf-8")) for r in range(ranks.size)]
+    for options, *reports in zip(BENCH[name], *files, strict=True):
         counted = costs(name, 131, ranks.size, Shape(4, 2, 8, 8, 4), **options)
         assert differences(counted, reports, layers=2) == []
         assert all(report["sent"] and report["received"] for report in reports) or name == "cqs_attention"

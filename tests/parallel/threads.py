@@ -1,4 +1,4 @@
-"""Ranks as threads of one process: the exchanges of a group without processes, for many ranks at little cost."""
+"""Ranks as threads of one process, with exchanges over a shared board: planning and attention without any launch."""
 
 from __future__ import annotations
 
@@ -10,43 +10,56 @@ import torch
 from torch import Tensor
 
 from hf_attn_plugins.parallel.traffic import Traffic
+from hf_attn_plugins.partial import Partial
 
 
-class ThreadGroup:
-    """What `parallel.Group` offers to `cqs_exchange`, between threads; an exchange that not all enter fails."""
+class Board:
+    """The exchanges of `parallel.Group` that methods use, among threads."""
 
-    device = torch.device("cpu")
+    def __init__(self, rank: int, size: int, shared: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self.size, self._shared, self._barrier = rank, size, shared, barrier
+        self.device, self.traffic = torch.device("cpu"), Traffic()
 
-    def __init__(self, rank: int, size: int, board: dict[Any, Any], barrier: threading.Barrier) -> None:
-        self.rank, self.size, self.traffic = rank, size, Traffic()
-        self._board, self._barrier = board, barrier
+    def _swap(self, value: Any) -> list[Any]:
+        self._shared[self.rank] = value
+        self._barrier.wait(60)
+        found = list(self._shared)
+        self._barrier.wait(60)
+        return found
 
-    def all_to_all(self, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]], *, what: str) -> list[Tensor]:
-        for other, piece in enumerate(pieces):
-            self._board[self.rank, other] = (what, piece.clone())
-        self._barrier.wait()
-        arrived = [self._board[other, self.rank] for other in range(self.size)]
-        self._barrier.wait()
-        assert all(name == what for name, _ in arrived), "ranks stand in different exchanges"
-        assert [list(x.shape) for _, x in arrived] == [list(shape) for shape in shapes], "sender and receiver disagree"
-        sizes = [[len(x) for r, x in enumerate(each) if r != self.rank] for each in (pieces, [x for _, x in arrived])]
-        self.traffic.add(what, sum(sizes[0]), sum(sizes[1]))
-        return [x for _, x in arrived]
+    def all_to_all(self, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]], *, what: str = "") -> list[Tensor]:
+        names, rows = zip(*self._swap((what, [piece.clone() for piece in pieces])), strict=True)
+        assert set(names) == {what}, "ranks stand in different exchanges"
+        found = [row[self.rank] for row in rows]
+        assert [list(x.shape) for x in found] == [list(shape) for shape in shapes], "sender and receiver disagree"
+        sent, received = (sum(x.nbytes for r, x in enumerate(each) if r != self.rank) for each in (pieces, found))
+        self.traffic.add(what, sent, received)
+        return found
+
+    def gather_partials(self, part: Partial, *, what: str = "") -> list[Partial]:
+        return self._swap(Partial(part.out.clone(), part.lse.clone()))  # a copy, as the wire makes
+
+    def broadcast(self, tensor: Tensor, source: int, *, what: str = "") -> Tensor:
+        found = self._swap(tensor.clone())
+        assert len({x.shape for x in found}) == 1, "a broadcast needs room of the right shape"
+        return found[source]
+
+    def all_gather(self, tensor: Tensor, sizes: Sequence[int], dim: int = 0, *, what: str = "") -> list[Tensor]:
+        found = self._swap(tensor.clone())
+        assert [x.shape[dim] for x in found] == list(sizes)
+        return found
 
 
-def on_ranks(size: int, function: Callable[[ThreadGroup], Any], timeout: float = 60.0) -> list[Any]:
-    """The function's results on `size` ranks, in their order; the first error of any rank is raised."""
-    board: dict[Any, Any] = {}
-    barrier = threading.Barrier(size, timeout=timeout)
-    results: list[Any] = [None] * size
+def on_threads(size: int, work: Callable[[Board], Any]) -> list[Any]:
+    """`work(board)` on every rank."""
+    shared, barrier, results = [None] * size, threading.Barrier(size), [None] * size
     errors: list[BaseException] = []
 
     def run(rank: int) -> None:
         try:
-            results[rank] = function(ThreadGroup(rank, size, board, barrier))
+            results[rank] = work(Board(rank, size, shared, barrier))
         except BaseException as error:
-            if not isinstance(error, threading.BrokenBarrierError) or not errors:
-                errors.insert(0, error)
+            errors.append(error)
             barrier.abort()
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]

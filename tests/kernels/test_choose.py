@@ -1,0 +1,71 @@
+"""Which kernel a call goes to, and the short way for short calls."""
+
+import importlib
+
+import pytest
+import torch
+
+from hf_attn_plugins.kernels import attend
+from hf_attn_plugins.kernels.aten import few_rows
+from hf_attn_plugins.masks import Mask
+from hf_attn_plugins.testing import assert_close_to_reference, dense_attention, sharp_inputs, visibility
+
+choosing = importlib.import_module("hf_attn_plugins.kernels.choose")
+
+
+@pytest.mark.parametrize(
+    ("heads", "rows", "keys", "causal", "expected"),
+    [
+        ((8, 8), 1, 8192, True, "aten"),
+        ((8, 8), 64, 8192, True, "aten"),
+        ((8, 8), 128, 8192, True, "cpu_tiled"),
+        ((9, 3), 43, 8192, True, "cpu_tiled"),  # three heads share keys: 129 rows of one product
+        ((8, 8), 512, 512, True, "aten"),
+        ((8, 8), 512, 512, False, "cpu_tiled"),
+        ((8, 8), 1024, 1024, True, "cpu_tiled"),
+    ],
+)
+def test_the_choice_follows_rows_times_shared_heads(monkeypatch, heads, rows, keys, causal, expected):
+    monkeypatch.setattr(choosing, "cpu_multiplies_bf16", lambda: True)
+    query = torch.empty(1, heads[0], rows, 64, dtype=torch.bfloat16)
+    key = torch.empty(1, heads[1], keys, 64, dtype=torch.bfloat16)
+    assert choosing.choose(query, key, key, Mask(causal=causal), None, 0.0) == expected
+    monkeypatch.setattr(choosing, "cpu_multiplies_bf16", lambda: False)
+    assert choosing.choose(query, key, key, Mask(causal=causal), None, 0.0) == "aten"
+
+
+MASKS = {
+    "causal": (dict(causal=True), 24, 24),
+    "full": ({}, 7, 24),
+    "one row": (dict(causal=True, offset=23), 1, 24),
+    "one row, not the last": (dict(causal=True, offset=11), 1, 24),
+    "a chunk": (dict(causal=True), 7, 24),
+    "more rows than keys": (dict(causal=True), 24, 7),
+    "window": (dict(causal=True, window=(3, None)), 24, 24),
+    "padding": (dict(causal=True, key_padding=torch.arange(24)[None] > 4), 24, 24),
+    "prefix": (dict(causal=True, prefix=6), 24, 24),
+}
+
+
+@pytest.mark.parametrize("fields, rows, keys", MASKS.values(), ids=MASKS)
+def test_short_calls_see_the_same_keys(fields, rows, keys):
+    query, key, value = sharp_inputs(1, 4, 2, rows, keys, 16)
+    plain = {"is_causal" if name == "causal" else name: value for name, value in fields.items()}
+    visible = visibility(rows, keys, **plain)
+    out, lse = dense_attention(query.double(), key.double(), value.double(), visible)
+    low_out, low_lse = dense_attention(query, key, value, visible)
+    part = attend(query, key, value, mask=Mask(**fields))
+    assert_close_to_reference(part.out, low_out, out)
+    seen = lse > -torch.inf
+    assert torch.equal(part.lse > -torch.inf, seen)
+    assert_close_to_reference(part.lse[seen], low_lse[seen], lse[seen], name="lse")
+
+
+def test_the_short_way_leaves_everything_else_alone():
+    query, key, value = sharp_inputs(1, 4, 2, 24, 24, 16)
+    assert few_rows(query, key, value, True, None, 0.25) is not None
+    for name in ("one row, not the last", "window", "padding", "prefix", "more rows than keys", "a chunk"):
+        fields, rows, keys = MASKS[name]
+        inputs = query[:, :, :rows], key[:, :, :keys], value[:, :, :keys]
+        assert few_rows(*inputs, False, Mask(**fields), 0.25) is None, name
+    assert few_rows(query.requires_grad_(), key, value, True, None, 0.25) is None

@@ -85,8 +85,8 @@ def check_generate(ranks: Ranks, case: dict[str, Any]) -> None:
     assert max(found[0][what] for what in ("error", "prefill error", "from dense")) <= 1e-6 * found[0]["scale"]
     if ranks.size > 1:
         length = case.get("given", {"length": 23})["length"]
-        assert sum(found[0]["loads"]) >= length + 4
-        assert max(found[0]["loads"]) < length + 5, "no rank holds all keys"
+        assert sum(found[0]["loads"]) >= length
+        assert max(found[0]["loads"]) < length or length < ranks.size, "no rank holds all keys"
 
 
 @pytest.mark.parametrize("case", GENERATE)

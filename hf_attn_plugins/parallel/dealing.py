@@ -20,6 +20,26 @@ def contiguous(count: int, ranks: int) -> list[range]:
     return [range(first, end) for first, end in itertools.pairwise(starts)]
 
 
+def blocks(context: int, block_size: int, ranks: int) -> list[range]:
+    """The blocks of a context dealt in runs, the longest run in tokens as short as runs of even counts allow.
+
+    The last block may be ragged, so a run more at the end can be better than one at the start. The first rank always
+    has the first block.
+
+    Example: 5 blocks of 8 tokens, the last of 2, on 2 ranks: `blocks(34, 8, 2)` is [range(0, 2), range(2, 5)].
+    """
+    count = -(-context // block_size)
+    early = contiguous(count, ranks)
+    if count < ranks or not count % ranks:
+        return early
+    late = [range(count - run.stop, count - run.start) for run in reversed(early)]
+
+    def longest(runs: Sequence[range]) -> int:
+        return max(min(run.stop * block_size, context) - run.start * block_size for run in runs if run)
+
+    return min(early, late, key=longest)
+
+
 def mirrored(count: int, ranks: int) -> list[list[range]]:
     """`count` tokens in order, dealt so that causal attention costs every rank about the same.
 

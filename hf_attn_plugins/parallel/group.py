@@ -249,13 +249,16 @@ class Group:
             return
         assert self._watch is not None
         end = time.monotonic() + self.timeout
-        while not work.is_completed():
+        while True:
             left = end - time.monotonic()
             try:
                 work.wait(datetime.timedelta(seconds=max(0.01, min(LOOK, left))))
-            except RuntimeError:
-                # Not yet, or never: a backend says both by the same type of error.
-                if work.is_completed() or left <= 0 or self._watch.somebody_failed():
+                return
+            except RuntimeError:  # not yet, or never: a backend says both by the same type of error
+                if work.is_completed():
+                    work.wait()  # done in the meantime; or its own error, which must not be lost
+                    return
+                if left <= 0 or self._watch.somebody_failed():
                     raise
 
 

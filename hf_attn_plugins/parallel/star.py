@@ -18,7 +18,7 @@ from torch import Tensor
 from hf_attn_plugins.masks import Mask, Window
 from hf_attn_plugins.options import StarOptions
 from hf_attn_plugins.parallel.cost import Wire, cheaper_anchor
-from hf_attn_plugins.parallel.dealing import contiguous, level
+from hf_attn_plugins.parallel.dealing import blocks, level
 from hf_attn_plugins.parallel.group import Group
 from hf_attn_plugins.parallel.launch import say_once
 from hf_attn_plugins.parallel.method import Kernel, Layout, Step
@@ -94,7 +94,7 @@ class Star(StarOptions):
     def deal(self, real: Tensor, rank: int, size: int) -> Layout | None:
         spans = [_span(row) for row in real]
         plans = [plan_for(end - first, self.block_size, self.anchor_size, self.query_size) for first, end in spans]
-        dealt = [contiguous(plan.num_blocks, size) for plan in plans]
+        dealt = [blocks(plan.context, plan.block_size, size) for plan in plans]
         most = max(plan.num_blocks for plan in plans)
         if rank == 0 and most < size:
             longest = max(plan.context for plan in plans)
@@ -107,8 +107,8 @@ class Star(StarOptions):
         recompute = self._choice(widest, size) == "recompute"
 
         def row_of(rank: int, row: int) -> Row:
-            plan, blocks = plans[row], dealt[row][rank]
-            own = range(plan.block(blocks[0]).start, plan.block(blocks[-1]).stop) if blocks else range(0)
+            plan, mine = plans[row], dealt[row][rank]
+            own = range(plan.block(mine[0]).start, plan.block(mine[-1]).stop) if mine else range(0)
             again = plan.anchor if recompute and own.start else range(0)
             return Row(spans[row][0], plan, own, again, plan.query)
 

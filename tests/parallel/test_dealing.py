@@ -23,6 +23,21 @@ def test_contiguous_runs_cover_everything_in_order(count, ranks):
     assert [len(run) for run in runs] == sorted((len(run) for run in runs), reverse=True)
 
 
+@given(COUNT, st.integers(1, 30), RANKS)
+@SETTINGS
+def test_blocks_are_dealt_once_and_evenly(context, size, ranks):
+    def tokens(runs):
+        return [max(0, min(run.stop * size, context) - run.start * size) for run in runs]
+
+    runs, count = dealing.blocks(context, size, ranks), -(-context // size)
+    assert [i for run in runs for i in run] == list(range(count)) and len(runs) == ranks
+    assert sum(tokens(runs)) == context
+    assert not context or 0 in runs[0], "the anchor is on the first rank"
+    assert max(tokens(runs)) <= max(tokens(dealing.contiguous(count, ranks)))
+    if count > ranks and count % ranks == 1:
+        assert max(tokens(runs)) < (count // ranks + 1) * size or not context % size, "the ragged block is the one more"
+
+
 @given(COUNT, RANKS)
 @SETTINGS
 def test_mirrored_runs_cover_everything_and_balance_causal_pairs(count, ranks):
@@ -59,6 +74,7 @@ def test_single_tokens_go_round(ranks, steps):
 
 def test_examples_in_the_docstrings():
     assert dealing.contiguous(7, 3) == [range(3), range(3, 5), range(5, 7)]
+    assert dealing.blocks(34, 8, 2) == [range(2), range(2, 5)]
     assert dealing.mirrored(8, 2) == [[range(2), range(6, 8)], [range(2, 6)]]
     assert dealing.level([5, 3, 3], 3) == [range(0), range(2), range(2, 3)]
 

@@ -85,6 +85,36 @@ def test_a_launch_that_makes_no_sense_is_refused(monkeypatch, size, rank, messag
     assert "\n" not in str(raised.value)
 
 
+class Work:
+    """A backend's exchange that has ended, by `error` or without one, right after it was said to be late."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self.error, self.asked = error, 0
+
+    def is_completed(self) -> bool:
+        return self.asked > 0
+
+    def wait(self, timeout: object = None) -> None:
+        self.asked += 1
+        if self.asked == 1:
+            raise RuntimeError("Operation timed out!")
+        if self.error is not None:
+            raise self.error
+
+
+def test_an_exchange_that_ends_while_it_is_looked_at_keeps_its_error():
+    group = Group.alone()
+    group._polls, group._watch = True, Quiet()
+    group._wait(Work(None))
+    with pytest.raises(RuntimeError, match="Connection closed by peer"):
+        group._wait(Work(RuntimeError("Connection closed by peer")))
+
+
+class Quiet:
+    def somebody_failed(self) -> bool:
+        return False
+
+
 def test_a_timeout_is_a_positive_number():
     with pytest.raises(ValueError, match="timeout=0"):
         Group.join(0)

@@ -38,6 +38,7 @@ def check(folder: Path, processes: list[subprocess.Popen], size: int) -> None:
     assert all(0 < result["prefill"] < 23 for result in found), "nobody reads the whole prompt"
 
 
+@pytest.mark.grid
 def test_one_node(tmp_path):
     port = str(free_port())
     process = start(tmp_path, "star_attention", "--num_processes", "2", "--main_process_port", port)

@@ -22,7 +22,8 @@ pytestmark = pytest.mark.multi_process
 SHAPE = Shape(heads=4, kv_heads=2, head_dim=6, head_dim_v=5, itemsize=8, batch=2)
 
 
-@pytest.fixture(scope="module", params=(1, 2, 3, 4))
+# One launch by default; threads stand for other numbers of ranks in test_cqs_exchange.
+@pytest.fixture(scope="module", params=[*(pytest.param(size, marks=pytest.mark.grid) for size in (1, 2, 3)), 4])
 def ranks(request: Any) -> Iterator[Ranks]:
     with started(request.param) as group:
         yield group

@@ -23,6 +23,7 @@ COMMANDS: Table = {
         "gpu": ("hf_attn_plugins.commands.bench_gpu", "the Triton kernels on a GPU: correctness, then speed"),
         "indexed": ("hf_attn_plugins.indexed.command", "indexed attention against the direct form, and on a real text"),
         "memory": ("hf_attn_plugins.commands.bench_memory", "peak memory of one call over the length"),
+        "parallel": ("hf_attn_plugins.commands.bench_parallel", "several ranks: bytes, memory and work of each method"),
         "star": ("hf_attn_plugins.commands.bench_star", "what Star's sizes cost in agreement and save in time"),
         "tiled": ("hf_attn_plugins.commands.bench_tiled", "the tiles against PyTorch's attention, call by call"),
         "triton": ("hf_attn_plugins.kernels.triton_bench", "--static: the kernels as compiled, without a GPU"),

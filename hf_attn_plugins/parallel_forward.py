@@ -1,7 +1,8 @@
 """A model's forward inside `context_parallel`: inputs cut to this rank's slots, hidden states put together again.
 
 Two pairs of hooks do it. Those of the decoder give it its slots, their true positions and a sharded cache, and hand on
-the hidden states that the head needs; those of the whole model say which these are and make the logits one.
+the hidden states that the head needs; those of the whole model say which these are and make the logits one. In training
+nothing is put together: head and loss, too, see this rank's tokens only.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from hf_attn_plugins.parallel.agree import agree, digest, same_random_state
 from hf_attn_plugins.parallel.group import Group
 from hf_attn_plugins.parallel.method import Layout, Method, Step
 from hf_attn_plugins.parallel_cache import ShardedCache
+from hf_attn_plugins.parallel_training import ShardedLoss
 from hf_attn_plugins.star.model import decoder, follows_length, frozen_rope
 
 HARMLESS = {"return_dict", "cache_position", "logits_to_keep", "labels", "num_items_in_batch", "output_attentions"}
@@ -31,6 +33,7 @@ class Forward:
         prefill_tokens: slots that this rank's last sharded prompt had, padding and repeated tokens included.
         merged_rows: rows that all layers together have merged over the ranks.
         cache: the cache of the last forward.
+        columns: (B, T) long, the places in the prompt of the last forward's rows on this rank, -1 for padding.
     """
 
     def __init__(self, model: nn.Module, group: Group, method: Method) -> None:
@@ -43,6 +46,10 @@ class Forward:
         self._keep: int | None = None  # last columns whose hidden states are wanted, None for all
         self._one = False  # whether logits are made the same on every rank
         self._use_cache = True
+        self._trains = False  # whether this forward's hidden states stay sharded
+        self._loss: ShardedLoss | None = None
+        self.columns: Tensor | None = None
+        self._layout: Layout | None = None
         self._count = 0
         self._rope: Any = None
         self.handles: list[Any] = []
@@ -62,15 +69,31 @@ class Forward:
             handle.remove()
         self.handles.clear()
 
-    def _before_model(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_model(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        labels = kwargs.get("labels")
+        self._trains, self._loss = self._learns(labels is not None), None
+        if self._trains and labels is not None:
+            self._loss = ShardedLoss(model, labels, kwargs.get("num_items_in_batch"))
+            kwargs = {name: x for name, x in kwargs.items() if name not in ("labels", "num_items_in_batch")}
         keep = kwargs.get("logits_to_keep")
         self._one = isinstance(keep, int) and keep > 0
         self._keep = keep if self._one and kwargs.get("labels") is None else None
+        return args, kwargs
+
+    def _learns(self, with_labels: bool) -> bool:
+        return self.method.trains and torch.is_grad_enabled() and (self.model.training or with_labels)
 
     def _after_model(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if self._one and getattr(output, "logits", None) is not None:
             output.logits = self.group.broadcast(output.logits, 0, what="logits")
         self._one, self._keep = False, None
+        if self._loss is not None:
+            assert self._layout is not None
+            begin = sum(self._layout.loads[: self.group.rank])
+            output.loss = self._loss(output.logits, range(begin, begin + output.logits.shape[1]), self.group)
+            self._loss = None
         return output
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
@@ -79,6 +102,8 @@ class Forward:
             raise NotImplementedError(
                 f"{type(self.method).__name__} does not train on several ranks: use cqs_attention, or model.eval()."
             )
+        if self.decoder is self.model:
+            self._trains = self._learns(False)
         tokens = given.pop("input_ids", None)
         embedded = given.pop("inputs_embeds", None)
         name, inputs = ("input_ids", tokens) if tokens is not None else ("inputs_embeds", embedded)
@@ -91,6 +116,11 @@ class Forward:
         real = self._real(mask, inputs, first)
         if positions is None:
             positions = torch.arange(first, first + self._count, device=inputs.device).unsqueeze(0)
+        elif mask is None and first == 0 and bool((positions.diff(dim=1) != 1).any()):
+            raise NotImplementedError(
+                "position_ids that start anew mean packed texts, which context_parallel does not cut into shards: give "
+                "every text a row of its own."
+            )
         positions = positions.expand(len(inputs), -1)
         if follows_length(self.model):  # ranks see different positions, their frequencies must not differ
             self._rope = frozen_rope(self.model, int(positions.max()) + 1)
@@ -102,7 +132,13 @@ class Forward:
         if first == 0:
             same_random_state(self.group)
             layout = self.method.deal(real.cpu(), self.group.rank, self.group.size)
-        self.step = cache.begin(real, layout)
+        if self._trains and layout is None:
+            raise ValueError(
+                f"{self._count} tokens after {first} are not cut into shards for {self.group.size} ranks, and only "
+                "shards are trained: give every rank and worker a token at least, and no cache."
+            )
+        self.step, self._layout = cache.begin(real, layout), layout
+        self.columns = self.step.columns
         if layout is not None:
             self.prefill_tokens = layout.columns.shape[1]
             inputs, positions = _take(inputs, self.step.columns), _take(positions, self.step.columns)
@@ -110,18 +146,19 @@ class Forward:
             **given,
             name: inputs,
             "position_ids": positions,
-            "attention_mask": None,
-            "past_key_values": cache,
-            "use_cache": True,
+            # Without a cache and a mask Transformers would look for packed texts in the positions of padding.
+            "attention_mask": torch.ones_like(self.step.columns) if self._trains else None,
+            "past_key_values": None if self._trains else cache,
+            "use_cache": not self._trains,
         }
 
     def _after(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         assert self.step is not None and self.cache is not None
         layout = self.step.layout
-        if layout is not None:
+        if layout is not None and not self._trains:
             output.last_hidden_state = self._together(output.last_hidden_state, layout)
         self.cache.finish(self._count)
-        output.past_key_values = self.cache if self._use_cache else None
+        output.past_key_values = self.cache if self._use_cache and not self._trains else None
         return output
 
     def _close(self, *_: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from hf_attn_plugins.masks import Mask
 from hf_attn_plugins.parallel.agree import agree
 from hf_attn_plugins.parallel.group import Group
 from hf_attn_plugins.parallel.later import later
-from hf_attn_plugins.parallel.method import Kernel, Method
+from hf_attn_plugins.parallel.method import Kernel, Method, Step
 from hf_attn_plugins.parallel.methods import method as method_called
 from hf_attn_plugins.parallel.star import Star
 from hf_attn_plugins.parallel.traffic import Traffic
 from hf_attn_plugins.parallel_forward import Forward
+from hf_attn_plugins.parallel_training import sum_gradients
 from hf_attn_plugins.partial import Partial
 from hf_attn_plugins.star.model import check_model, fingerprint, text_config
 from hf_attn_plugins.structure import StructuredMask, _parse
@@ -30,6 +32,13 @@ from hf_attn_plugins.support import check
 from hf_attn_plugins.switch import use
 
 _NUMBERS = itertools.count()
+
+
+@dataclass(frozen=True, eq=False)
+class StepMask(Mask):
+    """A mask with the forward it was made in."""
+
+    step: Step | None = None
 
 
 class Session:
@@ -61,6 +70,22 @@ class Session:
     def cache_bytes(self) -> int:
         """Bytes of keys and values that this rank holds of the last cache."""
         return self.forward.cache.bytes if self.forward.cache is not None else 0
+
+    @property
+    def columns(self) -> Tensor | None:
+        """(B, T): the places in the prompt of the tokens that this rank's last forward was about, -1 for padding.
+
+        In training the logits are of these tokens only.
+        """
+        return self.forward.columns
+
+    def sum_gradients(self) -> None:
+        """Add up every parameter's gradients over all ranks: after the last backward pass of a step, on every rank.
+
+        The loss of a sharded forward is the whole one, its gradient on a rank that of the rank's own tokens. Once
+        summed, gradients are the same on every rank, to clip and to step with.
+        """
+        sum_gradients(self.forward.model, self.group)
 
     @property
     def loads(self) -> list[int]:
@@ -98,7 +123,8 @@ class Session:
         options: None,
     ) -> Partial:
         """What the layers call: a sharded prompt goes to the method, everything later is alike for all of them."""
-        step = self.forward.step
+        # A layer that gradient checkpointing runs again, after its forward, finds that forward's step in its mask.
+        step = mask.step if isinstance(mask, StepMask) else self.forward.step
         if step is None:
             raise RuntimeError("attention was called outside of the model's own forward: call the model itself.")
         kernel = Kernel(scale, softcap, dropout, getattr(self.method, "kernel", None))
@@ -127,7 +153,8 @@ class Session:
                 f"{type(config).__name__} builds a mask that is neither causal nor a sliding window, which "
                 "context_parallel cannot cut into shards: run this model in one process."
             )
-        return StructuredMask(found, (batch_size, 1, q_length, kv_length))
+        whole = StepMask(causal=found.causal, window=found.window, prefix=found.prefix, step=self.forward.step)
+        return StructuredMask(whole, (batch_size, 1, q_length, kv_length))
 
 
 @contextlib.contextmanager
@@ -140,10 +167,13 @@ def context_parallel(model: nn.Module, name: str, *, timeout: float = 60.0, **op
 
     Args:
         model: a causal decoder on this process's device, the same weights everywhere.
-        name: "star_attention" or "tiled_attention".
+        name: "cqs_attention", "star_attention" or "tiled_attention".
         timeout: seconds that a rank waits for the others in one exchange before it names the one that is missing.
         **options: of the method: those of the plugin, and for star_attention `anchor` ("auto", "recompute" or
-            "broadcast").
+            "broadcast"), for cqs_attention `rounds` (see `parallel.cqs.CQS`).
+
+    With cqs_attention a model also trains: in training mode `model(**batch, labels=labels).loss` is the whole loss,
+    and between `loss.backward()` and the optimizer's step `cp.sum_gradients()` adds up what every rank found.
 
     Raises:
         ValueError: an unknown name or option, or ranks that differ in model, options or library versions.

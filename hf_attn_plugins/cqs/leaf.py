@@ -68,6 +68,24 @@ class Leaf:
             if keys:
                 yield Piece(rows, keys, is_causal and self.keep[i][i])
 
+    def rows(self, is_causal: bool = False) -> tuple[Range, ...]:
+        """The ranges whose queries the pieces read."""
+        last = len(self.ranges)
+        return tuple(r for i, r in enumerate(self.ranges) if any(self.keep[i][: i + 1 if is_causal else last]))
+
+    def keys(self, is_causal: bool = False) -> tuple[Range, ...]:
+        """The ranges whose keys the pieces read."""
+        return tuple(r for j, r in enumerate(self.ranges) if any(row[j] for row in self.keep[j if is_causal else 0 :]))
+
+    def within(self, reach: int) -> Leaf:
+        """The same leaf without pairs of ranges whose keys all lie more than `reach` positions before the rows."""
+        ranges = self.ranges
+        keep = (
+            tuple(kept and ranges[j][1] > ranges[i][0] - reach for j, kept in enumerate(row))
+            for i, row in enumerate(self.keep)
+        )
+        return Leaf(self.path, ranges, tuple(keep))
+
     def divide(self, division: Division) -> Iterator[Leaf]:
         """The leaves of the division applied to this leaf's tokens, without those that have nothing to compute.
 

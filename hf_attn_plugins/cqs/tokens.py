@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -54,3 +54,29 @@ class Tokens:
                 return passed + wanted[0] - begin, passed + wanted[1] - begin
             passed += end - begin
         raise ValueError(f"tokens {wanted[0]} .. {wanted[1]} are not among those held, {self.ranges}.")
+
+
+class Parts(Tokens):
+    """Ranges of positions that are tensors of their own, as when each came from somewhere else.
+
+    Args:
+        parts: (B, H, end - begin, D) by range; ranges are disjoint.
+    """
+
+    def __init__(self, parts: Mapping[Range, Tensor]) -> None:
+        self._held = sorted(parts.items(), key=lambda part: part[0])
+        self.ranges = joined([span for span, _ in self._held])
+
+    def take(self, ranges: Sequence[Range]) -> Tensor:
+        """As `Tokens.take`; a range is one that is held, or several neighbouring ones."""
+        found: list[Tensor] = []
+        for begin, end in ranges:
+            inside = [(span, tensor) for span, tensor in self._held if begin <= span[0] and span[1] <= end]
+            if sum(span[1] - span[0] for span, _ in inside) != end - begin:
+                raise ValueError(f"tokens {begin} .. {end} are not among those held, {self.ranges}.")
+            found += [tensor for _, tensor in inside]
+        return found[0] if len(found) == 1 else torch.cat(found, TOKENS)
+
+    def gather(self, ranges: Sequence[Range]) -> Tokens:
+        """The same tokens one after another; left where they are under autograd, which would copy them twice."""
+        return self if torch.is_grad_enabled() else Tokens(self.take(ranges), ranges)

@@ -44,16 +44,18 @@ def work(
 
     Args:
         leaf: one of `Plan.leaves()`.
-        query, key, value: hold at least the leaf's ranges of (B, Hq, N, D), (B, Hkv, N, D) and (B, Hkv, N, Dv).
+        query, key, value: hold at least the leaf's ranges of (B, Hq, N, D), (B, Hkv, N, D) and (B, Hkv, N, Dv); for
+            causal attention `leaf.rows(True)` of the query and `leaf.keys(True)` of key and value are enough.
         mask: over all N x N positions, its offset 0 or None.
         scale, softcap, dropout, kernel: as in `kernels.attend`.
         only: one of the leaf's ranges, to compute the rows of this range alone.
     """
     mask = Mask() if mask is None else mask
-    key, value = key.gather(leaf.ranges), value.gather(leaf.ranges)
-    rows, partials = [], []
     # A prefix is seen from before it, so that its blocks above the diagonal count although the rest is causal.
-    for piece in leaf.pieces(mask.causal and not mask.prefix):
+    is_causal = mask.causal and not mask.prefix
+    key, value = (x.gather(leaf.keys(is_causal)) for x in (key, value))
+    rows, partials = [], []
+    for piece in leaf.pieces(is_causal):
         if only not in (None, piece.rows):
             continue
         queries = query.take((piece.rows,))

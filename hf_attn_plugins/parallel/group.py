@@ -177,6 +177,16 @@ class Group:
             wait(dist.all_reduce(message, group=self._handle, async_op=True))
         return _tensor(message.to(tensor.device), tensor.dtype, tensor.shape)
 
+    def sum(self, tensor: Tensor, *, what: str = "sum") -> Tensor:
+        """The sum of all ranks' tensors, of one shape and dtype, on every rank."""
+        if self.size == 1:
+            return tensor
+        found = tensor.detach().to(self._wire, copy=True)
+        others = (self.size - 1) * found.numel() * found.element_size()
+        with self._exchange(what, others, others) as wait:
+            wait(dist.all_reduce(found, group=self._handle, async_op=True))
+        return found.to(tensor.device)
+
     def objects(self, value: Any, *, what: str = "objects") -> list[Any]:
         """Every rank's picklable value, in the order of the ranks. Small things only."""
         if self.size == 1:

@@ -63,7 +63,8 @@ class Method(Protocol):
     """A plan over ranks: `star.Star`, `dense.Dense`, ... stand behind `context_parallel(model, name)`.
 
     Attributes:
-        trains: whether its exchanges carry gradients.
+        trains: whether its exchanges carry gradients. Its layouts are then runs of columns in the order of the ranks,
+            each stored where it is computed.
     """
 
     trains: bool

@@ -10,6 +10,7 @@ from hf_attn_plugins.parallel.method import Method
 METHODS = {
     "star_attention": "hf_attn_plugins.parallel.star:Star",
     "tiled_attention": "hf_attn_plugins.parallel.dense:Dense",
+    "cqs_attention": "hf_attn_plugins.parallel.cqs:CQS",
 }
 
 

@@ -9,7 +9,7 @@ import torch
 import hf_attn_plugins as hap
 from tests.parallel.models import build, prompt
 
-ONLY_PARALLEL = ("anchor",)
+ONLY_PARALLEL = ("anchor", "rounds")
 
 
 def one_process(model: Any, name: str, options: dict[str, Any]) -> Any:

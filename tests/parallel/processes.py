@@ -17,7 +17,16 @@ from typing import Any
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["torch", "transformers", "accelerate", "hf_attn_plugins", "hf_attn_plugins.parallel_session", "tests.families"]
+    [
+        "torch",
+        "transformers",
+        "accelerate",
+        "hf_attn_plugins",
+        "hf_attn_plugins.parallel_session",
+        "tests.families",
+        "tests.parallel.cases",
+        "tests.parallel.cqs_cases",
+    ]
 )
 
 

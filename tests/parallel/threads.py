@@ -6,8 +6,10 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from hf_attn_plugins.parallel.traffic import Traffic
 from hf_attn_plugins.partial import Partial
 
 
@@ -16,12 +18,22 @@ class Board:
 
     def __init__(self, rank: int, size: int, shared: list[Any], barrier: threading.Barrier) -> None:
         self.rank, self.size, self._shared, self._barrier = rank, size, shared, barrier
+        self.device, self.traffic = torch.device("cpu"), Traffic()
 
     def _swap(self, value: Any) -> list[Any]:
         self._shared[self.rank] = value
-        self._barrier.wait(20)
+        self._barrier.wait(60)
         found = list(self._shared)
-        self._barrier.wait(20)
+        self._barrier.wait(60)
+        return found
+
+    def all_to_all(self, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]], *, what: str = "") -> list[Tensor]:
+        names, rows = zip(*self._swap((what, [piece.clone() for piece in pieces])), strict=True)
+        assert set(names) == {what}, "ranks stand in different exchanges"
+        found = [row[self.rank] for row in rows]
+        assert [list(x.shape) for x in found] == [list(shape) for shape in shapes], "sender and receiver disagree"
+        sent, received = (sum(x.nbytes for r, x in enumerate(each) if r != self.rank) for each in (pieces, found))
+        self.traffic.add(what, sent, received)
         return found
 
     def gather_partials(self, part: Partial, *, what: str = "") -> list[Partial]:

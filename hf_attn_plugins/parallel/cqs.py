@@ -1,0 +1,64 @@
+"""`cqs_attention` on several ranks: every rank holds its tokens only, and computes its workers' pairs of groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_attn_plugins.masks import Mask, Window
+from hf_attn_plugins.options import CQSOptions
+from hf_attn_plugins.parallel.cqs_exchange import attention
+from hf_attn_plugins.parallel.cqs_plan import choose_workers, rank_plan
+from hf_attn_plugins.parallel.group import Group
+from hf_attn_plugins.parallel.method import Kernel, Layout, Step, local_columns
+from hf_attn_plugins.partial import Partial
+
+
+@dataclass(frozen=True)
+class CQS(CQSOptions):
+    """Exact, forward and backward; hidden states, projections and MLPs are as sharded as the tokens.
+
+    Attributes:
+        workers: W, at least as many as ranks, or None for `cqs_plan.choose_workers`.
+        min_length: shorter prompts, and such of fewer tokens than workers, are done by every rank.
+        rounds: exchanges a layer, 1 for the fewest bytes, more to hold fewer tokens of other ranks at a time.
+    """
+
+    min_length: int = 1
+    rounds: int = 1
+
+    trains = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._positive("rounds")
+
+    def deal(self, real: Tensor, rank: int, size: int) -> Layout | None:
+        tokens = real.shape[1]
+        workers = self.workers or choose_workers(tokens, size)
+        plan = rank_plan(tokens, size, workers, self.interest_set, True, self.rounds)
+        if tokens < max(workers, self.min_length):
+            return None
+        shard = range(*plan.shards[rank])
+        columns = local_columns(real, torch.arange(shard.start, shard.stop).expand(len(real), -1))
+        slots = torch.arange(len(shard))
+        padding = None if bool(real.all()) else real
+        return Layout(columns, slots, slots, [end - begin for begin, end in plan.shards], extra=(plan, padding))
+
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor, window: Window, step: Step, kernel: Kernel, group: Group
+    ) -> Partial:
+        assert step.layout is not None
+        plan, padding = step.layout.extra
+        if window[0] is not None and window[0] < plan.num_tokens:
+            plan = rank_plan(
+                plan.num_tokens, plan.num_ranks, plan.num_workers, plan.division.interest_set, True, plan.num_rounds,
+                window[0],
+            )  # fmt: skip
+        real = None if padding is None else padding.to(query.device)
+        return attention(
+            query, key, value, plan, group, mask=Mask(causal=True, window=window, key_padding=real),
+            scale=kernel.scale, softcap=kernel.softcap, dropout=kernel.dropout, kernel=kernel.name,
+        )  # fmt: skip

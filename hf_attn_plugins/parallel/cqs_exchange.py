@@ -1,0 +1,229 @@
+"""CQS attention over ranks that hold a shard of the tokens each: groups to the workers, partial results to the owners.
+
+Every round is two exchanges, `Gather` and `Return`, with a worker's code between them. Both are autograd functions that
+every rank's backward pass goes through, whatever the rank had to send: a rank left out would leave the others waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hf_attn_plugins.cqs.leaf import Range
+from hf_attn_plugins.cqs.tokens import TOKENS, Parts
+from hf_attn_plugins.cqs.workers import work
+from hf_attn_plugins.masks import Mask
+from hf_attn_plugins.parallel.cqs_plan import RankPlan
+from hf_attn_plugins.parallel.cqs_wire import Call
+from hf_attn_plugins.partial import Partial, merge
+
+if TYPE_CHECKING:
+    from hf_attn_plugins.parallel.group import Group
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: RankPlan,
+    group: Group,
+    *,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    kernel: str | None = None,
+) -> Partial:
+    """Exact self-attention of sharded tokens: every rank calls it with its shard, and gets the result of its shard.
+
+    Differentiable in query, key and value, through both results; all ranks must then go backward.
+
+    Args:
+        query: (B, Hq, n, D), the tokens `plan.shards[group.rank]` of all N.
+        key, value: (B, Hkv, n, D) and (B, Hkv, n, Dv).
+        plan: made by `rank_plan` for N tokens and `group.size` ranks.
+        mask: over all N x N positions, its tensors the same on every rank; `causal` as in the plan.
+        scale, softcap, dropout, kernel: as in `kernels.attend`.
+
+    Returns:
+        `Partial` of the shard's rows over all N keys.
+
+    Raises:
+        ValueError: a shard of another length, or a plan for other ranks or another causality.
+        RankError: a rank is gone or does not answer.
+    """
+    mask = Mask(causal=plan.is_causal) if mask is None else mask
+    _check(query, key, plan, group, mask)
+    call = Call(plan, group, query.shape, key.shape, value.shape, query.dtype)
+    own = [_Own(x, call) for x in (query, key, value)]
+    total: Partial | None = None
+    for index in range(plan.num_rounds):
+        needed = plan.rounds[index][group.rank]
+        *parts, token = Gather.apply(call, index, query, key, value)
+        rows, keys, values = (
+            held.with_parts(wanted, [parts.pop(0) for _ in call.foreign(wanted)])
+            for held, wanted in zip(own, (needed.rows, needed.keys, needed.keys))
+        )
+        found: dict[Range, list[Partial]] = {span: [] for span in needed.rows}
+        for leaf in needed.leaves:
+            result = work(
+                leaf, rows, keys, values, mask=mask, scale=scale, softcap=softcap, dropout=dropout, kernel=kernel
+            )
+            for span, partial in zip(result.rows, result.partials, strict=True):
+                found[span].append(partial)
+        empty = value.shape[-1]
+        partials = [merge(each) if each else Partial.empty(rows.take((s,)), empty) for s, each in found.items()]
+        out, lse = Return.apply(call, index, token, *(x for partial in partials for x in partial))
+        # Float32 between rounds: the running result is rounded to the model's dtype once, at the end.
+        total = Partial(out, lse) if total is None else merge([total, Partial(out, lse)])
+    assert total is not None
+    return Partial(total.out.to(query.dtype), total.lse)
+
+
+class Gather(torch.autograd.Function):
+    """Sends this rank's groups to the workers that need them; backward brings the gradients home, summed.
+
+    Returns the foreign groups (queries, keys, values), and an empty token that keeps this exchange in the graph of a
+    rank that needs nothing itself.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, index: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        ctx.call, ctx.index = call, index
+        tensors, shapes, ranks = (query, key, value), (call.query, call.key, call.value), range(call.group.size)
+        given = [[tensors[k][:, :, call.local(span)] for k, span in call.given(index, other)] for other in ranks]
+        taken = [call.taken(index, other) for other in ranks]
+        arrived = call.swap(
+            "cqs groups", given, [[(call.shape(shapes[k], span), call.dtype) for k, span in each] for each in taken]
+        )
+        found: list[list[Tensor]] = [[], [], []]
+        for each, tensors_of_rank in zip(taken, arrived, strict=True):
+            for (kind, _), tensor in zip(each, tensors_of_rank, strict=True):
+                found[kind].append(tensor)
+        return (*(x for kind in found for x in kind), query.new_empty(0))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        call, index = ctx.call, ctx.index
+        ranks, shapes = range(call.group.size), (call.query, call.key, call.value)
+        taken = [call.taken(index, other) for other in ranks]
+        order = sorted((kind, span) for each in taken for kind, span in each)
+        grad_of = dict(zip(order, grads[:-1], strict=True))
+        given = [call.given(index, other) for other in ranks]
+        arrived = call.swap(
+            "cqs groups (backward)",
+            [[grad_of[each] for each in wanted] for wanted in taken],
+            [[(call.shape(shapes[k], span), call.dtype) for k, span in each] for each in given],
+        )
+        # Summed in float32: a group comes back from as many ranks as worked on it.
+        sums = [torch.zeros(shape, dtype=call.wide, device=grads[-1].device) for shape in shapes]
+        for each, tensors in zip(given, arrived, strict=True):
+            for (kind, span), tensor in zip(each, tensors, strict=True):
+                sums[kind][:, :, call.local(span)] += tensor
+        return (None, None, *(total.to(call.dtype) for total in sums))
+
+
+class Return(torch.autograd.Function):
+    """Sends partial results to the owners of their rows and merges what came, this rank's own included, in float32.
+
+    Takes `Gather`'s token and out, lse of every range of rows in the round; returns out and lse of the shard. Backward
+    needs no partial result of another rank: with the merged lse, L, and D = rowsum(dO * O) - dL, the weight of a
+    partial result is w = exp(lse - L), its gradients are w dO and w (dO . out - D), and so only dO, L and D travel.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, index: int, token: Tensor, *flat: Tensor) -> tuple[Tensor, Tensor]:
+        rows = call.plan.rounds[index][call.group.rank].rows
+        mine = dict(zip(rows, zip(flat[::2], flat[1::2], strict=True), strict=True))
+        ranks = range(call.group.size)
+        # The lse first: what has larger numbers lies where these may lie.
+        given = [
+            [mine[span][which] for which in (1, 0) for span in call.plan.rows_moved(index, other, call.group.rank)]
+            for other in ranks
+        ]
+        back = [call.plan.rows_moved(index, call.group.rank, other) for other in ranks]
+        arrived = call.swap("cqs results", given, [_results(call, spans, (call.wide,)) for spans in back])
+        pieces: dict[Range, list[Partial]] = {}
+        for span in rows:
+            if call.is_own(span):
+                pieces[span] = [Partial(*mine[span])]
+        for spans, tensors in zip(back, arrived, strict=True):
+            for span, lse, out in zip(spans, tensors, tensors[len(spans) :]):
+                pieces.setdefault(span, []).append(Partial(out, lse))
+        out = token.new_zeros(call.out_shape(call.shard), dtype=call.wide)
+        lse = out.new_full(out.shape[:-1], -torch.inf)
+        for span, parts in pieces.items():
+            place = call.local(span)
+            whole = merge([Partial(part.out.to(call.wide), part.lse) for part in parts])
+            out[:, :, place], lse[:, :, place] = whole
+        ctx.call, ctx.index = call, index
+        ctx.save_for_backward(out, lse, *flat)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> Any:
+        call, index = ctx.call, ctx.index
+        out, lse, *flat = ctx.saved_tensors
+        delta = (grad_out * out).sum(-1) - grad_lse
+        ranks = range(call.group.size)
+        upstream = (lse, delta, grad_out.to(call.dtype))
+        back = [call.plan.rows_moved(index, call.group.rank, other) for other in ranks]
+        given = [[x[:, :, call.local(span)] for x in upstream for span in spans] for spans in back]
+        taken = [call.plan.rows_moved(index, other, call.group.rank) for other in ranks]
+        arrived = call.swap(
+            "cqs results (backward)", given, [_results(call, spans, (call.wide,) * 2) for spans in taken]
+        )
+        of: dict[Range, tuple[Tensor, ...]] = {}
+        for spans, tensors in zip(taken, arrived, strict=True):
+            of |= {span: tuple(tensors[i :: len(spans)]) for i, span in enumerate(spans)}
+        grads: list[Tensor] = []
+        for span, part_out, part_lse in zip(call.plan.rounds[index][call.group.rank].rows, flat[::2], flat[1::2]):
+            place = call.local(span)
+            whole, shift, upward = of[span] if span in of else tuple(x[:, :, place] for x in upstream)
+            upward = upward.to(call.wide)
+            # A row that saw nothing at all has an lse of -inf, and no weight anywhere.
+            weight = torch.where(whole == -torch.inf, 0, (part_lse - whole).exp())
+            grads.append((weight.unsqueeze(-1) * upward).to(part_out.dtype))
+            grads.append(weight * ((upward * part_out.to(upward.dtype)).sum(-1) - shift))
+        return (None, None, grad_out.new_zeros(0, dtype=call.dtype), *grads)
+
+
+class _Own:
+    """A tensor's groups of this rank's shard, to which those of other ranks are added round by round."""
+
+    def __init__(self, tensor: Tensor, call: Call) -> None:
+        self._tensor, self._call = tensor, call
+
+    def with_parts(self, wanted: Sequence[Range], foreign: Sequence[Tensor]) -> Parts:
+        arriving = iter(foreign)
+        call = self._call
+        parts = [self._tensor[:, :, call.local(s)] if call.is_own(s) else next(arriving) for s in wanted]
+        return Parts(dict(zip(wanted, parts, strict=True)))
+
+
+def _check(query: Tensor, key: Tensor, plan: RankPlan, group: Group, mask: Mask) -> None:
+    if plan.num_ranks != group.size:
+        raise ValueError(f"the plan is for {plan.num_ranks} ranks, there are {group.size}.")
+    begin, end = plan.shards[group.rank]
+    if not query.shape[TOKENS] == key.shape[TOKENS] == end - begin:
+        raise ValueError(
+            f"rank {group.rank} owns tokens {begin} .. {end} of {plan.num_tokens}, got {query.shape[TOKENS]} queries "
+            f"and {key.shape[TOKENS]} keys."
+        )
+    if plan.is_causal and not (mask.causal and not mask.prefix):
+        raise ValueError("the plan is for causal attention and the mask is not: make it with is_causal=False.")
+    if mask.start(plan.num_tokens, plan.num_tokens) != 0:
+        raise ValueError(f"mask.offset={mask.offset}: in self-attention row 0 stands at position 0.")
+
+
+def _results(
+    call: Call, spans: Sequence[Range], firsts: Sequence[torch.dtype]
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of what travels of rows: one number a row for each of `firsts`, then out or its gradient."""
+    numbers = [(call.out_shape(span)[:-1], dtype) for dtype in firsts for span in spans]
+    return numbers + [(call.out_shape(span), call.dtype) for span in spans]

@@ -19,7 +19,7 @@ from .configuration import DTYPES, Configuration, configuration
 from .environment import environment, now, processes
 from .prompts import CHATS
 from .records import RunFolder
-from .report_command import finish, show
+from .report.command import finish, show
 
 # Keys that do not change what is measured: a run may be resumed with others.
 FREE = ("online", "device")

@@ -29,7 +29,7 @@ COMMANDS: Table = {
         "triton": ("hf_attn_plugins.kernels.triton_bench", "--static: the kernels as compiled, without a GPU"),
     },
     "eval": ("hf_attn_plugins.eval.command", "long-context tasks, perplexity, agreement and speed against a baseline"),
-    "report": ("hf_attn_plugins.eval.report_command", "tables and page of an evaluation; several as one leaderboard"),
+    "report": ("hf_attn_plugins.eval.report.command", "tables and page of an evaluation; several as one leaderboard"),
     "patch": ("hf_attn_plugins.patches.command", "change a checkpoint by a recipe, show what was done, undo it"),
     "run": ("hf_attn_plugins.commands.run", "any Python command with the plugins registered: hf-attn run -- CMD ..."),
 }

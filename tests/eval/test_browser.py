@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hf_attn_plugins.eval import report_command
 from hf_attn_plugins.eval.records import Generation, RunFolder
+from hf_attn_plugins.eval.report import command as report_command
 
 from . import fabricated
 

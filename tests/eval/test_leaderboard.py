@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hf_attn_plugins.eval import leaderboard
+from hf_attn_plugins.eval.report import leaderboard
 
 from hf_attn_plugins.cli import main
 

@@ -6,9 +6,9 @@ import io
 import itertools
 
 import pytest
-from hf_attn_plugins.eval import axes, figures, findings, tables
 from hf_attn_plugins.eval.records import RunFolder
-from hf_attn_plugins.eval.summary import summarise_folder
+from hf_attn_plugins.eval.report import axes, figures, findings, tables
+from hf_attn_plugins.eval.report.summary import summarise_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .records import RunFolder, Sample
+from ..records import RunFolder, Sample
 from .summary import summarise_folder
 
 Row = dict[str, Any]

@@ -8,8 +8,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..records import Generation, Sample
 from .intervals import Estimate, estimate
-from .records import Generation, Sample
 
 Row = dict[str, Any]
 GRID, PARTS = 11, 5  # needle depths: as they are when on a grid of so many, else in so many parts

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..records import Prediction, RunFolder
 from . import leaderboard, page, tables
-from .records import Prediction, RunFolder
 from .samples import sample_data
 from .summary import summarise_folder
 

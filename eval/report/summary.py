@@ -10,10 +10,10 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..records import Agreement, Generation, Loss, Prediction, RunFolder, Sample
 from .answers import Answers
 from .intervals import LEVEL, RESAMPLES, SEED
 from .likelihood import agreement_rows, loss_rows, pooled
-from .records import Agreement, Generation, Loss, Prediction, RunFolder, Sample
 from .speed import headline, speed_rows
 
 Row = dict[str, Any]

@@ -8,8 +8,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from ..records import Agreement, Loss, Prediction, Sample
 from .intervals import exponential, weighted_mean_interval
-from .records import Agreement, Loss, Prediction, Sample
 
 Row = dict[str, Any]
 

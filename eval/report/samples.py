@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..records import Generation, Prediction, Sample
 from .answers import first_divergence
-from .records import Generation, Prediction, Sample
 
 
 def sample_data(

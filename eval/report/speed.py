@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .records import Generation, Loss, Prediction, Sample, Speed
+from ..records import Generation, Loss, Prediction, Sample, Speed
 
 Row = dict[str, Any]
 STAGES = {"prefill": "speed_up", "first_token": "first_token_speed_up", "decode_per_token": "decode_speed_up"}

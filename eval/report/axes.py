@@ -68,7 +68,7 @@ def positions(name: str, end: int) -> Axis:
 
 def round_step(rough: float) -> float:
     """The smallest of 1, 2, 2.5, 5, 10 times a power of ten that is at least `rough`."""
-    power = 10.0 ** math.floor(math.log10(rough))
+    power = 10.0 ** math.floor(math.log10(max(rough, 1e-300)))
     return next(nice * power for nice in NICE if nice * power >= rough * (1 - 1e-9))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from .normalisation import f1, normalised_chinese
+
 ANSWERS = ("answer is:", "answer:", "answer is", "option is")
 
 
@@ -72,8 +74,6 @@ def bug_letter(prediction: str, references: Sequence[str]) -> float:
 
 def characters_f1(prediction: str, references: Sequence[str]) -> float:
     """longbook_qa_chn: the best F1 over characters."""
-    from .metrics import f1, normalised_chinese
-
     answer = list(normalised_chinese(prediction))
     return max((f1(answer, list(normalised_chinese(reference))) for reference in references), default=0.0)
 

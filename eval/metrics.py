@@ -7,18 +7,12 @@ Sources: RULER (scripts/eval/synthetic/constants.py), LongBench (metrics.py, eva
 from __future__ import annotations
 
 import re
-import string
-from collections import Counter
 from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
 from . import infinite_metrics
-
-CHINESE_PUNCTUATION = (
-    "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠"
-    "｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
-)
+from .normalisation import f1, normalised, normalised_chinese
 
 
 def string_match_all(prediction: str, references: Sequence[str]) -> float:
@@ -31,23 +25,6 @@ def string_match_part(prediction: str, references: Sequence[str]) -> float:
     """RULER's QA: 1 where any reference stands in the answer."""
     answer = prediction.lower()
     return float(any(reference.lower() in answer for reference in references))
-
-
-def f1(prediction: Sequence[str], reference: Sequence[str]) -> float:
-    """F1 of two bags of words."""
-    same = sum((Counter(prediction) & Counter(reference)).values())
-    return 2 * same / (len(prediction) + len(reference)) if same else 0.0
-
-
-def normalised(text: str) -> list[str]:
-    """Words in lower case, punctuation and articles removed, as SQuAD's evaluation does."""
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", text).split()
-
-
-def normalised_chinese(text: str) -> str:
-    """Text in lower case without punctuation and white space."""
-    return "".join(c for c in text.lower() if c not in string.punctuation + CHINESE_PUNCTUATION and not c.isspace())
 
 
 def qa_f1(prediction: str, references: Sequence[str]) -> float:

@@ -21,6 +21,7 @@ from torch import Tensor
 from hf_attn_plugins.commands.hardware import describe
 from hf_attn_plugins.commands.models import add_model_arguments, load, text_tokens
 from hf_attn_plugins.commands.passkey import passkey, score
+from hf_attn_plugins.commands.star_report import SCORED, TEXTS, report
 from hf_attn_plugins.memory import PeakMemory
 from hf_attn_plugins.star.plan import Plan
 from hf_attn_plugins.switch import use
@@ -41,7 +42,6 @@ GRID: tuple[Sizes, ...] = (
     (256, 64, 128),
 )
 SPEED: tuple[Sizes, ...] = (DEFAULT, (1024, 1024, 128), (1024, 256, 128))
-TEXTS, SCORED = 2, 128  # texts a row of agreement is measured on, and their last tokens that are compared
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -236,8 +236,6 @@ class Bench:
 
     def write(self) -> Path:
         """Write both files; each of them appears whole."""
-        from hf_attn_plugins.commands.star_report import report
-
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for path, text in (
             (self.path, json.dumps(self.done, indent=1) + "\n"),

@@ -8,6 +8,8 @@ from typing import Any
 from hf_attn_plugins.commands.timing import markdown_table
 from hf_attn_plugins.star.plan import Plan
 
+TEXTS, SCORED = 2, 128  # texts a row of agreement is measured on, and their last tokens that are compared
+
 INTRODUCTION = """What Star Attention costs and saves on a real model with real prose. Rows are block, anchor and
 query sizes in tokens; `default` is what `star_attention` does when no size is given, `1024, 0, 128` has no anchor."""
 
@@ -45,8 +47,6 @@ def report(done: dict[str, Any]) -> str:
 
 
 def _counts(done: dict[str, Any]) -> dict[str, int]:
-    from hf_attn_plugins.commands.bench_star import SCORED, TEXTS
-
     depths = [len(scores) for lengths in done["passkey"].values() for scores in lengths.values()]
     rounds = [len(rows) for part in ("speed", "calls") for rows in done[part].values()]
     length = done.get("agreement_length", 0)

@@ -16,7 +16,7 @@ from hf_attn_plugins.commands.models import load
 
 from . import baselines
 from .configuration import DTYPES, Configuration, configuration
-from .environment import environment, now, processes
+from .environment import command_line, environment, now, processes
 from .prompts import CHATS
 from .records import RunFolder
 from .report.command import finish, show
@@ -102,7 +102,7 @@ def _begin(folder: RunFolder, settings: Configuration, device: torch.device, cou
         folder.write_json("config", settings.as_dict())
         return
     facts = folder.read_json("environment")
-    again: dict[str, Any] = {"date": now(), "command": sys.argv}
+    again: dict[str, Any] = {"date": now(), "command": command_line()}
     if facts.get("hardware") != describe(device):
         again["hardware"] = describe(device)
     folder.write_json("environment", {**facts, "resumed": [*facts.get("resumed", []), again]})

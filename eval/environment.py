@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +19,17 @@ from hf_attn_plugins.commands.hardware import describe
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "wonderwords", "hf-attn-plugins")
 
 
+def command_line() -> list[str]:
+    """The command as it was typed, without the folder of the program."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]
+
+
 def environment(device: torch.device, count: int) -> dict[str, Any]:
     """environment.json: hardware, versions, command, date, threads, processes."""
     return {
         "hardware": describe(device),
         "versions": {name: _version(name) for name in PACKAGES},
-        "command": sys.argv,
+        "command": command_line(),
         "date": now(),
         "threads": torch.get_num_threads(),
         "processes": count,

@@ -18,7 +18,7 @@ of {length} tokens with SDPA in the same dtype. `NLL` is the mean negative log-l
 in the prose, over {depths} depths; `exact` counts the prompts where greedy decoding gives it. `dense` is
 `tiled_attention`."""
 
-SPEED = """Ratios are medians over {rounds} rounds of (seconds of the other / seconds of this row) within a round; above
+SPEED = """Ratios are medians over {rounds} round(s) of (seconds of the other / seconds of this row) within a round; above
 1 is faster. `peak` is the peak memory above the loaded model, as a share of that of `tiled_attention`."""
 
 CALLS = """One causal attention call, 9 query and 3 key heads of 64, bfloat16, block 1024, query 128. `attended` is the
@@ -48,7 +48,7 @@ def report(done: dict[str, Any]) -> str:
 
 def _counts(done: dict[str, Any]) -> dict[str, int]:
     depths = [len(scores) for lengths in done["passkey"].values() for scores in lengths.values()]
-    rounds = [len(rows) for part in ("speed", "calls") for rows in done[part].values()]
+    rounds = [len(rows) for rows in done["speed"].values()]
     length = done.get("agreement_length", 0)
     return {
         "scored": SCORED,

@@ -18,8 +18,8 @@ of {length} tokens with SDPA in the same dtype. `NLL` is the mean negative log-l
 in the prose, over {depths} depths; `exact` counts the prompts where greedy decoding gives it. `dense` is
 `tiled_attention`."""
 
-SPEED = """Ratios are medians over {rounds} round(s) of (seconds of the other / seconds of this row) within a round; above
-1 is faster. `peak` is the peak memory above the loaded model, as a share of that of `tiled_attention`."""
+SPEED = """Ratios are medians over {rounds} round(s) of (seconds of the other / seconds of this row) within a round;
+above 1 is faster. `peak` is the peak memory above the loaded model, as a share of that of `tiled_attention`."""
 
 CALLS = """One causal attention call, 9 query and 3 key heads of 64, bfloat16, block 1024, query 128. `attended` is the
 share of the causal pairs, `time` that of the time of `tiled_attention`, and `factor` is time / attended."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -107,23 +106,12 @@ BASELINES: dict[str, Plugin] = {
 @contextlib.contextmanager
 def registered() -> Iterator[None]:
     """The baselines as attention implementations for a while; afterwards no trace of them is left."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    from hf_attn_plugins.interface import attention_function
+    from hf_attn_plugins import interface
     from hf_attn_plugins.structure import mask_function
 
-    mappings: tuple[dict[str, Any], ...] = (
-        PLUGINS,
-        AttentionInterface._global_mapping,
-        AttentionMaskInterface._global_mapping,
-    )
-    try:
+    with contextlib.ExitStack() as stack:
         for name, plugin in BASELINES.items():
             PLUGINS[name] = plugin
-            AttentionInterface.register(name, attention_function(name))
-            AttentionMaskInterface.register(name, mask_function)
+            stack.callback(PLUGINS.pop, name)
+            stack.enter_context(interface.registered(name, mask_function))
         yield
-    finally:
-        for name in BASELINES:
-            for mapping in mappings:
-                mapping.pop(name, None)

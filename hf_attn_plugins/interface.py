@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -42,9 +43,26 @@ def _no_options(**_: Any) -> None:
     return None
 
 
-def forget_function(name: str) -> None:
-    """Drop a method that `attention_function` was given."""
-    _METHODS.pop(name, None)
+@contextlib.contextmanager
+def registered(
+    name: str, mask_function: Callable[..., Any], method: Callable[..., Partial] | None = None
+) -> Iterator[None]:
+    """`attn_implementation=name` for a while; afterwards Transformers and this module know nothing of it.
+
+    Args:
+        name, method: as in `attention_function`.
+        mask_function: what Transformers calls for the mask under this name.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(name, attention_function(name, method))
+    AttentionMaskInterface.register(name, mask_function)
+    try:
+        yield
+    finally:
+        AttentionInterface._global_mapping.pop(name, None)
+        AttentionMaskInterface._global_mapping.pop(name, None)
+        _METHODS.pop(name, None)
 
 
 def options_of(config: Any, name: str) -> Options:

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 
 import hf_attn_plugins
-from hf_attn_plugins.interface import attention_function, forget_function
+from hf_attn_plugins.interface import registered
+from hf_attn_plugins.kernels.bound import Kernel
 from hf_attn_plugins.masks import Mask
 from hf_attn_plugins.parallel.agree import agree
 from hf_attn_plugins.parallel.group import Group
 from hf_attn_plugins.parallel.later import later
-from hf_attn_plugins.parallel.method import Kernel, Method, Step
+from hf_attn_plugins.parallel.method import Method, Step
 from hf_attn_plugins.parallel.methods import method as method_called
 from hf_attn_plugins.parallel.star import Star
 from hf_attn_plugins.parallel.traffic import Traffic
@@ -211,17 +211,13 @@ def _session(model: nn.Module, group: Group, method: Method, asked: dict[str, An
     if isinstance(method, Star):
         method = method.settle(text_config(model).to_dict(), group)
     session = Session(model, group, method)
-    AttentionInterface.register(session.name, attention_function(session.name, session.attention))
-    AttentionMaskInterface.register(session.name, session.mask)
-    try:
-        with use(model, session.name):
-            session.forward.attach()
-            yield session
-    finally:
-        session.forward.detach()
-        AttentionInterface._global_mapping.pop(session.name, None)
-        AttentionMaskInterface._global_mapping.pop(session.name, None)
-        forget_function(session.name)
+    with registered(session.name, session.mask, session.attention):
+        try:
+            with use(model, session.name):
+                session.forward.attach()
+                yield session
+        finally:
+            session.forward.detach()
 
 
 def _check_device(model: nn.Module, group: Group) -> None:

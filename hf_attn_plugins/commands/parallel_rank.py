@@ -18,9 +18,9 @@ from torch import Tensor
 import hf_attn_plugins as hap
 from hf_attn_plugins import kernels
 from hf_attn_plugins.cqs import workers
+from hf_attn_plugins.kernels import bound
 from hf_attn_plugins.masks import Mask
 from hf_attn_plugins.memory import PeakMemory
-from hf_attn_plugins.parallel import method
 from hf_attn_plugins.parallel.volumes import EXCHANGES
 from hf_attn_plugins.partial import Partial
 
@@ -86,11 +86,11 @@ class Pairs:
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
         """Inside, every call that a method makes is counted."""
-        method.attend, workers.attend = self._attend, self._attend  # type: ignore[assignment]
+        bound.attend, workers.attend = self._attend, self._attend  # type: ignore[assignment]
         try:
             yield
         finally:
-            method.attend, workers.attend = kernels.attend, kernels.attend
+            bound.attend, workers.attend = kernels.attend, kernels.attend
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, mask: Mask | None = None, **options: Any

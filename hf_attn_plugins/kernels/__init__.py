@@ -56,10 +56,8 @@ def attend(
     """
     _check(query, key, value, dropout)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
-    short = None
-    if kernel is None and window is None and softcap is None and not dropout and query.device.type == "cpu":
-        short = few_rows(query, key, value, is_causal, mask, scale)
-    if short is not None:
+    may_be_short = kernel is None and window is None and softcap is None and not dropout and query.device.type == "cpu"
+    if may_be_short and (short := few_rows(query, key, value, is_causal, mask, scale)) is not None:
         return short
     merged, keys = _one_mask(mask, is_causal, window).trimmed(query.shape[2], key.shape[2])
     if keys.start > 0 or keys.stop < key.shape[2]:

@@ -203,9 +203,9 @@ class _FastRows(_Rows):
         self.tile_out = query.new_empty(self.kv_heads, most_rows, value.shape[-1])
         self.wide_out = self.tile_out.to(self.wide)
 
-    def shifted(self, rows: Tensor, tile: KeyTile, keys: int | None = None) -> Tensor:
-        """log2-scores minus the shift column of `rows`, of the tile's first `keys` keys."""
-        width = tile.end - tile.begin if keys is None else keys
+    def shifted(self, rows: Tensor, tile: KeyTile, keys: int = 0) -> Tensor:
+        """log2-scores minus the shift column of `rows`, of the tile's first `keys` keys, or of all for 0."""
+        width = keys or tile.end - tile.begin
         scores = self.weights[: rows.shape[0] * rows.shape[1] * width].view(*rows.shape[:2], width)
         return torch.bmm(rows, self.key_blocks[tile.begin // self.tiles.key_tile][:, :width].mT, out=scores)
 
@@ -222,7 +222,7 @@ class _FastRows(_Rows):
         Only the first `keys` keys are looked at, which no mask hides; 0 asks for all that are visible.
         """
         rows[..., -1] = 0
-        scores = self.shifted(rows, tile, keys or None)
+        scores = self.shifted(rows, tile, keys)
         if tile.edge and not keys:
             t0, t1 = self.tiles.row_tiles[index]
             scores.view(self.kv_heads, self.groups, t1 - t0, -1).add_(self.edges.bias(t0, t1, tile))
@@ -262,8 +262,9 @@ class _FastRows(_Rows):
         for j, tile in enumerate(key_tiles):
             width = tile.end - tile.begin
             if j == 0:
-                sure = self.tiles.seen_by_all(index, tile) >= min(FIRST_KEYS, width)
-                top = self.new_shift(rows, index, tile, min(FIRST_KEYS, width) if sure else 0, top)
+                few = min(FIRST_KEYS, width)
+                sure = self.tiles.seen_by_all(index, tile) >= few
+                top = self.new_shift(rows, index, tile, few if sure else 0, top)
                 if sure and self.tiles.only_causal:
                     top = self.near_shift(rows, index, top)
             weights, sums = self.tile_weights(rows, index, tile)

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_attn_plugins.kernels.bound import Kernel
 from hf_attn_plugins.masks import Mask, Window
 from hf_attn_plugins.options import CQSOptions
 from hf_attn_plugins.parallel.cqs_exchange import attention
 from hf_attn_plugins.parallel.cqs_plan import choose_workers, rank_plan
 from hf_attn_plugins.parallel.group import Group
-from hf_attn_plugins.parallel.method import Kernel, Layout, Step, local_columns
+from hf_attn_plugins.parallel.method import Layout, Step, local_columns
 from hf_attn_plugins.partial import Partial
 
 

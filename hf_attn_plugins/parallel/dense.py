@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_attn_plugins.kernels.bound import Kernel
 from hf_attn_plugins.masks import Mask, Window
 from hf_attn_plugins.options import TiledOptions
 from hf_attn_plugins.parallel.dealing import mirrored
 from hf_attn_plugins.parallel.group import Group
-from hf_attn_plugins.parallel.method import Kernel, Layout, Step, local_columns
+from hf_attn_plugins.parallel.method import Layout, Step, local_columns
 from hf_attn_plugins.partial import Partial
 
 

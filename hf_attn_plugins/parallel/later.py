@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_attn_plugins.kernels.bound import Kernel
 from hf_attn_plugins.masks import Mask, Window
 from hf_attn_plugins.parallel.group import Group
-from hf_attn_plugins.parallel.method import Kernel, Step
+from hf_attn_plugins.parallel.method import Step
 from hf_attn_plugins.partial import Partial, merge
 
 

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hf_attn_plugins.kernels import attend
-from hf_attn_plugins.masks import Mask, Window
+from hf_attn_plugins.kernels.bound import Kernel
+from hf_attn_plugins.masks import Window
 from hf_attn_plugins.parallel.group import Group
 from hf_attn_plugins.partial import Partial
 
@@ -87,30 +87,6 @@ class Method(Protocol):
             window: of this layer, in columns.
         """
         ...
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """`kernels.attend` with everything but tensors and mask given."""
-
-    scale: float
-    softcap: float | None = None
-    dropout: float = 0.0
-    name: str | None = None
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask | None = None) -> Partial:
-        if not key.shape[2] or not query.shape[2]:
-            return Partial.empty(query, value.shape[-1])
-        return attend(
-            query,
-            key,
-            value,
-            mask=mask,
-            scale=self.scale,
-            softcap=self.softcap,
-            dropout=self.dropout,
-            kernel=self.name,
-        )
 
 
 def local_columns(real: Tensor, columns: Tensor) -> Tensor:

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_attn_plugins.kernels.bound import Kernel
 from hf_attn_plugins.masks import Mask, Window
 from hf_attn_plugins.options import StarOptions
 from hf_attn_plugins.parallel.cost import Wire, cheaper_anchor
 from hf_attn_plugins.parallel.dealing import blocks, level
 from hf_attn_plugins.parallel.group import Group
 from hf_attn_plugins.parallel.launch import say_once
-from hf_attn_plugins.parallel.method import Kernel, Layout, Step
+from hf_attn_plugins.parallel.method import Layout, Step
 from hf_attn_plugins.partial import Partial, merge
 from hf_attn_plugins.star.attention import join
 from hf_attn_plugins.star.cost import Shape

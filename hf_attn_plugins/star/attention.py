@@ -12,13 +12,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hf_attn_plugins.kernels import attend
-from hf_attn_plugins.kernels.choose import choose
+from hf_attn_plugins.kernels.bound import Kernel
 from hf_attn_plugins.kernels.pieces import attend_pieces
 from hf_attn_plugins.masks import Mask, Window
 from hf_attn_plugins.options import StarOptions
@@ -26,33 +24,6 @@ from hf_attn_plugins.partial import Partial, merge
 from hf_attn_plugins.star.pattern import masked, plans_of, prompts_of
 from hf_attn_plugins.star.pieces import pieces
 from hf_attn_plugins.star.plan import Plan, plan_for
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """`kernels.attend` with everything but tensors and mask given."""
-
-    scale: float
-    softcap: float | None
-    dropout: float
-    name: str | None
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, mask: Mask) -> Partial:
-        return attend(
-            query,
-            key,
-            value,
-            mask=mask,
-            scale=self.scale,
-            softcap=self.softcap,
-            dropout=self.dropout,
-            kernel=self.name,
-        )
-
-    def chosen_for(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Kernel:
-        """The same with the kernel that suits a whole prompt: its pieces look too short for it one by one."""
-        name = self.name or choose(query, key, value, mask, self.softcap, self.dropout)
-        return Kernel(self.scale, self.softcap, self.dropout, name)
 
 
 def attention(
@@ -114,7 +85,7 @@ def launched(
     """All prompts of a batch in one launch of the Triton kernels, forward, and one a gradient, backward."""
     mask = mask.over_keys(slice(0, query.shape[2])).replace(offset=0)
     if all(plan.is_dense for prompts in plans for _, plan in prompts):
-        return Kernel(kernel.scale, kernel.softcap, kernel.dropout, "triton")(query, key, value, mask=mask)
+        return kernel.named("triton")(query, key, value, mask=mask)
     cells = [[piece for first, plan in prompts for piece in pieces(plan, first)] for prompts in plans]
     return attend_pieces(
         query, key, value, cells, mask=mask, scale=kernel.scale, softcap=kernel.softcap, dropout=kernel.dropout,
@@ -168,7 +139,8 @@ def windowed(query: Tensor, key: Tensor, value: Tensor, plan: Plan, causal: Mask
     """The same under a window, for which the anchor has to stay at its true distance: two passes, merged."""
     size, anchor, context = plan.block_size, plan.anchor_size, plan.context
     whole = context // size * size
-    own = [unbatched(kernel(*(batched(x[:, :, :whole], size) for x in (query, key, value)), mask=causal), len(query))]
+    q, k, v = (batched(x[:, :, :whole], size) for x in (query, key, value))
+    own = [unbatched(kernel(q, k, v, mask=causal), len(query))]
     if whole < context:
         rest = slice(whole, context)
         own.append(kernel(query[:, :, rest], key[:, :, rest], value[:, :, rest], mask=causal))

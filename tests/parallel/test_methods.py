@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_attn_plugins.kernels.bound import Kernel
 from hf_attn_plugins.parallel.dealing import level
 from hf_attn_plugins.parallel.dense import Dense
 from hf_attn_plugins.parallel.later import later
-from hf_attn_plugins.parallel.method import Kernel, Step
+from hf_attn_plugins.parallel.method import Step
 from hf_attn_plugins.parallel.star import Star
 from hf_attn_plugins.star.plan import plan_for
 from hf_attn_plugins.testing import dense_attention, sharp_inputs

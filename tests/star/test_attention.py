@@ -196,7 +196,7 @@ def test_backward(padded: bool, softcap: float | None) -> None:
 
 
 def test_work_is_proportional_to_the_attended_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_attn_plugins.star import attention as module
+    from hf_attn_plugins.kernels import bound as module
 
     pairs = []
 
@@ -216,7 +216,7 @@ def test_work_is_proportional_to_the_attended_pairs(monkeypatch: pytest.MonkeyPa
 
 def test_only_the_anchor_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first block and the query read keys in place; later blocks need them behind the anchor's."""
-    from hf_attn_plugins.star import attention as module
+    from hf_attn_plugins.kernels import bound as module
 
     seen = []
 

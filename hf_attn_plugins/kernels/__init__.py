@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_attn_plugins.kernels.aten import few_rows
-from hf_attn_plugins.kernels.choose import KERNELS, choose, load
+from hf_attn_plugins.kernels.choose import KERNELS, choose, load, worth_fusing
 from hf_attn_plugins.masks import Mask, Window, window_of
 from hf_attn_plugins.partial import Partial
 
@@ -57,6 +57,7 @@ def attend(
     _check(query, key, value, dropout)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     may_be_short = kernel is None and window is None and softcap is None and not dropout and query.device.type == "cpu"
+    may_be_short = may_be_short and not worth_fusing(query, key)
     if may_be_short and (short := few_rows(query, key, value, is_causal, mask, scale)) is not None:
         return short
     merged, keys = _one_mask(mask, is_causal, window).trimmed(query.shape[2], key.shape[2])

@@ -9,16 +9,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hf_attn_plugins.kernels import aten, fused, triton_support
 from hf_attn_plugins.masks import Mask
 from hf_attn_plugins.partial import Partial
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Mask, float, float | None, float], Partial]
 
-KERNELS = ("reference", "aten", "cpu_tiled", "triton")
+KERNELS = ("reference", "aten", "cpu_tiled", "cpu_fused", "triton")
 
 # Measured with `hf-attn bench tiled` (eval/results/tiled.md): below these sizes the tiles' bookkeeping costs more
 # than bf16 products save. Heads that share keys are rows of one product, so they count as rows.
 MIN_TILED_ROWS, MIN_TILED_KEYS = 128, 1024
+MIN_FUSED_ROWS, MIN_FUSED_KEYS = 32, 96
 MIN_TILED_FULL = 512  # rows and keys of a call without a causal mask, no half of whose tiles is wasted
 
 
@@ -32,6 +34,10 @@ def load(name: str) -> Kernel:
         from hf_attn_plugins.kernels.cpu import cpu_tiled
 
         return cpu_tiled
+    if name == "cpu_fused":
+        from hf_attn_plugins.kernels.fused import cpu_fused
+
+        return cpu_fused
     if name == "triton":
         from hf_attn_plugins.kernels.triton_attend import triton
 
@@ -61,16 +67,27 @@ def _arm_features() -> str:
         return ""
 
 
+@functools.cache
+def cpu_fuses() -> bool:
+    """Whether `cpu_fused` runs here and is the best choice: AMX, which it does not use, multiplies faster still."""
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    return not has_amx and fused.unavailable() is None
+
+
+def worth_fusing(query: Tensor, key: Tensor) -> bool:
+    """Whether a call is long enough for `cpu_fused`, and of its kind."""
+    long_enough = query.shape[2] >= MIN_FUSED_ROWS and key.shape[2] >= MIN_FUSED_KEYS
+    return long_enough and query.dtype == torch.bfloat16 and query.device.type == "cpu" and cpu_fuses()
+
+
 def choose(query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float) -> str:
-    """Name of the kernel for one call: Triton on GPUs; on CPUs PyTorch's fused op, where tiles do not pay."""
-    from hf_attn_plugins.kernels import triton_support
-    from hf_attn_plugins.kernels.aten import supported
-
-    on_gpu = query.device.type == "cuda"
-    if on_gpu and triton_support.supported(query, key, value, mask, softcap, dropout) is None:
+    """Name of the kernel for one call: Triton on GPUs; on CPUs PyTorch's fused op where nothing else pays."""
+    call = (query, key, value, mask, softcap, dropout)
+    if query.device.type == "cuda" and triton_support.supported(*call) is None:
         return "triton"
-
-    if supported(query, key, value, mask, softcap, dropout) is not None:
+    if worth_fusing(query, key) and fused.unsupported(*call) is None:
+        return "cpu_fused"
+    if aten.supported(*call) is not None:
         return "cpu_tiled"
     fast_products = query.device.type == "cpu" and query.dtype == torch.bfloat16 and cpu_multiplies_bf16()
     return "cpu_tiled" if fast_products and _many_scores(query, key, mask.causal) else "aten"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_attn_plugins.kernels.cpu import forward
 from hf_attn_plugins.kernels.cpu_backward import backward
+from hf_attn_plugins.kernels.fused import call as compiled
 from hf_attn_plugins.masks import Mask
 from hf_attn_plugins.partial import Partial, lse_dtype
 
@@ -16,9 +17,19 @@ NO_BOUND = -1
 
 
 def tiled_op(
-    query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, softcap: float | None, dropout: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask,
+    scale: float,
+    softcap: float | None,
+    dropout: float,
+    fused: bool = False,
 ) -> Partial:
-    """See `kernels.attend`. A predicate, which no operator can carry, is evaluated to a mask tensor first."""
+    """See `kernels.attend`; `fused` takes the compiled kernels.
+
+    A predicate, which no operator can carry, is evaluated to a mask tensor first.
+    """
     bias = mask.bias
     if mask.predicate is not None:
         if bias is not None:
@@ -33,9 +44,10 @@ def tiled_op(
     structure = (mask.key_padding, mask.query_segments, mask.key_segments, bias, offset, seed)
     return Partial(
         *tiled_forward(
-            query, key, value, *structure, start, mask.causal, left, right, mask.prefix, scale, softcap or 0.0, dropout
+            query, key, value, *structure, start, mask.causal, left, right, mask.prefix, scale, softcap or 0.0, dropout,
+            fused,
         )
-    )
+    )  # fmt: skip
 
 
 def _mask(structure: tuple[Tensor | None, ...], start: int, causal: bool, left: int, right: int, prefix: int) -> Mask:
@@ -71,18 +83,21 @@ def tiled_forward(
     scale: float,
     softcap: float,
     dropout: float,
+    fused: bool,
 ) -> tuple[Tensor, Tensor]:
     """`kernels.cpu.forward` with the mask spread out into tensors and numbers; softcap 0 means none."""
     structure = (key_padding, query_segments, key_segments, bias, offset, seed)
     mask = _mask(structure, start, causal, left, right, prefix)
+    if fused:
+        return compiled.forward(query, key, value, mask, scale)
     return forward(query, key, value, mask, scale, softcap or None, dropout, 0 if seed is None else int(seed))
 
 
 @tiled_forward.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return query.new_empty(*query.shape[:-1], value.shape[-1]), query.new_empty(
-        query.shape[:-1], dtype=lse_dtype(query)
-    )
+    fused = rest[-1]
+    out = compiled.empty_out(query, value) if fused else query.new_empty(*query.shape[:-1], value.shape[-1])
+    return out, query.new_empty(query.shape[:-1], dtype=lse_dtype(query))
 
 
 @torch.library.custom_op("hf_attn_plugins::tiled_backward", mutates_args=(), device_types="cpu")
@@ -108,11 +123,14 @@ def tiled_backward(
     scale: float,
     softcap: float,
     dropout: float,
+    fused: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`kernels.cpu_backward.backward`; the gradient of bias is empty where none is needed."""
     structure = (key_padding, query_segments, key_segments, bias, offset, seed)
     mask = _mask(structure, start, causal, left, right, prefix)
+    if fused:
+        return *compiled.backward(grad_out, grad_lse, query, key, value, out, lse, mask, scale), query.new_empty(0)
     *grads, grad_bias = backward(
         grad_out, grad_lse, query, key, value, out, lse, mask, scale, softcap or None, dropout,
         0 if seed is None else int(seed), needs_bias,

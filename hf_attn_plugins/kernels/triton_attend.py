@@ -32,7 +32,7 @@ def run(
     plan: list[list[Piece]],
 ) -> Partial:  # fmt: skip
     """The call as operator arguments; `plan` is empty for all pairs, or holds pieces per row of the batch."""
-    from hf_attn_plugins.kernels.triton_labels import make_labels
+    from hf_attn_plugins.kernels.labels import make_labels
     from hf_attn_plugins.kernels.triton_ops import triton_attention
     from hf_attn_plugins.kernels.triton_plan import flat
 

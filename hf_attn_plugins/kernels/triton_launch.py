@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from hf_attn_plugins.kernels import triton_backward, triton_decode, triton_dkdv, triton_dq, triton_forward
+from hf_attn_plugins.kernels.labels import Labels, key_bounds, row_bounds
 from hf_attn_plugins.kernels.triton_device import architecture, launch, multiprocessors, on_device, precision, takes_tma
-from hf_attn_plugins.kernels.triton_labels import Labels, key_bounds, row_bounds
 from hf_attn_plugins.kernels.triton_plan import tables
 from hf_attn_plugins.kernels.triton_tuning import Config, configuration
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_attn_plugins.kernels import triton_launch
-from hf_attn_plugins.kernels.triton_labels import Labels
+from hf_attn_plugins.kernels.labels import Labels
 from hf_attn_plugins.kernels.triton_launch import Call
 
 OPTIONS = (

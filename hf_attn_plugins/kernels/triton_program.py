@@ -55,7 +55,7 @@ def batch_labels(row_labels, key_labels, stride_row_labels, stride_key_labels, b
 
 @triton.jit
 def tile_limits(bounds, stride_b, stride_tile, batch, tile, num_walked, LABELS: tl.constexpr):
-    """What the labels leave a tile to walk over; see `triton_labels.row_bounds`."""
+    """What the labels leave a tile to walk over; see `labels.row_bounds`."""
     if LABELS != NO_LABELS:
         bounds += batch * stride_b + tl.cast(tile, tl.int64) * stride_tile
     return load_bounds(bounds, num_walked, LABELS != NO_LABELS)

@@ -25,13 +25,41 @@ choosing = importlib.import_module("hf_attn_plugins.kernels.choose")
         ((8, 8), 1024, 1024, True, "cpu_tiled"),
     ],
 )
-def test_the_choice_follows_rows_times_shared_heads(monkeypatch, heads, rows, keys, causal, expected):
+def test_without_a_compiler_the_choice_follows_rows_times_shared_heads(
+    monkeypatch, heads, rows, keys, causal, expected
+):
+    monkeypatch.setattr(choosing, "cpu_fuses", lambda: False)
     monkeypatch.setattr(choosing, "cpu_multiplies_bf16", lambda: True)
     query = torch.empty(1, heads[0], rows, 64, dtype=torch.bfloat16)
     key = torch.empty(1, heads[1], keys, 64, dtype=torch.bfloat16)
     assert choosing.choose(query, key, key, Mask(causal=causal), None, 0.0) == expected
     monkeypatch.setattr(choosing, "cpu_multiplies_bf16", lambda: False)
     assert choosing.choose(query, key, key, Mask(causal=causal), None, 0.0) == "aten"
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys", "change", "expected"),
+    [
+        (31, 8192, {}, "aten"),
+        (32, 96, {}, "cpu_fused"),
+        (64, 95, {}, "aten"),
+        (256, 256, dict(softcap=5.0), "cpu_tiled"),
+        (256, 256, dict(dropout=0.1), "cpu_tiled"),
+        (256, 256, dict(mask=Mask(causal=True, key_padding=torch.ones(1, 256, dtype=torch.bool))), "cpu_fused"),
+        (256, 256, dict(mask=Mask(bias=torch.ones(256, 256, dtype=torch.bool))), "aten"),
+        (256, 256, dict(dtype=torch.float32), "aten"),
+    ],
+)
+def test_with_a_compiler_bfloat16_calls_of_some_length_are_fused(monkeypatch, rows, keys, change, expected):
+    monkeypatch.setattr(choosing, "cpu_fuses", lambda: True)
+    monkeypatch.setattr(choosing, "cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setattr("hf_attn_plugins.kernels.fused.call.unavailable", lambda: None)
+    dtype = change.get("dtype", torch.bfloat16)
+    query, key = torch.empty(1, 8, rows, 64, dtype=dtype), torch.empty(1, 8, keys, 64, dtype=dtype)
+    mask, softcap = change.get("mask", Mask(causal=rows > 1)), change.get("softcap")
+    assert choosing.choose(query, key, key, mask, softcap, change.get("dropout", 0.0)) == expected
+    monkeypatch.setattr(choosing, "cpu_fuses", lambda: False)
+    assert choosing.choose(query, key, key, mask, softcap, change.get("dropout", 0.0)) != "cpu_fused"
 
 
 MASKS = {

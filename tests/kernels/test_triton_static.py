@@ -112,7 +112,7 @@ def test_recorded_launches_are_those_of_a_real_call():
 FEATURES = """
 import sys, torch
 from hf_attn_plugins.kernels.triton_static import compile_launch, record
-from hf_attn_plugins.kernels.triton_labels import Labels
+from hf_attn_plugins.kernels.labels import Labels
 target = sys.argv[1]
 meta = lambda *size, dtype=torch.int32: torch.empty(*size, dtype=dtype, device="meta")
 labels = Labels(meta(1, 16384), meta(1, 16384))

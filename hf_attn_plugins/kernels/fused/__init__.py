@@ -1,0 +1,48 @@
+"""Attention for CPUs with AVX512-BF16, fused in C: what `kernels.cpu` does in plain PyTorch, without its traffic.
+
+Scores, weights and their sums never leave a core's nearest cache, so little is left to do but the products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_attn_plugins.kernels.fused.build import unavailable
+from hf_attn_plugins.kernels.fused.call import backward, forward, unsupported
+from hf_attn_plugins.masks import Mask
+from hf_attn_plugins.partial import Partial
+
+__all__ = ["cpu_fused", "unavailable", "unsupported"]
+
+
+def cpu_fused(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, softcap: float | None, dropout: float
+) -> Partial:
+    """See `kernels.attend`. Memory besides inputs and output: a copy of value (backward: of all but out)."""
+    reason = unsupported(query, key, value, mask, softcap, dropout)
+    if reason is not None:
+        raise NotImplementedError(f"kernel 'cpu_fused' cannot do {reason}: use kernel=None, or 'cpu_tiled'.")
+    if torch.compiler.is_compiling():
+        from hf_attn_plugins.kernels.cpu_op import tiled_op
+
+        return tiled_op(query, key, value, mask, scale, None, 0.0, fused=True)
+    return Partial(*_Fused.apply(query, key, value, mask, scale))
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Any:
+        ctx.set_materialize_grads(False)
+        out, lse = forward(query, key, value, mask, scale)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.mask, ctx.scale = mask, scale
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_out, grad_lse = grads
+        query, key, value, out, lse = ctx.saved_tensors
+        return (*backward(grad_out, grad_lse, query, key, value, out, lse, ctx.mask, ctx.scale), None, None)

@@ -1,0 +1,103 @@
+"""The C sources beside this file as a shared library: compiled by the machine's compiler on first use, then kept.
+
+It takes about a second, once for every version of the sources and of the compiler. Nothing is compiled at install, and
+without a compiler, or without AVX512-BF16, the tiles of `kernels.cpu` do the same work.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+SWITCH = "HF_ATTN_PLUGINS_COMPILE"  # "0" keeps the package from calling a compiler
+COMPILERS = ("cc", "gcc", "clang")
+FLAGS = (
+    "-O3", "-std=gnu11", "-fPIC", "-shared", "-fopenmp", "-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq",
+    "-mavx512vl", "-mavx512bf16",
+)  # fmt: skip
+SECONDS = 120  # after which a compiler is given up
+
+
+class Unavailable(RuntimeError):
+    """The library cannot be had on this machine; the message says why."""
+
+
+@torch.compiler.assume_constant_result
+def unavailable() -> str | None:
+    """None where the kernels can run, else the reason why not. Compiles them, the first time it is asked."""
+    return _state()[1]
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library.
+
+    Raises:
+        Unavailable: no AVX512-BF16, no compiler, or one that failed.
+    """
+    loaded, reason = _state()
+    if loaded is None:
+        raise Unavailable(reason)
+    return loaded
+
+
+@functools.cache
+def _state() -> tuple[ctypes.CDLL | None, str | None]:
+    if not getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
+        return None, "this CPU has no AVX512-BF16 instructions"
+    if os.environ.get(SWITCH) == "0":
+        return None, f"{SWITCH}=0 is set"
+    compiler = next(filter(None, map(shutil.which, [os.environ.get("CC", ""), *COMPILERS])), None)
+    if compiler is None:
+        return None, f"there is no C compiler ({', '.join(COMPILERS)} or $CC)"
+    try:
+        return ctypes.CDLL(str(_built(compiler))), None
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        reason = f"{compiler} could not build them ({said[-1] if said else error})"
+        logger.warning("hf_attn_plugins' fused CPU kernels are off: %s. Slower ones are used instead.", reason)
+        return None, reason
+
+
+def _built(compiler: str) -> Path:
+    """The library's file, compiled unless an earlier process has done so; complete or not there at all."""
+    folder = Path(__file__).parent
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=SECONDS, check=True)
+    key = hashlib.sha256("\n".join([version.stdout, *FLAGS]).encode())
+    for source in sorted([*folder.glob("*.c"), *folder.glob("*.h")]):
+        key.update(source.read_bytes())
+    path = _cache() / f"fused_{key.hexdigest()[:20]}.so"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=path.parent) as staging:
+            made = Path(staging) / path.name
+            sources = [str(source) for source in sorted(folder.glob("*.c"))]
+            command = [compiler, *FLAGS, *sources, "-o", str(made), "-lm"]
+            subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True)
+            os.replace(made, path)
+    return path
+
+
+def _cache() -> Path:
+    """A folder of the user's own for what was compiled, or one for this process where that cannot be written."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(home) / "hf_attn_plugins"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    folder = Path(tempfile.mkdtemp(prefix="hf_attn_plugins_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder

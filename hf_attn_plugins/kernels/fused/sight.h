@@ -1,0 +1,90 @@
+/* Which walked rows a block of held rows sees: queries that hold see keys, keys that hold are seen by queries. */
+#include "tile.h"
+
+typedef struct {
+    int64_t begin, end;               /* walked rows that some lane sees */
+    int64_t inner_begin, inner_end;   /* those that every lane sees by its position */
+    int64_t prefix;                   /* walked rows before it are seen whatever the position */
+    int64_t whole_begin, whole_end;   /* those that every lane sees by its label */
+    const int32_t *labels;            /* of the walked rows, NULL where all are 0 */
+    int has_labels;
+    __m512i low[VECTORS], high[VECTORS], label[VECTORS]; /* first and last walked row of every lane, and its label */
+} Sight;
+
+/* The part of it that labels decide: bounds of the block, labels of its lanes. */
+static void set_labels(Sight *sight, const int32_t *bounds, const int32_t *held, const int32_t *walked, int64_t first,
+                       int64_t held_count) {
+    int32_t label[LANES];
+    const int32_t *bound = bounds + first / LANES * 4;
+    sight->has_labels = 1;
+    sight->labels = walked;
+    sight->begin = larger(sight->begin, bound[0]);
+    sight->end = smaller(sight->end, bound[1]);
+    sight->whole_begin = bound[2];
+    sight->whole_end = bound[3];
+    for (int i = 0; i < LANES; i++) label[i] = held ? held[smaller(first + i, held_count - 1)] : 0;
+    for (int v = 0; v < VECTORS; v++) sight->label[v] = _mm512_loadu_si512(label + 16 * v);
+}
+
+/* What LANES rows from `first` on see of `count` walked ones: row i those of i + shift - back .. i + shift + ahead. */
+static Sight sight_of(int64_t first, int64_t held_count, int64_t count, int64_t shift, int64_t back, int64_t ahead,
+                      int64_t held_prefix, int64_t walked_prefix) {
+    Sight sight = {.begin = count, .inner_end = count, .prefix = smaller(walked_prefix, count), .whole_end = INT32_MAX};
+    int32_t low[LANES], high[LANES];
+    for (int i = 0; i < LANES; i++) {
+        const int64_t row = smaller(first + i, held_count - 1), all = row < held_prefix;
+        low[i] = all ? 0 : (int32_t)smaller(larger(row + shift - back, 0), count);
+        high[i] = all ? (int32_t)count - 1 : (int32_t)larger(smaller(row + shift + ahead, count - 1), -1);
+        sight.begin = smaller(sight.begin, low[i]);
+        sight.end = larger(sight.end, high[i] + 1);
+        sight.inner_begin = larger(sight.inner_begin, low[i]);
+        sight.inner_end = smaller(sight.inner_end, high[i] + 1);
+    }
+    if (sight.prefix) {
+        sight.begin = 0;
+        sight.end = larger(sight.end, sight.prefix);
+    }
+    for (int v = 0; v < VECTORS; v++) {
+        sight.low[v] = _mm512_loadu_si512(low + 16 * v);
+        sight.high[v] = _mm512_loadu_si512(high + 16 * v);
+    }
+    return sight;
+}
+
+static inline Sight keys_seen(const Call *call, int64_t b, int64_t first) {
+    Sight sight = sight_of(first, call->num_rows, call->num_keys, call->start, call->back, call->ahead, 0, call->prefix);
+    if (call->key_labels)
+        set_labels(&sight, call->row_bounds + b * call->row_bounds_batch,
+                   call->row_labels ? call->row_labels + b * call->row_labels_batch : NULL,
+                   call->key_labels + b * call->key_labels_batch, first, call->num_rows);
+    return sight;
+}
+
+static inline Sight rows_seeing(const Call *call, int64_t b, int64_t first) {
+    Sight sight = sight_of(first, call->num_keys, call->num_rows, -call->start, call->ahead, call->back, call->prefix, 0);
+    if (call->key_labels)
+        set_labels(&sight, call->key_bounds + b * call->key_bounds_batch,
+                   call->key_labels + b * call->key_labels_batch,
+                   call->row_labels ? call->row_labels + b * call->row_labels_batch : NULL, first, call->num_keys);
+    return sight;
+}
+
+/* Whether every lane sees all of the STEP walked rows from `row` on. */
+static inline int sees_all(const Sight *sight, int64_t row) {
+    const int64_t next = row + STEP;
+    return row >= sight->whole_begin && next <= sight->whole_end &&
+           ((row >= sight->inner_begin && next <= sight->inner_end) || next <= sight->prefix);
+}
+
+/* The lanes of vector v that see a walked row. */
+static inline __mmask16 seen(const Sight *sight, int v, int64_t row) {
+    if (row >= sight->end) return 0;
+    const __m512i index = _mm512_set1_epi32((int32_t)row);
+    __mmask16 mask = _mm512_cmple_epi32_mask(sight->low[v], index) & _mm512_cmpge_epi32_mask(sight->high[v], index);
+    if (row < sight->prefix) mask = 0xffff;
+    if (sight->has_labels) {
+        const int32_t label = sight->labels ? sight->labels[row] : 0;
+        mask &= _mm512_cmpeq_epi32_mask(sight->label[v], _mm512_set1_epi32(label));
+    }
+    return mask;
+}

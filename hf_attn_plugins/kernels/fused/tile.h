@@ -1,0 +1,201 @@
+/* What the fused CPU kernels are made of: one block of held rows against a few walked ones, in AVX512-BF16.
+ *
+ * Attention, forward and backward, multiplies rows of one tensor with rows of another: queries with keys, or keys with
+ * queries. A thread *holds* LANES rows, one a vector lane, and *walks* over the others STEP at a time. What is summed,
+ * masked or exponentiated for a held row then stays in its lane: nothing is ever reduced across lanes.
+ *
+ * vdpbf16ps multiplies pairs of neighbours. In a product over head_dim a pair is two elements of a row; in a product over
+ * walked rows it is two neighbouring rows' elements, which `pair_rows` and `store_weights` put side by side. */
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define VECTORS 4            /* of held rows */
+#define LANES (16 * VECTORS) /* held rows */
+#define STEP 6               /* walked rows of one block in registers: STEP * VECTORS accumulators */
+#define TILE 96              /* walked rows whose weights are kept between the two products; a multiple of STEP */
+#define MAX_DIM 256
+#define LN_2 0.69314718f
+
+typedef uint16_t bf16;
+
+/* Rows of one head: row t is at data + t * stride, its elements side by side. */
+typedef struct {
+    const bf16 *data;
+    int64_t stride;
+    int64_t count;
+} Rows;
+
+/* (tensor's data, its strides in elements for batch, head and token). */
+typedef struct {
+    bf16 *data;
+    int64_t batch, head, token;
+} Tensor;
+
+typedef struct {
+    Tensor query, key, value, out, grad_out, grad_query, grad_key, grad_value;
+    float *lse;             /* (batch, heads, rows) contiguous, as the next two */
+    const float *grad_lse;  /* NULL where it is 0 */
+    float *delta;           /* scratch of backward */
+    int64_t batch, heads, kv_heads, num_rows, num_keys, dim, dim_v;
+    int64_t start;           /* position of row 0 on the key axis */
+    int64_t back, ahead;     /* row at position p sees keys p - back .. p + ahead, and the first `prefix` ones */
+    int64_t prefix;
+    const int32_t *row_labels, *key_labels; /* a row sees keys of its label; without row labels it is 0; NULL: all */
+    int64_t row_labels_batch, key_labels_batch;
+    const int32_t *row_bounds, *key_bounds; /* see kernels/labels.py, for LANES rows or keys; NULL without labels */
+    int64_t row_bounds_batch, key_bounds_batch;
+    int32_t *pairs;  /* scratch for `pair_rows`: see forward.c and backward.c */
+    float scale;
+    int32_t threads;
+} Call;
+
+static inline Rows rows_of(const Tensor *tensor, int64_t b, int64_t h, int64_t count) {
+    return (Rows){tensor->data + b * tensor->batch + h * tensor->head, tensor->token, count};
+}
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+/* Transpose 16 vectors of 16 numbers of 32 bit. */
+static inline void transpose(__m512i x[16]) {
+    __m512i y[16];
+    for (int i = 0; i < 16; i += 2) {
+        y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+        y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            x[i + 2 * j] = _mm512_unpacklo_epi64(y[i + j], y[i + j + 2]);
+            x[i + 2 * j + 1] = _mm512_unpackhi_epi64(y[i + j], y[i + j + 2]);
+        }
+    for (int i = 0; i < 16; i += 8)
+        for (int j = 0; j < 4; j++) {
+            y[i + j] = _mm512_shuffle_i32x4(x[i + j], x[i + j + 4], 0x88);
+            y[i + j + 4] = _mm512_shuffle_i32x4(x[i + j], x[i + j + 4], 0xdd);
+        }
+    for (int j = 0; j < 8; j++) {
+        x[j] = _mm512_shuffle_i32x4(y[j], y[j + 8], 0x88);
+        x[j + 8] = _mm512_shuffle_i32x4(y[j], y[j + 8], 0xdd);
+    }
+}
+
+/* held[pair][lane]: LANES rows from `first` on, a pair of elements in 32 bit. Lanes past the end repeat the last row. */
+static void hold_rows(Rows rows, int64_t first, int64_t dim, int32_t *held) {
+    for (int64_t pair = 0; pair < dim / 2; pair += 16) {
+        const int count = (int)smaller(16, dim / 2 - pair);
+        for (int v = 0; v < VECTORS; v++) {
+            __m512i x[16];
+            for (int i = 0; i < 16; i++) {
+                const int64_t row = smaller(first + 16 * v + i, rows.count - 1);
+                x[i] = _mm512_maskz_loadu_epi32((1u << count) - 1, rows.data + row * rows.stride + 2 * pair);
+            }
+            transpose(x);
+            for (int i = 0; i < count; i++) _mm512_store_si512(held + (pair + i) * LANES + 16 * v, x[i]);
+        }
+    }
+}
+
+/* pairs[row / 2][column]: elements of two neighbouring rows side by side; 0 from the last row on up to a whole tile. */
+static void pair_rows(Rows rows, int64_t first, int64_t dim, int32_t *pairs) {
+    for (int64_t row = first; row < first + TILE; row += 2)
+        for (int64_t column = 0; column < dim; column += 16) {
+            __m512i pair = _mm512_setzero_si512();
+            const bf16 *at = rows.data + row * rows.stride + column;
+            if (row < rows.count) pair = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)at));
+            if (row + 1 < rows.count) {
+                const __m512i next = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(at + rows.stride)));
+                pair = _mm512_or_si512(pair, _mm512_slli_epi32(next, 16));
+            }
+            _mm512_storeu_si512(pairs + (row - first) / 2 * dim + column, pair);
+        }
+}
+
+/* Rows that `pair_heads` keeps for a head: a tile may begin at any row, and its last step may pass the end. */
+static inline int64_t padded_rows(int64_t count) { return round_up(count + STEP, TILE); }
+
+/* Every head of a tensor as `pair_rows`, by all threads of a team. */
+static void pair_heads(const Tensor *tensor, int64_t batch, int64_t heads, int64_t count, int64_t dim, int32_t *pairs) {
+    const int64_t tiles = padded_rows(count) / TILE;
+    #pragma omp for schedule(dynamic, 4)
+    for (int64_t item = 0; item < batch * heads * tiles; item++)
+        pair_rows(rows_of(tensor, item / tiles / heads, item / tiles % heads, count), item % tiles * TILE, dim,
+                  pairs + item * TILE / 2 * dim);
+}
+
+/* block[j][v] = held rows times walked row first + j, over head_dim. Rows past the end repeat the last one. */
+static inline __attribute__((always_inline)) void multiply(
+    const int32_t *held, Rows walked, int64_t first, int64_t dim, __m512 block[STEP][VECTORS]
+) {
+    const int32_t *row[STEP];
+    for (int j = 0; j < STEP; j++)
+        row[j] = (const void *)(walked.data + smaller(first + j, walked.count - 1) * walked.stride);
+    for (int j = 0; j < STEP; j++)
+        for (int v = 0; v < VECTORS; v++) block[j][v] = _mm512_setzero_ps();
+    for (int64_t pair = 0; pair < dim / 2; pair++) {
+        __m512bh lanes[VECTORS];
+        for (int v = 0; v < VECTORS; v++) lanes[v] = (__m512bh)_mm512_load_si512(held + pair * LANES + 16 * v);
+        for (int j = 0; j < STEP; j++) {
+            const __m512bh both = (__m512bh)_mm512_set1_epi32(row[j][pair]);
+            for (int v = 0; v < VECTORS; v++) block[j][v] = _mm512_dpbf16_ps(block[j][v], lanes[v], both);
+        }
+    }
+}
+
+/* sums[column][lane] += weights[pair][lane] * pairs[pair][column], over `count` pairs of walked rows. */
+static inline void accumulate(const int32_t *weights, const int32_t *pairs, int64_t count, int64_t dim, float *sums) {
+    enum { COLUMNS = 4 };
+    for (int64_t column = 0; column < dim; column += COLUMNS) {
+        __m512 sum[COLUMNS][VECTORS];
+        for (int c = 0; c < COLUMNS; c++)
+            for (int v = 0; v < VECTORS; v++) sum[c][v] = _mm512_load_ps(sums + (column + c) * LANES + 16 * v);
+        for (int64_t pair = 0; pair < count; pair++) {
+            __m512bh lanes[VECTORS];
+            for (int v = 0; v < VECTORS; v++) lanes[v] = (__m512bh)_mm512_load_si512(weights + pair * LANES + 16 * v);
+            for (int c = 0; c < COLUMNS; c++) {
+                const __m512bh both = (__m512bh)_mm512_set1_epi32(pairs[pair * dim + column + c]);
+                for (int v = 0; v < VECTORS; v++) sum[c][v] = _mm512_dpbf16_ps(sum[c][v], lanes[v], both);
+            }
+        }
+        for (int c = 0; c < COLUMNS; c++)
+            for (int v = 0; v < VECTORS; v++) _mm512_store_ps(sums + (column + c) * LANES + 16 * v, sum[c][v]);
+    }
+}
+
+/* Two walked rows' weights for 16 held ones as pairs. */
+static inline __m512i paired(__m512 first, __m512 second) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+}
+
+/* 2**x to 3e-6 for x up to 127: 2**floor(x) by scaling, the rest by a polynomial fitted on [0, 1]. */
+static inline __m512 exp2_of(__m512 x) {
+    const __m512 rest = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    __m512 power = _mm512_set1_ps(0.013534166f);
+    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.052011467f));
+    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.24144274f));
+    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.69300383f));
+    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(1.0000026f));
+    return _mm512_scalef_ps(power, x);
+}
+
+/* Rows first .. first + LANES of a tensor = sums[column][lane] * factor[lane], rounded to bfloat16. */
+static void store_rows(const float *sums, const float *factor, Tensor to, int64_t b, int64_t h, int64_t first,
+                       int64_t count, int64_t dim) {
+    bf16 *data = to.data + b * to.batch + h * to.head;
+    for (int64_t column = 0; column < dim; column += 16)
+        for (int v = 0; v < VECTORS; v++) {
+            const __m512 scale = _mm512_loadu_ps(factor + 16 * v);
+            __m512i x[16];
+            for (int i = 0; i < 16; i++)
+                x[i] = (__m512i)_mm512_mul_ps(_mm512_load_ps(sums + (column + i) * LANES + 16 * v), scale);
+            transpose(x);
+            for (int i = 0; i < 16 && first + 16 * v + i < count; i++) {
+                const __m256bh row = _mm512_cvtneps_pbh((__m512)x[i]);
+                _mm256_storeu_si256((void *)(data + (first + 16 * v + i) * to.token + column), (__m256i)row);
+            }
+        }
+}

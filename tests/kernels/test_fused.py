@@ -1,0 +1,233 @@
+"""The compiled CPU kernels against the oracle, with outputs poisoned; how they are built, kept and done without."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hf_attn_plugins.kernels import attend
+from hf_attn_plugins.kernels.fused import build, unavailable
+from hf_attn_plugins.masks import Mask
+from hf_attn_plugins.testing import assert_close_to_reference, dense_attention, sharp_inputs, visibility
+from tests.kernels.test_attend import MASKS, as_mask
+
+needs_library = pytest.mark.skipif(unavailable() is not None, reason=f"cpu_fused: {unavailable()}")
+# One row; fewer and more rows than the 64 held; more keys than a tile of 96; more rows than keys; ragged last steps.
+SHAPES = [(1, 1), (7, 7), (64, 96), (65, 129), (70, 201), (200, 71), (130, 330)]
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Memory that nothing was written to holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def losses(function, inputs, dtype, seen, grads):
+    leaves = [x.to(dtype).detach().requires_grad_() for x in inputs]
+    out, lse = function(*leaves)
+    lse = torch.where(seen.expand(lse.shape), lse, 0)
+    loss = (out * grads[0].to(out.dtype)).sum() + (lse * grads[1].to(lse.dtype)).sum()
+    return out.detach(), lse.detach(), torch.autograd.grad(loss, leaves)
+
+
+@needs_library
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_and_gradients(name, shape):
+    rows, keys = shape
+    fields = MASKS[name](3, rows, keys)
+    visible = visibility(rows, keys, **fields)
+    seen = visible.any(-1)
+    inputs = sharp_inputs(3, 4, 2, rows, keys, 32, 48, dtype=BF16)
+    grads = torch.randn(3, 4, rows, 48, dtype=torch.float64), torch.randn(3, 4, rows, dtype=torch.float64)
+    ref_out, ref_lse, ref = losses(lambda *x: dense_attention(*x, visible), inputs, torch.float64, seen, grads)
+    low_out, low_lse, low = losses(lambda *x: dense_attention(*x, visible), inputs, BF16, seen, grads)
+    mask = as_mask(fields)
+    out, lse, got = losses(lambda *x: attend(*x, mask=mask, kernel="cpu_fused"), inputs, BF16, seen, grads)
+    assert (out[~seen.expand(out.shape[:-1])] == 0).all()
+    assert_close_to_reference(out, low_out, ref_out)
+    assert_close_to_reference(lse, low_lse, ref_lse, 3.0, "lse")
+    for which, g, lo, r in zip(("query", "key", "value"), got, low, ref, strict=True):
+        assert_close_to_reference(g, lo, r, 3.0, f"grad_{which}")
+    assert torch.equal(attend(*inputs, mask=mask, kernel="cpu_fused").lse == -torch.inf, ~seen.expand(lse.shape))
+
+
+@needs_library
+@pytest.mark.parametrize("head_dims", [(16, 16), (64, 64), (80, 64), (128, 128), (192, 128), (256, 256)], ids=str)
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (5, 1)], ids=str)
+def test_head_dims_and_shared_keys(head_dims, heads):
+    inputs = sharp_inputs(2, *heads, 90, 150, *head_dims, dtype=BF16)
+    visible = visibility(90, 150, is_causal=True)
+    seen = visible.any(-1)
+    grads = torch.randn(2, heads[0], 90, head_dims[1]), torch.randn(2, heads[0], 90)
+    *ref, ref_grads = losses(lambda *x: dense_attention(*x, visible), inputs, torch.float64, seen, grads)
+    *low, low_grads = losses(lambda *x: dense_attention(*x, visible), inputs, BF16, seen, grads)
+    *got, got_grads = losses(lambda *x: attend(*x, is_causal=True, kernel="cpu_fused"), inputs, BF16, seen, grads)
+    for g, lo, r in zip([*got, *got_grads], [*low, *low_grads], [*ref, *ref_grads], strict=True):
+        assert_close_to_reference(g, lo, r, 3.0)
+
+
+@needs_library
+@pytest.mark.parametrize("size", [1000.0, -1000.0])
+def test_huge_scores_stay_finite(size):
+    query = torch.full((1, 2, 140, 16), size).to(BF16).requires_grad_()
+    key = torch.randn(1, 1, 230, 16).sign().to(BF16).requires_grad_()
+    value = torch.randn(1, 1, 230, 16).to(BF16).requires_grad_()
+    out, lse = attend(query, key, value, scale=1.0, is_causal=True, kernel="cpu_fused")
+    (out.float().sum() + lse.sum()).backward()
+    for tensor in (out, lse, query.grad, key.grad, value.grad):
+        assert tensor.isfinite().all()
+
+
+@needs_library
+def test_the_shift_moves_when_later_scores_are_far_larger():
+    """The maximum is guessed from the first keys: needles hundreds of powers of two above it must still win."""
+    query, key, value = sharp_inputs(1, 2, 2, 150, 400, 32, dtype=BF16, sharpness=0.5)
+    key[:, :, 161] = 40 * query[:, :, 30].sign()
+    key[:, :, 333] = 80 * query[:, :, 77].sign()
+    visible = torch.ones(1, 1, 150, 400, dtype=torch.bool)
+    ref, ref_lse = dense_attention(query.double(), key.double(), value.double(), visible)
+    low, low_lse = dense_attention(query, key, value, visible)
+    assert ref_lse[0, :, 77].min() - ref_lse[0, :, 5].max() > 60  # past the limit of 2**60
+    out, lse = attend(query, key, value, kernel="cpu_fused")
+    assert_close_to_reference(out, low, ref)
+    assert_close_to_reference(lse, low_lse, ref_lse)
+
+
+@needs_library
+def test_a_nan_reaches_the_rows_that_see_it_and_no_other():
+    query, key, value = sharp_inputs(1, 1, 1, 200, 200, 16, dtype=BF16)
+    query[:, :, 70] = torch.nan
+    out, lse = attend(query, key, value, is_causal=True, kernel="cpu_fused")
+    assert out[0, 0, 70].isnan().all() and lse[0, 0, 70].isnan()
+    others = torch.arange(200) != 70
+    assert out[0, 0, others].isfinite().all() and lse[0, 0, others].isfinite().all()
+
+
+@needs_library
+def test_strided_inputs_and_any_number_of_threads_give_the_same_bits():
+    query, key, value = (torch.randn(2, 170, 3, 32).to(BF16).transpose(1, 2) for _ in range(3))
+    grad = torch.randn(2, 3, 170, 32).to(BF16).mT.contiguous().mT
+
+    def everything(*inputs):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out, lse = attend(*leaves, is_causal=True, kernel="cpu_fused")
+        return [out, lse, *torch.autograd.grad([out, lse], leaves, [grad, torch.ones_like(lse)])]
+
+    expected = everything(*(x.contiguous() for x in (query, key, value)))
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for a, b in zip(everything(query, key, value), expected, strict=True):
+                assert torch.equal(a, b)
+    finally:
+        torch.set_num_threads(before)
+    flipped = query.mT.contiguous().mT  # elements of a row apart
+    assert torch.equal(attend(flipped, key, value, is_causal=True, kernel="cpu_fused").out, expected[0])
+
+
+@needs_library
+@pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (0, 0)], ids=str)
+def test_nothing_to_attend(sizes):
+    rows, keys = sizes
+    shapes = ((2, 4, rows, 16), (2, 2, keys, 16), (2, 2, keys, 32))
+    query, key, value = (torch.randn(shape).to(BF16).requires_grad_() for shape in shapes)
+    out, lse = attend(query, key, value, is_causal=True, kernel="cpu_fused")
+    assert out.shape == (2, 4, rows, 32) and (out == 0).all() and (lse == -torch.inf).all()
+    for grad in torch.autograd.grad(out.sum(), (query, key, value)):
+        assert (grad == 0).all()
+
+
+@needs_library
+def test_one_node_for_the_compiler():
+    query, key, value = (x.requires_grad_() for x in sharp_inputs(2, 4, 2, 100, 130, 32, dtype=BF16))
+    padding = torch.arange(130)[None] >= torch.tensor([[20], [0]])
+    function = lambda q, k, v: attend(q, k, v, mask=Mask(causal=True, key_padding=padding), kernel="cpu_fused")  # noqa: E731
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(query, key, value), function(query, key, value), strict=True):
+        assert torch.equal(a, b) and a.stride() == b.stride()
+    grads = [
+        torch.autograd.grad(f(query, key, value).out.float().sum(), (query, key, value)) for f in (compiled, function)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+REFUSED = {
+    "float32": (dict(), torch.float32, 32, "bfloat16"),
+    "head_dim": (dict(), BF16, 24, "multiples of 16"),
+    "softcap": (dict(softcap=5.0), BF16, 32, "softcap"),
+    "dropout": (dict(dropout=0.5), BF16, 32, "dropout"),
+    "mask tensor": (dict(mask=torch.ones(1, 1, 40, 40, dtype=torch.bool)), BF16, 32, "mask tensor"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_named_it_never_falls_back(case):
+    options, dtype, head_dim, message = REFUSED[case]
+    query, key, value = sharp_inputs(1, 2, 2, 40, 40, head_dim, dtype=dtype)
+    with pytest.raises(NotImplementedError, match=message):
+        attend(query, key, value, kernel="cpu_fused", **options)
+
+
+PROBE = """
+import torch
+from hf_attn_plugins.kernels import attend, fused
+from hf_attn_plugins.kernels.choose import choose
+from hf_attn_plugins.masks import Mask
+query = torch.randn(1, 2, 200, 32).to(torch.bfloat16)
+out = attend(query, query, query, is_causal=True).out
+kernel = choose(query, query, query, Mask(causal=True), None, 0.0)
+print(kernel, "|", fused.unavailable(), "|", bool(out.isfinite().all()))
+"""
+
+
+def probe(**environment):
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    kernel, reason, finite = (part.strip() for part in done.stdout.split("|"))
+    assert finite == "True"
+    return kernel, reason, done.stderr
+
+
+@needs_library
+def test_it_is_compiled_once_and_kept(tmp_path):
+    assert probe(XDG_CACHE_HOME=str(tmp_path))[:2] == ("cpu_fused", "None")
+    (made,) = (tmp_path / "hf_attn_plugins").iterdir()
+    first = made.stat()
+    assert made.suffix == ".so" and stat.S_IMODE(made.parent.stat().st_mode) == 0o700
+    assert probe(XDG_CACHE_HOME=str(tmp_path))[0] == "cpu_fused"
+    assert made.stat().st_mtime_ns == first.st_mtime_ns and len(list(made.parent.iterdir())) == 1
+
+
+@needs_library
+def test_without_a_compiler_or_a_cache_attention_still_works(tmp_path):
+    kernel, reason, said = probe(PATH=str(tmp_path), CC="")
+    assert kernel != "cpu_fused" and "no C compiler" in reason and "off" not in said
+    kernel, reason, _ = probe(HF_ATTN_PLUGINS_COMPILE="0")
+    assert kernel != "cpu_fused" and "HF_ATTN_PLUGINS_COMPILE=0" in reason
+    broken = tmp_path / "broken"
+    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "no such option" >&2; exit 1\n')
+    broken.chmod(0o755)
+    kernel, reason, said = probe(CC=str(broken), XDG_CACHE_HOME=str(tmp_path))
+    assert kernel != "cpu_fused" and "no such option" in reason and "no such option" in said
+    assert not list((tmp_path / "hf_attn_plugins").iterdir())
+    a_file = tmp_path / "file"
+    a_file.touch()
+    assert probe(XDG_CACHE_HOME=str(a_file))[0] == "cpu_fused"  # in a folder of that process
+
+
+def test_a_machine_without_the_instructions_is_told_so(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    loaded, reason = build._state.__wrapped__()
+    assert loaded is None and "AVX512-BF16" in reason

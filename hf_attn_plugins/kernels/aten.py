@@ -96,7 +96,9 @@ def aten(
 def _full(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Partial:
     batch, heads, rows, head_dim = query.shape
     groups = heads // key.shape[1]
-    if groups == 1 or not 0 < rows <= FEW_ROWS:
+    # One float32 row costs less than leaving threads idle at the end, which divide up the heads.
+    idle = rows == 1 and query.dtype == torch.float32 and batch * key.shape[1] % torch.get_num_threads()
+    if groups == 1 or not 0 < rows <= FEW_ROWS or idle:
         return _flash(query, key, value, False, scale)
     # A group's heads share their keys, and without a causal mask heads are as good as rows.
     folded = _flash(query.reshape(batch, key.shape[1], groups * rows, head_dim), key, value, False, scale)

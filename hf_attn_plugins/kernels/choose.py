@@ -20,7 +20,7 @@ KERNELS = ("reference", "aten", "cpu_tiled", "cpu_fused", "triton")
 # Measured with `hf-attn bench tiled` (eval/results/tiled.md): below these sizes the tiles' bookkeeping costs more
 # than bf16 products save. Heads that share keys are rows of one product, so they count as rows.
 MIN_TILED_ROWS, MIN_TILED_KEYS = 128, 1024
-MIN_FUSED_ROWS, MIN_FUSED_KEYS = 32, 96
+MIN_FUSED_KEYS, MIN_DECODE_KEYS = 96, 256
 MIN_TILED_FULL = 512  # rows and keys of a call without a causal mask, no half of whose tiles is wasted
 
 
@@ -76,8 +76,8 @@ def cpu_fuses() -> bool:
 
 def worth_fusing(query: Tensor, key: Tensor) -> bool:
     """Whether a call is long enough for `cpu_fused`, and of its kind."""
-    long_enough = query.shape[2] >= MIN_FUSED_ROWS and key.shape[2] >= MIN_FUSED_KEYS
-    return long_enough and query.dtype == torch.bfloat16 and query.device.type == "cpu" and cpu_fuses()
+    enough = MIN_FUSED_KEYS if query.shape[2] >= fused.FEW_ROWS else MIN_DECODE_KEYS
+    return key.shape[2] >= enough and query.dtype == torch.bfloat16 and query.device.type == "cpu" and cpu_fuses()
 
 
 def choose(query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float) -> str:

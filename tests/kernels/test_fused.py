@@ -17,8 +17,9 @@ from hf_attn_plugins.testing import assert_close_to_reference, dense_attention, 
 from tests.kernels.test_attend import MASKS, as_mask
 
 needs_library = pytest.mark.skipif(unavailable() is not None, reason=f"cpu_fused: {unavailable()}")
-# One row; fewer and more rows than the 64 held; more keys than a tile of 96; more rows than keys; ragged last steps.
-SHAPES = [(1, 1), (7, 7), (64, 96), (65, 129), (70, 201), (200, 71), (130, 330)]
+# Few rows, which hold keys instead of queries, in chunks of 512; fewer and more rows than the 64 held; more keys than a
+# tile of 96; more rows than keys; ragged last steps.
+SHAPES = [(1, 1), (1, 1030), (7, 7), (20, 530), (31, 12), (64, 96), (65, 129), (70, 201), (200, 71), (130, 330)]
 BF16 = torch.bfloat16
 
 
@@ -63,11 +64,12 @@ def test_forward_and_gradients(name, shape):
 @needs_library
 @pytest.mark.parametrize("head_dims", [(16, 16), (64, 64), (80, 64), (128, 128), (192, 128), (256, 256)], ids=str)
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (5, 1)], ids=str)
-def test_head_dims_and_shared_keys(head_dims, heads):
-    inputs = sharp_inputs(2, *heads, 90, 150, *head_dims, dtype=BF16)
-    visible = visibility(90, 150, is_causal=True)
+@pytest.mark.parametrize("rows", [3, 90])
+def test_head_dims_and_shared_keys(head_dims, heads, rows):
+    inputs = sharp_inputs(2, *heads, rows, 150, *head_dims, dtype=BF16)
+    visible = visibility(rows, 150, is_causal=True)
     seen = visible.any(-1)
-    grads = torch.randn(2, heads[0], 90, head_dims[1]), torch.randn(2, heads[0], 90)
+    grads = torch.randn(2, heads[0], rows, head_dims[1]), torch.randn(2, heads[0], rows)
     *ref, ref_grads = losses(lambda *x: dense_attention(*x, visible), inputs, torch.float64, seen, grads)
     *low, low_grads = losses(lambda *x: dense_attention(*x, visible), inputs, BF16, seen, grads)
     *got, got_grads = losses(lambda *x: attend(*x, is_causal=True, kernel="cpu_fused"), inputs, BF16, seen, grads)
@@ -77,14 +79,23 @@ def test_head_dims_and_shared_keys(head_dims, heads):
 
 @needs_library
 @pytest.mark.parametrize("size", [1000.0, -1000.0])
-def test_huge_scores_stay_finite(size):
-    query = torch.full((1, 2, 140, 16), size).to(BF16).requires_grad_()
+@pytest.mark.parametrize("rows", [2, 140])
+def test_huge_scores_stay_finite(size, rows):
+    query = torch.full((1, 2, rows, 16), size).to(BF16).requires_grad_()
     key = torch.randn(1, 1, 230, 16).sign().to(BF16).requires_grad_()
     value = torch.randn(1, 1, 230, 16).to(BF16).requires_grad_()
     out, lse = attend(query, key, value, scale=1.0, is_causal=True, kernel="cpu_fused")
     (out.float().sum() + lse.sum()).backward()
     for tensor in (out, lse, query.grad, key.grad, value.grad):
         assert tensor.isfinite().all()
+
+
+@needs_library
+def test_many_heads_on_the_same_keys_are_not_too_many_rows():
+    query, key, value = sharp_inputs(1, 40, 1, 30, 700, 16, dtype=BF16)  # 1200 rows a key head
+    visible = visibility(30, 700, is_causal=True)
+    ref, low = (dense_attention(*(x.to(d) for x in (query, key, value)), visible)[0] for d in (torch.float64, BF16))
+    assert_close_to_reference(attend(query, key, value, is_causal=True, kernel="cpu_fused").out, low, ref)
 
 
 @needs_library

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from hf_attn_plugins.kernels.fused.build import unavailable
-from hf_attn_plugins.kernels.fused.call import backward, forward, unsupported
+from hf_attn_plugins.kernels.fused.call import FEW_ROWS, backward, forward, unsupported
 from hf_attn_plugins.masks import Mask
 from hf_attn_plugins.partial import Partial
 
-__all__ = ["cpu_fused", "unavailable", "unsupported"]
+__all__ = ["FEW_ROWS", "cpu_fused", "unavailable", "unsupported"]
 
 
 def cpu_fused(

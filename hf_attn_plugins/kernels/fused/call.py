@@ -13,6 +13,8 @@ from hf_attn_plugins.kernels.labels import key_bounds, make_labels, row_bounds
 from hf_attn_plugins.masks import Mask
 
 LANES, STEP, TILE, MAX_DIM = 64, 6, 96, 256  # as in tile.h
+CHUNK, MAX_ROWS = 512, 256  # as in decode.c
+FEW_ROWS = 32  # below, keys are held and split between threads: half of the lanes would be empty otherwise
 FAR = 2**40  # a window without a bound
 
 
@@ -34,6 +36,7 @@ class _Call(ctypes.Structure):
         *((name, c_void_p) for name in ("row_bounds", "key_bounds")),
         *((name, c_int64) for name in ("row_bounds_batch", "key_bounds_batch")),
         ("pairs", c_void_p),
+        ("partials", c_void_p),
         ("scale", c_float),
         ("threads", c_int32),
     ]
@@ -62,10 +65,19 @@ def forward(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float)
     if not out.numel():
         return out, lse
     query, key, value = (_rows(x) for x in (query, key, value))
-    pairs = query.new_empty(key.shape[:2].numel() * _padded(key.shape[2]) * value.shape[-1])
-    call, _kept = _call(query, key, value, mask, scale, out=out)
-    call.lse, call.pairs = lse.data_ptr(), pairs.data_ptr()
-    library().hap_forward(ctypes.byref(call))
+    rows = query.shape[2] * (query.shape[1] // key.shape[1])
+    few = query.shape[2] < FEW_ROWS and rows <= MAX_ROWS
+    call, _kept = _call(query, key, value, mask, scale, out=out, keys_too=few)
+    call.lse = lse.data_ptr()
+    if few:
+        chunks = -(-key.shape[2] // CHUNK)
+        partials = lse.new_empty(key.shape[:2].numel() * chunks * rows * (value.shape[-1] + 2))
+        call.partials = partials.data_ptr()
+        library().hap_decode(ctypes.byref(call))
+    else:
+        pairs = query.new_empty(key.shape[:2].numel() * _padded(key.shape[2]) * value.shape[-1])
+        call.pairs = pairs.data_ptr()
+        library().hap_forward(ctypes.byref(call))
     return out, lse
 
 

@@ -11,10 +11,16 @@ typedef struct {
     __m512i low[VECTORS], high[VECTORS], label[VECTORS]; /* first and last walked row of every lane, and its label */
 } Sight;
 
+/* Numbers of the 16 held rows of a vector; lanes past the end repeat the last row. */
+static inline __m512i held_index(int64_t first, int v, int64_t held_count) {
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i index = _mm512_add_epi32(lane, _mm512_set1_epi32((int32_t)first + 16 * v));
+    return _mm512_min_epi32(index, _mm512_set1_epi32((int32_t)held_count - 1));
+}
+
 /* The part of it that labels decide: bounds of the block, labels of its lanes. */
 static void set_labels(Sight *sight, const int32_t *bounds, const int32_t *held, const int32_t *walked, int64_t first,
                        int64_t held_count) {
-    int32_t label[LANES];
     const int32_t *bound = bounds + first / LANES * 4;
     sight->has_labels = 1;
     sight->labels = walked;
@@ -22,32 +28,39 @@ static void set_labels(Sight *sight, const int32_t *bounds, const int32_t *held,
     sight->end = smaller(sight->end, bound[1]);
     sight->whole_begin = bound[2];
     sight->whole_end = bound[3];
-    for (int i = 0; i < LANES; i++) label[i] = held ? held[smaller(first + i, held_count - 1)] : 0;
-    for (int v = 0; v < VECTORS; v++) sight->label[v] = _mm512_loadu_si512(label + 16 * v);
+    for (int v = 0; v < VECTORS; v++)
+        sight->label[v] = held ? _mm512_i32gather_epi32(held_index(first, v, held_count), held, 4)
+                               : _mm512_setzero_si512();
+}
+
+/* index + shift as far as it lies in low .. high. */
+static inline __m512i moved(__m512i index, int64_t shift, int64_t low, int64_t high) {
+    const int64_t far = 1 << 30;
+    const __m512i sum = _mm512_add_epi32(index, _mm512_set1_epi32((int32_t)larger(smaller(shift, far), -far)));
+    return _mm512_max_epi32(_mm512_min_epi32(sum, _mm512_set1_epi32((int32_t)high)), _mm512_set1_epi32((int32_t)low));
 }
 
 /* What LANES rows from `first` on see of `count` walked ones: row i those of i + shift - back .. i + shift + ahead. */
-static Sight sight_of(int64_t first, int64_t held_count, int64_t count, int64_t shift, int64_t back, int64_t ahead,
-                      int64_t held_prefix, int64_t walked_prefix) {
-    Sight sight = {.begin = count, .inner_end = count, .prefix = smaller(walked_prefix, count), .whole_end = INT32_MAX};
-    int32_t low[LANES], high[LANES];
-    for (int i = 0; i < LANES; i++) {
-        const int64_t row = smaller(first + i, held_count - 1), all = row < held_prefix;
-        low[i] = all ? 0 : (int32_t)smaller(larger(row + shift - back, 0), count);
-        high[i] = all ? (int32_t)count - 1 : (int32_t)larger(smaller(row + shift + ahead, count - 1), -1);
-        sight.begin = smaller(sight.begin, low[i]);
-        sight.end = larger(sight.end, high[i] + 1);
-        sight.inner_begin = larger(sight.inner_begin, low[i]);
-        sight.inner_end = smaller(sight.inner_end, high[i] + 1);
-    }
-    if (sight.prefix) {
-        sight.begin = 0;
-        sight.end = larger(sight.end, sight.prefix);
-    }
+static inline Sight sight_of(int64_t first, int64_t held_count, int64_t count, int64_t shift, int64_t back,
+                             int64_t ahead, int64_t held_prefix, int64_t walked_prefix) {
+    Sight sight = {.prefix = smaller(walked_prefix, count), .whole_end = INT32_MAX};
+    __m512i least_low = _mm512_set1_epi32(INT32_MAX), most_high = _mm512_set1_epi32(-1);
+    __m512i most_low = _mm512_setzero_si512(), least_high = _mm512_set1_epi32(INT32_MAX);
     for (int v = 0; v < VECTORS; v++) {
-        sight.low[v] = _mm512_loadu_si512(low + 16 * v);
-        sight.high[v] = _mm512_loadu_si512(high + 16 * v);
+        const __m512i index = held_index(first, v, held_count);
+        const __mmask16 all = _mm512_cmplt_epi32_mask(index, _mm512_set1_epi32((int32_t)held_prefix));
+        sight.low[v] = _mm512_maskz_mov_epi32(~all, moved(index, shift - back, 0, count));
+        sight.high[v] = _mm512_mask_mov_epi32(moved(index, shift + ahead, -1, count - 1), all,
+                                              _mm512_set1_epi32((int32_t)count - 1));
+        least_low = _mm512_min_epi32(least_low, sight.low[v]);
+        most_low = _mm512_max_epi32(most_low, sight.low[v]);
+        least_high = _mm512_min_epi32(least_high, sight.high[v]);
+        most_high = _mm512_max_epi32(most_high, sight.high[v]);
     }
+    sight.begin = sight.prefix ? 0 : _mm512_reduce_min_epi32(least_low);
+    sight.end = larger(_mm512_reduce_max_epi32(most_high) + 1, sight.prefix);
+    sight.inner_begin = _mm512_reduce_max_epi32(most_low);
+    sight.inner_end = _mm512_reduce_min_epi32(least_high) + 1;
     return sight;
 }
 

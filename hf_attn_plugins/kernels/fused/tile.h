@@ -47,6 +47,7 @@ typedef struct {
     const int32_t *row_bounds, *key_bounds; /* see kernels/labels.py, for LANES rows or keys; NULL without labels */
     int64_t row_bounds_batch, key_bounds_batch;
     int32_t *pairs;  /* scratch for `pair_rows`: see forward.c and backward.c */
+    float *partials; /* scratch of decode.c */
     float scale;
     int32_t threads;
 } Call;

@@ -157,6 +157,8 @@ def _refuse(name: str, kwargs: Mapping[str, Any]) -> None:
     for key, value in kwargs.items():
         if value is None or key in HARMLESS:
             continue
+        if key == "cache" and hasattr(value, "get_seq_length"):
+            continue  # a model's own cache, passed along: its keys and values are here already
         if key in REFUSED:
             raise NotImplementedError(
                 f'{name} does not support `{key}` ({REFUSED[key]}): load this model with attn_implementation="sdpa".'

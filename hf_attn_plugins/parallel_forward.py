@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from hf_attn_plugins.cache_name import NAMES, cache_keyword, set_returned_cache
 from hf_attn_plugins.parallel.agree import agree, digest, same_random_state
 from hf_attn_plugins.parallel.group import Group
 from hf_attn_plugins.parallel.method import Layout, Method, Step
@@ -22,7 +23,7 @@ from hf_attn_plugins.parallel_training import ShardedLoss
 from hf_attn_plugins.star.model import decoder, follows_length, frozen_rope
 
 HARMLESS = {"return_dict", "cache_position", "logits_to_keep", "labels", "num_items_in_batch", "output_attentions"}
-OWN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache"}
+OWN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", *NAMES, "use_cache"}
 
 
 class Forward:
@@ -39,7 +40,7 @@ class Forward:
     def __init__(self, model: nn.Module, group: Group, method: Method) -> None:
         self.model, self.group, self.method = model, group, method
         self.decoder = decoder(model)
-        self.signature = inspect.signature(self.decoder.forward)
+        self.signature, self.cache_keyword = inspect.signature(self.decoder.forward), cache_keyword(self.decoder)
         self.step: Step | None = None
         self.cache: ShardedCache | None = None
         self.prefill_tokens = self.merged_rows = 0
@@ -111,7 +112,7 @@ class Forward:
             raise ValueError("the model was called without input_ids and inputs_embeds: pass one of them.")
         self._count = inputs.shape[1]
         self._use_cache = given.pop("use_cache", None) is not False
-        cache = self.cache = self._cache_of(given.pop("past_key_values", None))
+        cache = self.cache = self._cache_of(given.pop(self.cache_keyword, None))
         first, mask, positions = cache.length, given.pop("attention_mask", None), given.pop("position_ids", None)
         real = self._real(mask, inputs, first)
         if positions is None:
@@ -148,7 +149,7 @@ class Forward:
             "position_ids": positions,
             # Without a cache and a mask Transformers would look for packed texts in the positions of padding.
             "attention_mask": torch.ones_like(self.step.columns) if self._trains else None,
-            "past_key_values": None if self._trains else cache,
+            self.cache_keyword: None if self._trains else cache,
             "use_cache": not self._trains,
         }
 
@@ -158,7 +159,7 @@ class Forward:
         if layout is not None and not self._trains:
             output.last_hidden_state = self._together(output.last_hidden_state, layout)
         self.cache.finish(self._count)
-        output.past_key_values = self.cache if self._use_cache and not self._trains else None
+        set_returned_cache(output, self.cache if self._use_cache and not self._trains else None)
         return output
 
     def _close(self, *_: Any) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from hf_attn_plugins import PLUGINS
 from hf_attn_plugins.cli import COMMANDS, main
+from hf_attn_plugins.kernels import fused
 from tests.families import build
 
 
@@ -129,7 +130,7 @@ def test_bench_writes_its_table(capsys, tmp_path):
     )
     assert status == 0 and "written to" in out
     table = json.loads((tmp_path / "tiled.json").read_text())
-    assert table["hardware"]["torch"] and {row["kernel"] for row in table["rows"]} <= {"aten", "cpu_tiled"}
+    assert table["hardware"]["torch"] and {row["kernel"] for row in table["rows"]} <= {"aten", "cpu_tiled", "cpu_fused"}
     assert all(row["forward ratio"] > 0 for row in table["rows"])
     assert "| dtype |" in (tmp_path / "tiled.md").read_text()
 
@@ -137,7 +138,9 @@ def test_bench_writes_its_table(capsys, tmp_path):
 def test_bench_memory_writes_its_table(capsys, tmp_path):
     status, out, _ = run(capsys, "bench", "memory", "--lengths", 256, 512, "--rows", 64, "--out", tmp_path)
     assert status == 0 and "written to" in out
-    assert [row["keys"] for row in json.loads((tmp_path / "memory.json").read_text())["rows"]] == [256, 256, 512, 512]
+    rows = json.loads((tmp_path / "memory.json").read_text())["rows"]
+    kernels = ["cpu_tiled", "aten"] if fused.unavailable() else ["cpu_fused", "cpu_tiled", "aten"]
+    assert [(row["keys"], row["kernel"]) for row in rows] == [(n, kernel) for n in (256, 512) for kernel in kernels]
 
 
 BAD = {

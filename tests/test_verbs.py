@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
+import sys
 
 import pytest
 import torch
@@ -124,6 +126,8 @@ def never_asking():
 @pytest.mark.parametrize("name", ["bloom", "codegen", "mpt", "xglm"])
 def test_families_that_never_ask_the_registry_are_refused(name):
     model = never_asking()[name]
+    if "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(sys.modules[type(model).__module__]):
+        pytest.skip(f"{name} asks the registry in this version of Transformers")
     report = hap.check(model, "tiled_attention")
     assert not report.ok
     with pytest.raises(ValueError, match="cannot be used with"), hap.use(model, "tiled_attention"):
@@ -147,7 +151,7 @@ def call(model, **extra):
     [
         {"indices": torch.zeros(1, 5, 2, dtype=torch.long)},
         {"block_indices": torch.zeros(1, 5, 2, dtype=torch.long)},
-        {"cache": object()},
+        {"cache": object()},  # no cache of a model's own: a paged one
         {"sinks": torch.zeros(1, 4, 1, 1)},
         {"alibi_slopes": torch.zeros(4)},
     ],
@@ -159,7 +163,14 @@ def test_semantics_it_cannot_honour_are_refused_by_name(extra):
 
 
 def test_harmless_keywords_pass():
-    out, weights = call(build("llama"), position_ids=torch.arange(5), use_cache=True, indices=None, unknown_flag=True)
+    out, weights = call(
+        build("llama"),
+        position_ids=torch.arange(5),
+        use_cache=True,
+        indices=None,
+        unknown_flag=True,
+        cache=hf.DynamicCache(),
+    )
     assert out.shape == (1, 5, 4, 8) and out.is_contiguous() and weights is None
 
 

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_attn_plugins.commands.timing import write_table
-from hf_attn_plugins.kernels import attend
+from hf_attn_plugins.kernels import attend, fused
 from hf_attn_plugins.memory import PeakMemory
 
+KERNELS = ("cpu_fused", "cpu_tiled", "aten")
 HEADS, HEAD_DIM, MIB = 8, 64, 2**20
 
 
@@ -31,7 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("lengths and rows must be at least 1.")
     rows = []
     for length in arguments.lengths:
-        for kernel in ("cpu_tiled", "aten"):
+        for kernel in KERNELS if fused.unavailable() is None else KERNELS[1:]:
             row: dict[str, Any] = {"keys": length, "rows": arguments.rows, "kernel": kernel}
             row["scores alone, MiB"] = HEADS * arguments.rows * length * 2 / MIB
             row["forward, MiB"] = _peak(
@@ -45,8 +46,9 @@ def run(arguments: argparse.Namespace) -> None:
             print("  ".join(f"{k} {v:.1f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
     notes = (
         f"bfloat16, {HEADS} heads, head_dim {HEAD_DIM}, full attention; peak above the inputs. `scores alone` is what "
-        "the score matrix would take in bfloat16. The tiles hold one tile of scores, copies of keys and values and, "
-        "with backward, float32 gradients of keys and values: all of it linear in the keys."
+        "the score matrix would take in bfloat16. cpu_fused holds a copy of the values and, with backward, of queries, "
+        "keys and gradients in turn. cpu_tiled holds one tile of scores, copies of keys and values and, with backward, "
+        "float32 gradients of keys and values. All of it is linear in the keys."
     )
     print("written to", write_table(arguments.out, "memory", "Peak memory of one attention call", rows, notes))
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import hf_attn_plugins as hap
 from hf_attn_plugins import kernels
+from hf_attn_plugins.cache_name import cache_keyword, returned_cache
 from hf_attn_plugins.cqs import workers
 from hf_attn_plugins.kernels import bound
 from hf_attn_plugins.masks import Mask
@@ -42,7 +43,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         cp.traffic().reset()
         pairs = Pairs()
         with PeakMemory(cp.group.device) as memory, pairs.counted():
-            cache = model(tokens, logits_to_keep=1).past_key_values
+            cache = returned_cache(model(tokens, logits_to_keep=1))
         traffic = cp.traffic().as_dict()
         report: dict[str, Any] = {
             "rank": cp.rank,
@@ -54,7 +55,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
             "peak": memory.bytes,
         }
         cp.traffic().reset()
-        model(tokens[:, :1], past_key_values=cache, logits_to_keep=1)
+        model(tokens[:, :1], logits_to_keep=1, **{cache_keyword(model): cache})
         report["decode"] = cp.traffic()["merge"].received
     return report
 

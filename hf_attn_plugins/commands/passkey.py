@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_attn_plugins.cache_name import cache_keyword, returned_cache
+
 NEEDLE = " The secret magic number for {city} is {number}."
 TASK = "Somewhere in the text below a secret magic number is hidden. Read the text and remember the number.\n\n"
 QUESTION = "\n\nWhat is the secret magic number for {city}?"
@@ -79,7 +81,7 @@ def score(model: Any, task: Passkey) -> Score:
     device = model.device
     answer = task.answer.to(device)
     filled = model(task.prompt[None].to(device), use_cache=True, logits_to_keep=1)
-    rest = model(answer[None, :-1], past_key_values=filled.past_key_values, use_cache=True)
+    rest = model(answer[None, :-1], use_cache=True, **{cache_keyword(model): returned_cache(filled)})
     logits = torch.cat([filled.logits[0], rest.logits[0]]).float()
     picked = logits.log_softmax(-1).gather(1, answer[:, None])
     return Score(-picked.mean().item(), bool((logits.argmax(-1) == answer).all()))

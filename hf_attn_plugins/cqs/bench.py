@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -26,12 +27,13 @@ from hf_attn_plugins.masks import Mask
 from hf_attn_plugins.memory import PeakMemory
 
 HEADS, KV_HEADS, HEAD_DIM = 2, 1, 64
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NAME, TITLE = "cqs", "CQS attention: one worker against the whole"
 NOTES = f"""\
-{HEADS}:{KV_HEADS} heads, head_dim {HEAD_DIM}, float32; every number is measured unless it is called computed.
+{HEADS}:{KV_HEADS} heads, head_dim {HEAD_DIM}; every number is measured unless it is called computed.
 `L / N` is the longest worker's share of the tokens. Memory is the peak of one process above its start, in MiB, inputs
 and results included, for the worker with the most work and for the whole sequence: `scores` with textbook attention,
-which holds float32 scores (a worker those of one range of rows at a time), `linear` with `kernels.attend`.
+which holds all scores (a worker those of one range of rows at a time), `linear` with `kernels.attend`.
 `longest / whole` is the slowest worker's seconds over those of `attend` on everything, `all + tiler / whole` the
 seconds of all workers one after another and of the merge: what the division costs on a single device (medians of
 ratios, the whole timed again beside every number of workers). `cells` counts (query, key) pairs handed to the kernel
@@ -51,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 4, 7, 8, 13, 31])
     parser.add_argument("--masks", nargs="+", choices=["full", "causal"], default=["full", "causal"])
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--scores-up-to", type=int, default=32768, help="longest case measured with a score matrix, too"
@@ -69,29 +72,26 @@ def run(arguments: argparse.Namespace) -> None:
     if min([*arguments.lengths, *arguments.workers, arguments.repeats]) < 1:
         raise ValueError("lengths, workers and repeats must be at least 1.")
     rows = _kept(arguments.out)
-    for length in arguments.lengths:
-        for mask in arguments.masks:
-            for row in measure(length, arguments.workers, mask == "causal", arguments.repeats, arguments.scores_up_to):
-                print(
-                    "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()),
-                    flush=True,
-                )
-                rows[(row["tokens"], row["mask"], row["workers"])] = row
-                # After every row: a run that is cut short keeps what it has measured.
-                ordered = [
-                    rows[case] for case in sorted(rows, key=lambda case: (case[0], case[1] == "causal", case[2]))
-                ]
-                path = write_table(arguments.out, NAME, TITLE, ordered, NOTES)
+    for dtype, length, mask in itertools.product(arguments.dtypes, arguments.lengths, arguments.masks):
+        causal = mask == "causal"
+        for row in measure(length, arguments.workers, causal, arguments.repeats, arguments.scores_up_to, dtype):
+            print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+            rows[_case(row)] = row
+            # After every row: a run that is cut short keeps what it has measured.
+            path = write_table(arguments.out, NAME, TITLE, [rows[case] for case in sorted(rows)], NOTES)
     print("written to", path)
 
 
 @torch.no_grad()
 def measure(
-    tokens: int, worker_counts: list[int], is_causal: bool, repeats: int, scores_up_to: int
+    tokens: int, worker_counts: list[int], is_causal: bool, repeats: int, scores_up_to: int, dtype: str = "float32"
 ) -> Iterator[dict[str, Any]]:
     """One row per number of workers."""
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(1, heads, tokens, HEAD_DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    inputs = [
+        torch.randn(1, heads, tokens, HEAD_DIM, generator=generator).to(DTYPES[dtype])
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    ]
     leaves = {count: list(plan(tokens, count).leaves()) for count in worker_counts}
     attend(*inputs, is_causal=is_causal)  # warms up
     measured = tokens <= scores_up_to
@@ -106,6 +106,7 @@ def measure(
         handed = sum(_size(p.rows) * sum(map(_size, p.keys)) for leaf in shares for p in leaf.pieces(is_causal))
         longest, together = _times(inputs, shares, is_causal, repeats)
         yield {
+            "dtype": dtype,
             "tokens": tokens,
             "mask": "causal" if is_causal else "full",
             "workers": count,
@@ -196,7 +197,12 @@ def _size(span: tuple[int, int]) -> int:
     return span[1] - span[0]
 
 
-def _kept(folder: Path) -> dict[tuple[int, str, int], dict[str, Any]]:
+def _case(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What names a row, in the order of the table: float32 before bfloat16, full before causal."""
+    return row["dtype"] != "float32", row["tokens"], row["mask"] == "causal", row["workers"]
+
+
+def _kept(folder: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
     """Rows measured before on the same hardware with the same versions, so that a table can be made in several runs."""
     path = folder / f"{NAME}.json"
     if not path.is_file():
@@ -204,4 +210,4 @@ def _kept(folder: Path) -> dict[tuple[int, str, int], dict[str, Any]]:
     record = json.loads(path.read_text(encoding="utf-8"))
     if record["hardware"] != describe():
         return {}
-    return {(row["tokens"], row["mask"], row["workers"]): row for row in record["rows"]}
+    return {_case(row): row for row in record["rows"]}

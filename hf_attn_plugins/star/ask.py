@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_attn_plugins.cache_name import NAMES, cache_keyword
 from hf_attn_plugins.star.cache import as_ids, branch, record_of
 from hf_attn_plugins.star.model import dense, fingerprint, frozen_rope, windows
 
@@ -42,7 +43,7 @@ def ask(
         raise ValueError(
             f"this cache holds {len(record.context_ids)} contexts: ask() takes one; call generate() yourself."
         )
-    taken = {"input_ids", "inputs", "attention_mask", "past_key_values", "return_dict_in_generate"} & set(generate)
+    taken = {"input_ids", "inputs", "attention_mask", *NAMES, "return_dict_in_generate"} & set(generate)
     if taken:
         raise ValueError(
             f"ask() sets {', '.join(sorted(taken))} itself: call model.generate over star.branch(cache) instead."
@@ -89,6 +90,6 @@ def _generate(model: nn.Module, cache: Any, questions: list[Tensor], options: di
     mask = torch.cat([torch.ones_like(context), real], 1).to(device)
     with dense(model), frozen_rope(model, record.max_length):
         output = model.generate(  # type: ignore[operator]
-            input_ids=input_ids, attention_mask=mask, past_key_values=branch(cache, len(questions)), **options
+            input_ids=input_ids, attention_mask=mask, **{cache_keyword(model): branch(cache, len(questions))}, **options
         )
     return output[:, input_ids.shape[1] :].cpu()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_attn_plugins.cache_name import cache_keyword
 from hf_attn_plugins.star.cache import Layers, Record, as_ids, cache_of, layers_of, record_of
 from hf_attn_plugins.star.model import (
     block_masks,
@@ -55,7 +56,8 @@ def encode(
 
     Returns:
         A `StarCache`, a `DynamicCache` of exactly L tokens, for `ask`, `append`, `branch` and `save`, and for
-        `model.generate(input_ids=context and question, past_key_values=cache)`.
+        `model.generate(input_ids=context and question, past_key_values=cache)`
+        (`cache=cache` from Transformers 5.24 on).
 
     Raises:
         NotImplementedError: the model's context is not made of causal keys and values (`model.check_model`).
@@ -174,8 +176,8 @@ class _Encoder:
             input_ids=ids,
             position_ids=own,
             attention_mask=block_masks(self.whole_model, torch.tensor(past, device=self.device), own),
-            past_key_values=cache,
             use_cache=True,
+            **{cache_keyword(self.model): cache},
         )
         parts = []
         for index, layer in enumerate(cache.layers):

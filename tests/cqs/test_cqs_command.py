@@ -194,5 +194,11 @@ def test_bench_measures_every_case_and_keeps_earlier_ones(tmp_path: Path) -> Non
     rows = measured("--lengths", "200", "--workers", "8", "--masks", "full")
     assert [(row["tokens"], row["workers"]) for row in rows] == [(200, 8), (256, 1), (256, 7)]
     assert rows[0]["cells"] == 1.0 and rows[0]["dense cells"] == 2.0 and rows[0]["balance"] == pytest.approx(1.125)
+    rows = measured("--lengths", "200", "--workers", "8", "--masks", "full", "--dtypes", "bfloat16")
+    assert [(row["dtype"], row["tokens"]) for row in rows] == [
+        ("float32", 200),
+        *[("float32", 256)] * 2,
+        ("bfloat16", 200),
+    ]
     with pytest.raises(ValueError, match="at least 1"):
         measured("--workers", "0")

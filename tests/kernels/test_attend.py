@@ -74,6 +74,10 @@ def small_tiles(monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_forward(name, shape, dtype):
+    check_forward(name, shape, dtype)
+
+
+def check_forward(name, shape, dtype, factor=2.0):
     rows, keys = shape
     fields = MASKS[name](3, rows, keys)
     mask = as_mask(fields)
@@ -87,7 +91,7 @@ def test_forward(name, shape, dtype):
         seen = ref_lse > -torch.inf
         assert ((lse > -torch.inf) == seen).all(), f"{kernel}: empty rows differ"
         assert (out[~seen] == 0).all(), f"{kernel}: rows without keys must be 0"
-        assert_close_to_reference(out, low_out, ref_out, name=f"{kernel} out")
+        assert_close_to_reference(out, low_out, ref_out, factor, f"{kernel} out")
         # 3: a handful of rows leaves the plain computation's worst error to luck
         assert_close_to_reference(lse[seen], low_lse[seen], ref_lse[seen], 3.0, name=f"{kernel} lse")
 
@@ -269,4 +273,6 @@ def test_a_named_kernel_never_falls_back():
 @pytest.mark.parametrize("name", MASKS)
 def test_grid(name, rows, keys):
     for dtype in (torch.float32, torch.bfloat16):
-        test_forward(name, (rows, keys), dtype)
+        # Of shapes with few rows some pass twice the worst error of the plain computation by luck: summed in another
+        # order, that computation does so itself in one draw of twenty (and never four times).
+        check_forward(name, (rows, keys), dtype, factor=4.0)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from hf_attn_plugins.kernels import attend
-from hf_attn_plugins.kernels.fused import build, unavailable
+from hf_attn_plugins.kernels.fused import build, call, unavailable
 from hf_attn_plugins.masks import Mask
 from hf_attn_plugins.testing import assert_close_to_reference, dense_attention, sharp_inputs, visibility
 from tests.kernels.test_attend import MASKS, as_mask
@@ -170,6 +172,15 @@ def test_one_node_for_the_compiler():
         torch.autograd.grad(f(query, key, value).out.float().sum(), (query, key, value)) for f in (compiled, function)
     ]
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_sizes_in_python_are_those_in_c():
+    defined = {}
+    for source in Path(call.__file__).parent.glob("*.[ch]"):
+        defined |= dict(re.findall(r"^#define (\w+) +(\d+)", source.read_text(), re.MULTILINE))
+    names = ("STEP", "TILE", "MAX_DIM", "CHUNK", "MAX_ROWS")
+    assert {name: str(getattr(call, name)) for name in names} == {name: defined[name] for name in names}
+    assert 16 * int(defined["VECTORS"]) == call.LANES
 
 
 REFUSED = {

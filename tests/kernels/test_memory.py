@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from hf_attn_plugins.kernels import fused
+
 CODE = """
 import json, sys, torch
 from hf_attn_plugins.kernels import attend
@@ -26,8 +28,13 @@ print(json.dumps(peaks))
 """
 
 
-@pytest.mark.parametrize("kernel,dtype", [("cpu_tiled", "bfloat16"), ("cpu_tiled", "float32"), ("aten", "float32")])
+CASES = [("cpu_fused", "bfloat16"), ("cpu_tiled", "bfloat16"), ("cpu_tiled", "float32"), ("aten", "float32")]
+
+
+@pytest.mark.parametrize("kernel,dtype", CASES)
 def test_growth(kernel, dtype):
+    if kernel == "cpu_fused" and fused.unavailable() is not None:
+        pytest.skip(f"cpu_fused: {fused.unavailable()}")
     if not sys.platform.startswith("linux"):
         pytest.skip("peak memory is read from Linux's /proc")
     done = subprocess.run([sys.executable, "-c", CODE, kernel, dtype], capture_output=True, text=True)

@@ -2,8 +2,9 @@
  *
  * With P = exp(scale * query key^T - lse), dP = grad_out value^T and dS = P (dP - delta): grad_query = scale dS key is
  * summed by threads that hold queries and walk over keys, grad_value = P^T grad_out and grad_key = scale dS^T query by
- * threads that hold keys and walk over the queries of all heads that share them. P and dP are computed in both passes: two
- * products more than one pass would take, for sums that no thread waits for and that come out the same every time. */
+ * threads that hold keys and walk over the queries of all heads that share them. P and dP are computed in both passes:
+ * two products more than one pass would take, for sums that no thread waits for and that come out the same every time.
+ */
 #include "sight.h"
 
 #define NOWHERE 1e30f /* stands for the lse of a row without keys: its weights are 0 */
@@ -39,7 +40,8 @@ static inline __attribute__((always_inline)) void weigh(Block *block, int keys_h
                 for (int i = 0; i < 2; i++) {
                     const __m512 shift = keys_held ? lse[i] : _mm512_load_ps(block->lse + 16 * v);
                     pair[i] = exp2_of(_mm512_fmsub_ps(scores[j + i][v], scale, shift));
-                    if (!inner) pair[i] = _mm512_maskz_mov_ps(seen(&block->sight, v, row + j + i), pair[i]);
+                    if (!inner)
+                        pair[i] = _mm512_maskz_mov_ps(seen(&block->sight, v, row + j + i), pair[i]);
                 }
                 _mm512_store_si512(weights + j / 2 * LANES + 16 * v, paired(pair[0], pair[1]));
             }
@@ -75,10 +77,11 @@ static inline __attribute__((always_inline)) void grade(Block *block, int keys_h
     }
 }
 
-static void store(const float *sums, float scale, Tensor to, int64_t b, int64_t h, int64_t first,
-                  int64_t count, int64_t dim) {
+static void store(const float *sums, float scale, Tensor to, int64_t b, int64_t h, int64_t first, int64_t count,
+                  int64_t dim) {
     float factor[LANES];
-    for (int i = 0; i < LANES; i++) factor[i] = scale;
+    for (int i = 0; i < LANES; i++)
+        factor[i] = scale;
     store_rows(sums, factor, to, b, h, first, count, dim);
 }
 
@@ -135,7 +138,7 @@ static void key_block(const Call *call, Block *block, int64_t b, int64_t kv_head
 
 /* delta = sum(grad_out * out) - grad_lse, by all threads of a team. */
 static void fill_delta(const Call *call) {
-    #pragma omp for
+#pragma omp for
     for (int64_t index = 0; index < call->batch * call->heads * call->num_rows; index++) {
         const int64_t head = index / call->num_rows, row = index % call->num_rows;
         const Rows out = rows_of(&call->out, head / call->heads, head % call->heads, call->num_rows);
@@ -157,12 +160,12 @@ void hap_backward(const Call *call) {
     const int64_t head_pairs = padded_rows(call->num_keys) / 2 * call->dim;
     const int64_t row_blocks = (call->num_rows + LANES - 1) / LANES, key_blocks = (call->num_keys + LANES - 1) / LANES;
     int32_t *grads = call->pairs + call->batch * call->heads * padded_rows(call->num_rows) / 2 * call->dim;
-    #pragma omp parallel num_threads(call->threads)
+#pragma omp parallel num_threads(call->threads)
     {
         Block block = {.dim = call->dim, .dim_v = call->dim_v, .scale = call->scale};
         fill_delta(call);
         pair_heads(&call->key, call->batch, call->kv_heads, call->num_keys, call->dim, call->pairs);
-        #pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1)
         for (int64_t item = 0; item < call->batch * call->heads * row_blocks; item++) {
             /* A causal mask gives later queries, and earlier keys, more to do: they go first. */
             const int64_t b = item / row_blocks / call->heads, h = item / row_blocks % call->heads;
@@ -173,7 +176,7 @@ void hap_backward(const Call *call) {
         }
         pair_heads(&call->query, call->batch, call->heads, call->num_rows, call->dim, call->pairs);
         pair_heads(&call->grad_out, call->batch, call->heads, call->num_rows, call->dim_v, grads);
-        #pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1)
         for (int64_t item = 0; item < call->batch * call->kv_heads * key_blocks; item++)
             key_block(call, &block, item / key_blocks / call->kv_heads, item / key_blocks % call->kv_heads,
                       item % key_blocks * LANES, call->pairs, grads);

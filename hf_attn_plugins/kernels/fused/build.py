@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -56,6 +57,8 @@ def library() -> ctypes.CDLL:
 def _state() -> tuple[ctypes.CDLL | None, str | None]:
     if not getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
         return None, "this CPU has no AVX512-BF16 instructions"
+    if sys.platform != "linux":
+        return None, f"they are built on Linux only, not on {sys.platform}"
     if os.environ.get(SWITCH) == "0":
         return None, f"{SWITCH}=0 is set"
     compiler = next(filter(None, map(shutil.which, [os.environ.get("CC", ""), *COMPILERS])), None)

@@ -1,7 +1,7 @@
 /* Few queries against many keys, as in decoding: split-KV. Threads take CHUNK keys each, the results are merged.
  *
- * Here the keys are held, so that each is read once for all queries of all heads that share it. Weights then lie along the
- * lanes, and their product with the values runs over pairs of keys with the columns of value in the lanes. */
+ * Here the keys are held, so that each is read once for all queries of all heads that share it. Weights then lie along
+ * the lanes, and their product with the values runs over pairs of keys with the columns of value in the lanes. */
 #include "sight.h"
 
 #define CHUNK 512 /* keys of one thread's turn, whatever the number of threads: the same sums every time */
@@ -32,7 +32,8 @@ static void prefetch(Rows rows, int64_t first, int64_t dim) {
 }
 
 /* Weights of LANES keys from `first` on for all rows; sums so far fade where a row's largest score grows. */
-static void weigh(const Call *call, Block *block, Found found, const Sight *sight, Rows keys, int64_t first, int64_t end) {
+static void weigh(const Call *call, Block *block, Found found, const Sight *sight, Rows keys, int64_t first,
+                  int64_t end) {
     const int64_t rows = call->heads / call->kv_heads * call->num_rows;
     const Rows queries = {block->queries, call->dim, rows};
     const __m512 scale = _mm512_set1_ps(call->scale / LN_2), nothing = _mm512_set1_ps(-INFINITY);
@@ -79,9 +80,11 @@ static void add_values(const Call *call, Block *block, Found found, Rows values,
             const int vectors = (int)smaller(VECTORS, (call->dim_v - column) / 16);
             float *at[STEP];
             __m512 sum[STEP][VECTORS];
-            for (int j = 0; j < STEP; j++) at[j] = found.sums + smaller(row + j, rows - 1) * call->dim_v + column;
             for (int j = 0; j < STEP; j++)
-                for (int v = 0; v < VECTORS; v++) sum[j][v] = _mm512_setzero_ps();
+                at[j] = found.sums + smaller(row + j, rows - 1) * call->dim_v + column;
+            for (int j = 0; j < STEP; j++)
+                for (int v = 0; v < VECTORS; v++)
+                    sum[j][v] = _mm512_setzero_ps();
             for (int key = 0; key < LANES; key += 2) {
                 const bf16 *even = values.data + smaller(first + key, values.count - 1) * values.stride + column;
                 const bf16 *odd = values.data + smaller(first + key + 1, values.count - 1) * values.stride + column;
@@ -119,7 +122,8 @@ static void decode_chunk(const Call *call, Block *block, int64_t b, int64_t kv_h
     }
     for (int64_t key = first; key < end; key += LANES) {
         const Sight sight = rows_seeing(call, b, key);
-        if (sight.begin >= sight.end) continue;
+        if (sight.begin >= sight.end)
+            continue;
         prefetch(values, key, call->dim_v);
         weigh(call, block, found, &sight, keys, key, end);
         prefetch(keys, key + LANES, call->dim);
@@ -132,10 +136,12 @@ static void merge_row(const Call *call, int64_t b, int64_t h, int64_t t, int64_t
     const int64_t groups = call->heads / call->kv_heads, row = h % groups * call->num_rows + t;
     const int64_t item = (b * call->kv_heads + h / groups) * chunks;
     float sums[MAX_DIM] = {0}, top = -INFINITY, total = 0;
-    for (int64_t chunk = 0; chunk < chunks; chunk++) top = fmaxf(top, found_of(call, item + chunk).top[row]);
+    for (int64_t chunk = 0; chunk < chunks; chunk++)
+        top = fmaxf(top, found_of(call, item + chunk).top[row]);
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
         const Found found = found_of(call, item + chunk);
-        if (found.top[row] == -INFINITY) continue;
+        if (found.top[row] == -INFINITY)
+            continue;
         const float weight = exp2f(found.top[row] - top);
         total += weight * found.total[row];
         for (int64_t column = 0; column < call->dim_v; column++)
@@ -154,14 +160,14 @@ static void merge_row(const Call *call, int64_t b, int64_t h, int64_t t, int64_t
  * rows, dim_v + 2) float32. */
 void hap_decode(const Call *call) {
     const int64_t chunks = (call->num_keys + CHUNK - 1) / CHUNK;
-    #pragma omp parallel num_threads(call->threads)
+#pragma omp parallel num_threads(call->threads)
     {
         Block block;
-        #pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1)
         for (int64_t item = 0; item < call->batch * call->kv_heads * chunks; item++)
             decode_chunk(call, &block, item / chunks / call->kv_heads, item / chunks % call->kv_heads,
                          item % chunks * CHUNK, found_of(call, item));
-        #pragma omp for
+#pragma omp for
         for (int64_t row = 0; row < call->batch * call->heads * call->num_rows; row++)
             merge_row(call, row / call->num_rows / call->heads, row / call->num_rows % call->heads,
                       row % call->num_rows, chunks);

@@ -1,8 +1,9 @@
 /* softmax(scale * query key^T) value and its log-sum-exp: FlashAttention's loop (arXiv 2205.14135, algorithm 1).
  *
- * A thread holds LANES queries and walks over the keys. The shift `top` under the exponent need not be the maximum, only
- * within 2**LIMIT of it: bfloat16 has float32's exponents, so weights lose no digit by being large. It is the maximum of
- * the first keys a query sees, and moves (with everything summed so far) only when a tile's weights pass the limit. */
+ * A thread holds LANES queries and walks over the keys. The shift `top` under the exponent need not be the maximum,
+ * only within a factor LIMIT of it: bfloat16 has float32's exponents, so weights lose no digit by being large. It is the
+ * maximum of the first keys a query sees, and moves (with everything summed so far) only when a tile's weights pass the
+ * limit. */
 #include "sight.h"
 
 #define LIMIT 0x1p60f
@@ -38,7 +39,8 @@ static void weigh(Block *block, int64_t first, int64_t end, __m512 total[VECTORS
                 __m512 pair[2];
                 for (int i = 0; i < 2; i++) {
                     pair[i] = exp2_of(_mm512_fmsub_ps(scores[j + i][v], scale, shift[v]));
-                    if (!inner) pair[i] = _mm512_maskz_mov_ps(seen(&block->sight, v, key + j + i), pair[i]);
+                    if (!inner)
+                        pair[i] = _mm512_maskz_mov_ps(seen(&block->sight, v, key + j + i), pair[i]);
                     total[v] = _mm512_add_ps(total[v], pair[i]);
                 }
                 _mm512_store_si512(weights + j / 2 * LANES + 16 * v, paired(pair[0], pair[1]));
@@ -50,7 +52,8 @@ static void weigh(Block *block, int64_t first, int64_t end, __m512 total[VECTORS
 static void raise_top(Block *block, int64_t first, int64_t end) {
     const __m512 scale = _mm512_set1_ps(block->scale), nothing = _mm512_set1_ps(-INFINITY);
     __m512 top[VECTORS];
-    for (int v = 0; v < VECTORS; v++) top[v] = block->top[v];
+    for (int v = 0; v < VECTORS; v++)
+        top[v] = block->top[v];
     for (int64_t key = first; key < end; key += STEP) {
         __m512 scores[STEP][VECTORS];
         multiply(block->held, block->keys, key, block->dim, scores);
@@ -64,7 +67,8 @@ static void raise_top(Block *block, int64_t first, int64_t end) {
         const __m512 fade = _mm512_maskz_mov_ps(known, exp2_of(_mm512_sub_ps(block->top[v], top[v])));
         block->top[v] = top[v];
         block->total[v] = _mm512_mul_ps(block->total[v], fade);
-        if (!known) continue;
+        if (!known)
+            continue;
         for (int64_t column = 0; column < block->dim_v; column++) {
             float *sum = block->sums + column * LANES + 16 * v;
             _mm512_store_ps(sum, _mm512_mul_ps(_mm512_load_ps(sum), fade));
@@ -74,7 +78,8 @@ static void raise_top(Block *block, int64_t first, int64_t end) {
 
 static int unset(const Block *block) {
     int lanes = 0;
-    for (int v = 0; v < VECTORS; v++) lanes |= _mm512_cmpeq_ps_mask(block->top[v], _mm512_set1_ps(-INFINITY));
+    for (int v = 0; v < VECTORS; v++)
+        lanes |= _mm512_cmpeq_ps_mask(block->top[v], _mm512_set1_ps(-INFINITY));
     return lanes;
 }
 
@@ -97,15 +102,18 @@ static void forward_block(const Call *call, Block *block, int64_t b, int64_t h, 
     const int64_t end = block->sight.end;
     for (int64_t key = block->sight.begin & ~1; key < end; key += TILE) {
         const int64_t tile_end = smaller(key + TILE, end);
-        if (unset(block)) raise_top(block, key, smaller(key + FIRST_KEYS, tile_end));
-        if (unset(block)) raise_top(block, key, tile_end);
+        if (unset(block))
+            raise_top(block, key, smaller(key + FIRST_KEYS, tile_end));
+        if (unset(block))
+            raise_top(block, key, tile_end);
         __m512 total[VECTORS];
         weigh(block, key, tile_end, total);
         if (!within_limit(total)) {
             raise_top(block, key, tile_end);
             weigh(block, key, tile_end, total);
         }
-        for (int v = 0; v < VECTORS; v++) block->total[v] = _mm512_add_ps(block->total[v], total[v]);
+        for (int v = 0; v < VECTORS; v++)
+            block->total[v] = _mm512_add_ps(block->total[v], total[v]);
         accumulate(block->weights, values + key / 2 * call->dim_v, round_up(tile_end - key, STEP) / 2, call->dim_v,
                    block->sums);
     }
@@ -114,7 +122,8 @@ static void forward_block(const Call *call, Block *block, int64_t b, int64_t h, 
         _mm512_storeu_ps(total + 16 * v, block->total[v]);
         _mm512_storeu_ps(top + 16 * v, block->top[v]);
     }
-    for (int i = 0; i < LANES; i++) factor[i] = total[i] == 0 ? 0 : 1 / total[i];
+    for (int i = 0; i < LANES; i++)
+        factor[i] = total[i] == 0 ? 0 : 1 / total[i];
     store_rows(block->sums, factor, call->out, b, h, first, call->num_rows, call->dim_v);
     float *lse = call->lse + (b * call->heads + h) * call->num_rows;
     for (int i = 0; i < LANES && first + i < call->num_rows; i++)
@@ -125,11 +134,11 @@ static void forward_block(const Call *call, Block *block, int64_t b, int64_t h, 
 void hap_forward(const Call *call) {
     const int64_t groups = call->heads / call->kv_heads, head_pairs = padded_rows(call->num_keys) / 2 * call->dim_v;
     const int64_t blocks = (call->num_rows + LANES - 1) / LANES;
-    #pragma omp parallel num_threads(call->threads)
+#pragma omp parallel num_threads(call->threads)
     {
         Block block = {.dim = call->dim, .dim_v = call->dim_v, .scale = call->scale / LN_2};
         pair_heads(&call->value, call->batch, call->kv_heads, call->num_keys, call->dim_v, call->pairs);
-        #pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1)
         for (int64_t item = 0; item < call->batch * call->heads * blocks; item++) {
             /* A causal mask gives later rows more to do: they go first. */
             const int64_t b = item / blocks / call->heads, h = item / blocks % call->heads;

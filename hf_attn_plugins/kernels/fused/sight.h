@@ -1,12 +1,13 @@
 /* Which walked rows a block of held rows sees: queries that hold see keys, keys that hold are seen by queries. */
+#pragma once
 #include "tile.h"
 
 typedef struct {
-    int64_t begin, end;               /* walked rows that some lane sees */
-    int64_t inner_begin, inner_end;   /* those that every lane sees by its position */
-    int64_t prefix;                   /* walked rows before it are seen whatever the position */
-    int64_t whole_begin, whole_end;   /* those that every lane sees by its label */
-    const int32_t *labels;            /* of the walked rows, NULL where all are 0 */
+    int64_t begin, end;             /* walked rows that some lane sees */
+    int64_t inner_begin, inner_end; /* those that every lane sees by its position */
+    int64_t prefix;                 /* walked rows before it are seen whatever the position */
+    int64_t whole_begin, whole_end; /* those that every lane sees by its label */
+    const int32_t *labels;          /* of the walked rows, NULL where all are 0 */
     int has_labels;
     __m512i low[VECTORS], high[VECTORS], label[VECTORS]; /* first and last walked row of every lane, and its label */
 } Sight;
@@ -19,8 +20,8 @@ static inline __m512i held_index(int64_t first, int v, int64_t held_count) {
 }
 
 /* The part of it that labels decide: bounds of the block, labels of its lanes. */
-static void set_labels(Sight *sight, const int32_t *bounds, const int32_t *held, const int32_t *walked, int64_t first,
-                       int64_t held_count) {
+static inline void set_labels(Sight *sight, const int32_t *bounds, const int32_t *held, const int32_t *walked,
+                              int64_t first, int64_t held_count) {
     const int32_t *bound = bounds + first / LANES * 4;
     sight->has_labels = 1;
     sight->labels = walked;
@@ -29,8 +30,8 @@ static void set_labels(Sight *sight, const int32_t *bounds, const int32_t *held,
     sight->whole_begin = bound[2];
     sight->whole_end = bound[3];
     for (int v = 0; v < VECTORS; v++)
-        sight->label[v] = held ? _mm512_i32gather_epi32(held_index(first, v, held_count), held, 4)
-                               : _mm512_setzero_si512();
+        sight->label[v] =
+            held ? _mm512_i32gather_epi32(held_index(first, v, held_count), held, 4) : _mm512_setzero_si512();
 }
 
 /* index + shift as far as it lies in low .. high. */
@@ -65,7 +66,8 @@ static inline Sight sight_of(int64_t first, int64_t held_count, int64_t count, i
 }
 
 static inline Sight keys_seen(const Call *call, int64_t b, int64_t first) {
-    Sight sight = sight_of(first, call->num_rows, call->num_keys, call->start, call->back, call->ahead, 0, call->prefix);
+    Sight sight =
+        sight_of(first, call->num_rows, call->num_keys, call->start, call->back, call->ahead, 0, call->prefix);
     if (call->key_labels)
         set_labels(&sight, call->row_bounds + b * call->row_bounds_batch,
                    call->row_labels ? call->row_labels + b * call->row_labels_batch : NULL,
@@ -74,10 +76,10 @@ static inline Sight keys_seen(const Call *call, int64_t b, int64_t first) {
 }
 
 static inline Sight rows_seeing(const Call *call, int64_t b, int64_t first) {
-    Sight sight = sight_of(first, call->num_keys, call->num_rows, -call->start, call->ahead, call->back, call->prefix, 0);
+    Sight sight =
+        sight_of(first, call->num_keys, call->num_rows, -call->start, call->ahead, call->back, call->prefix, 0);
     if (call->key_labels)
-        set_labels(&sight, call->key_bounds + b * call->key_bounds_batch,
-                   call->key_labels + b * call->key_labels_batch,
+        set_labels(&sight, call->key_bounds + b * call->key_bounds_batch, call->key_labels + b * call->key_labels_batch,
                    call->row_labels ? call->row_labels + b * call->row_labels_batch : NULL, first, call->num_keys);
     return sight;
 }
@@ -91,10 +93,12 @@ static inline int sees_all(const Sight *sight, int64_t row) {
 
 /* The lanes of vector v that see a walked row. */
 static inline __mmask16 seen(const Sight *sight, int v, int64_t row) {
-    if (row >= sight->end) return 0;
+    if (row >= sight->end)
+        return 0;
     const __m512i index = _mm512_set1_epi32((int32_t)row);
     __mmask16 mask = _mm512_cmple_epi32_mask(sight->low[v], index) & _mm512_cmpge_epi32_mask(sight->high[v], index);
-    if (row < sight->prefix) mask = 0xffff;
+    if (row < sight->prefix)
+        mask = 0xffff;
     if (sight->has_labels) {
         const int32_t label = sight->labels ? sight->labels[row] : 0;
         mask &= _mm512_cmpeq_epi32_mask(sight->label[v], _mm512_set1_epi32(label));

@@ -2,10 +2,11 @@
  *
  * Attention, forward and backward, multiplies rows of one tensor with rows of another: queries with keys, or keys with
  * queries. A thread *holds* LANES rows, one a vector lane, and *walks* over the others STEP at a time. What is summed,
- * masked or exponentiated for a held row then stays in its lane: nothing is ever reduced across lanes.
+ * masked or exponentiated for a held row then stays in its lane, and is reduced across lanes only in decoding.
  *
- * vdpbf16ps multiplies pairs of neighbours. In a product over head_dim a pair is two elements of a row; in a product over
- * walked rows it is two neighbouring rows' elements, which `pair_rows` and `store_weights` put side by side. */
+ * vdpbf16ps multiplies pairs of neighbours. In a product over head_dim a pair is two elements of a row; in a product
+ * over walked rows it is two neighbouring rows' elements, which `pair_rows` and `paired` put side by side. */
+#pragma once
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
@@ -33,14 +34,15 @@ typedef struct {
     int64_t batch, head, token;
 } Tensor;
 
+/* One call, as call.py lays it out. Tensors are bfloat16. */
 typedef struct {
     Tensor query, key, value, out, grad_out, grad_query, grad_key, grad_value;
-    float *lse;             /* (batch, heads, rows) contiguous, as the next two */
-    const float *grad_lse;  /* NULL where it is 0 */
-    float *delta;           /* scratch of backward */
+    float *lse;            /* (batch, heads, rows) contiguous, as the next two */
+    const float *grad_lse; /* NULL where it is 0 */
+    float *delta;          /* scratch of backward */
     int64_t batch, heads, kv_heads, num_rows, num_keys, dim, dim_v;
-    int64_t start;           /* position of row 0 on the key axis */
-    int64_t back, ahead;     /* row at position p sees keys p - back .. p + ahead, and the first `prefix` ones */
+    int64_t start;       /* position of row 0 on the key axis */
+    int64_t back, ahead; /* a row at position p sees keys p - back .. p + ahead, and the first `prefix` ones */
     int64_t prefix;
     const int32_t *row_labels, *key_labels; /* a row sees keys of its label; without row labels it is 0; NULL: all */
     int64_t row_labels_batch, key_labels_batch;
@@ -83,8 +85,8 @@ static inline void transpose(__m512i x[16]) {
     }
 }
 
-/* held[pair][lane]: LANES rows from `first` on, a pair of elements in 32 bit. Lanes past the end repeat the last row. */
-static void hold_rows(Rows rows, int64_t first, int64_t dim, int32_t *held) {
+/* held[pair][lane]: LANES rows from `first` on, a pair of elements in 32 bit; lanes past the end repeat the last row */
+static inline void hold_rows(Rows rows, int64_t first, int64_t dim, int32_t *held) {
     for (int64_t pair = 0; pair < dim / 2; pair += 16) {
         const int count = (int)smaller(16, dim / 2 - pair);
         for (int v = 0; v < VECTORS; v++) {
@@ -94,18 +96,20 @@ static void hold_rows(Rows rows, int64_t first, int64_t dim, int32_t *held) {
                 x[i] = _mm512_maskz_loadu_epi32((1u << count) - 1, rows.data + row * rows.stride + 2 * pair);
             }
             transpose(x);
-            for (int i = 0; i < count; i++) _mm512_store_si512(held + (pair + i) * LANES + 16 * v, x[i]);
+            for (int i = 0; i < count; i++)
+                _mm512_store_si512(held + (pair + i) * LANES + 16 * v, x[i]);
         }
     }
 }
 
 /* pairs[row / 2][column]: elements of two neighbouring rows side by side; 0 from the last row on up to a whole tile. */
-static void pair_rows(Rows rows, int64_t first, int64_t dim, int32_t *pairs) {
+static inline void pair_rows(Rows rows, int64_t first, int64_t dim, int32_t *pairs) {
     for (int64_t row = first; row < first + TILE; row += 2)
         for (int64_t column = 0; column < dim; column += 16) {
             __m512i pair = _mm512_setzero_si512();
             const bf16 *at = rows.data + row * rows.stride + column;
-            if (row < rows.count) pair = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)at));
+            if (row < rows.count)
+                pair = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)at));
             if (row + 1 < rows.count) {
                 const __m512i next = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(at + rows.stride)));
                 pair = _mm512_or_si512(pair, _mm512_slli_epi32(next, 16));
@@ -118,29 +122,32 @@ static void pair_rows(Rows rows, int64_t first, int64_t dim, int32_t *pairs) {
 static inline int64_t padded_rows(int64_t count) { return round_up(count + STEP, TILE); }
 
 /* Every head of a tensor as `pair_rows`, by all threads of a team. */
-static void pair_heads(const Tensor *tensor, int64_t batch, int64_t heads, int64_t count, int64_t dim, int32_t *pairs) {
+static inline void pair_heads(const Tensor *tensor, int64_t batch, int64_t heads, int64_t count, int64_t dim,
+                              int32_t *pairs) {
     const int64_t tiles = padded_rows(count) / TILE;
-    #pragma omp for schedule(dynamic, 4)
+#pragma omp for schedule(dynamic, 4)
     for (int64_t item = 0; item < batch * heads * tiles; item++)
         pair_rows(rows_of(tensor, item / tiles / heads, item / tiles % heads, count), item % tiles * TILE, dim,
                   pairs + item * TILE / 2 * dim);
 }
 
 /* block[j][v] = held rows times walked row first + j, over head_dim. Rows past the end repeat the last one. */
-static inline __attribute__((always_inline)) void multiply(
-    const int32_t *held, Rows walked, int64_t first, int64_t dim, __m512 block[STEP][VECTORS]
-) {
+static inline __attribute__((always_inline)) void multiply(const int32_t *held, Rows walked, int64_t first, int64_t dim,
+                                                           __m512 block[STEP][VECTORS]) {
     const int32_t *row[STEP];
     for (int j = 0; j < STEP; j++)
         row[j] = (const void *)(walked.data + smaller(first + j, walked.count - 1) * walked.stride);
     for (int j = 0; j < STEP; j++)
-        for (int v = 0; v < VECTORS; v++) block[j][v] = _mm512_setzero_ps();
+        for (int v = 0; v < VECTORS; v++)
+            block[j][v] = _mm512_setzero_ps();
     for (int64_t pair = 0; pair < dim / 2; pair++) {
         __m512bh lanes[VECTORS];
-        for (int v = 0; v < VECTORS; v++) lanes[v] = (__m512bh)_mm512_load_si512(held + pair * LANES + 16 * v);
+        for (int v = 0; v < VECTORS; v++)
+            lanes[v] = (__m512bh)_mm512_load_si512(held + pair * LANES + 16 * v);
         for (int j = 0; j < STEP; j++) {
             const __m512bh both = (__m512bh)_mm512_set1_epi32(row[j][pair]);
-            for (int v = 0; v < VECTORS; v++) block[j][v] = _mm512_dpbf16_ps(block[j][v], lanes[v], both);
+            for (int v = 0; v < VECTORS; v++)
+                block[j][v] = _mm512_dpbf16_ps(block[j][v], lanes[v], both);
         }
     }
 }
@@ -151,17 +158,21 @@ static inline void accumulate(const int32_t *weights, const int32_t *pairs, int6
     for (int64_t column = 0; column < dim; column += COLUMNS) {
         __m512 sum[COLUMNS][VECTORS];
         for (int c = 0; c < COLUMNS; c++)
-            for (int v = 0; v < VECTORS; v++) sum[c][v] = _mm512_load_ps(sums + (column + c) * LANES + 16 * v);
+            for (int v = 0; v < VECTORS; v++)
+                sum[c][v] = _mm512_load_ps(sums + (column + c) * LANES + 16 * v);
         for (int64_t pair = 0; pair < count; pair++) {
             __m512bh lanes[VECTORS];
-            for (int v = 0; v < VECTORS; v++) lanes[v] = (__m512bh)_mm512_load_si512(weights + pair * LANES + 16 * v);
+            for (int v = 0; v < VECTORS; v++)
+                lanes[v] = (__m512bh)_mm512_load_si512(weights + pair * LANES + 16 * v);
             for (int c = 0; c < COLUMNS; c++) {
                 const __m512bh both = (__m512bh)_mm512_set1_epi32(pairs[pair * dim + column + c]);
-                for (int v = 0; v < VECTORS; v++) sum[c][v] = _mm512_dpbf16_ps(sum[c][v], lanes[v], both);
+                for (int v = 0; v < VECTORS; v++)
+                    sum[c][v] = _mm512_dpbf16_ps(sum[c][v], lanes[v], both);
             }
         }
         for (int c = 0; c < COLUMNS; c++)
-            for (int v = 0; v < VECTORS; v++) _mm512_store_ps(sums + (column + c) * LANES + 16 * v, sum[c][v]);
+            for (int v = 0; v < VECTORS; v++)
+                _mm512_store_ps(sums + (column + c) * LANES + 16 * v, sum[c][v]);
     }
 }
 
@@ -184,8 +195,8 @@ static inline __m512 exp2_of(__m512 x) {
 }
 
 /* Rows first .. first + LANES of a tensor = sums[column][lane] * factor[lane], rounded to bfloat16. */
-static void store_rows(const float *sums, const float *factor, Tensor to, int64_t b, int64_t h, int64_t first,
-                       int64_t count, int64_t dim) {
+static inline void store_rows(const float *sums, const float *factor, Tensor to, int64_t b, int64_t h, int64_t first,
+                              int64_t count, int64_t dim) {
     bf16 *data = to.data + b * to.batch + h * to.head;
     for (int64_t column = 0; column < dim; column += 16)
         for (int v = 0; v < VECTORS; v++) {

@@ -18,10 +18,10 @@ def few_rows(
     query: Tensor, key: Tensor, value: Tensor, is_causal: bool, mask: Mask | Tensor | None, scale: float
 ) -> Partial | None:
     """A short plain call on the CPU, straight to the fused operator; None where anything has to be looked at."""
-    rows, num_keys = query.shape[2], key.shape[2]
+    (_, heads, rows, head_dim), (_, kv_heads, num_keys, _) = query.shape, key.shape
     if not (0 < rows <= FEW_ROWS or num_keys <= QUICK_KEYS) or rows > num_keys:
         return None
-    if query.shape[-1] != value.shape[-1] or query.numel() == 0:
+    if head_dim != value.shape[-1] or query.numel() == 0:
         return None
     if mask is not None:
         if not isinstance(mask, Mask) or not mask.is_plain(num_keys - rows):
@@ -29,9 +29,10 @@ def few_rows(
         is_causal = is_causal or mask.causal
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return None
-    if rows == 1 or not is_causal:
+    is_full = rows == 1 or not is_causal
+    if is_full and heads != kv_heads:
         return _full(query, key, value, scale)
-    return Partial(*flash_cpu(query, key, value, True, scale, None)) if rows == num_keys else None
+    return Partial(*flash_cpu(query, key, value, not is_full, scale, None)) if is_full or rows == num_keys else None
 
 
 def supported(

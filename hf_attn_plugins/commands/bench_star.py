@@ -109,6 +109,8 @@ class Bench:
             if (found["model"], found["dtype"]) != (arguments.model, arguments.dtype):
                 raise ValueError(f"{self.path} is about {found['model']} in {found['dtype']}: use another --out.")
             self.done = {**found, "hardware": self.facts}
+            if found["hardware"] != self.facts:
+                self.done["earlier"] = [*found.get("earlier", []), found["hardware"]]
         length = self.done.setdefault("agreement_length", arguments.agreement_length)
         if length != arguments.agreement_length:
             raise ValueError(

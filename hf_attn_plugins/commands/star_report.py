@@ -36,6 +36,11 @@ def report(done: dict[str, Any]) -> str:
         "",
         INTRODUCTION,
     ]
+    for before in done.get("earlier", []):
+        page[-1] += (
+            f"\nRows that stood here already were measured with torch {before['torch']} and transformers "
+            f"{before['transformers']} on {before['processor']}."
+        )
     for title, rows, notes in (
         ("Agreement with dense attention", _agreement(done), AGREEMENT),
         ("Prefill of a whole model", _speed(done), SPEED),

@@ -4,14 +4,15 @@ A prompt of n blocks takes three calls, whatever n is: the first block, all late
 the anchor's keys and its own, and the query over everything; a ragged last block adds a fourth. Work is proportional to
 the attended pairs. The anchor's keys are those of the first block, nothing computes them again. They are copied before
 each block's own keys, which saves a second pass over the rows: with so few keys, merging two partial results costs more
-than the attention to the anchor itself (`windowed` has to do so). Where the Triton kernels run, a whole batch takes one
+than the attention to the anchor itself (`windowed` has to do so). The compiled CPU kernels, for which a call costs
+little, take the blocks in turns, so that these copies stay small. Where the Triton kernels run, a whole batch takes one
 launch instead (`launched`), however its rows are padded, packed or windowed, and copies nothing.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -20,10 +21,12 @@ from hf_attn_plugins.kernels.bound import Kernel
 from hf_attn_plugins.kernels.pieces import attend_pieces
 from hf_attn_plugins.masks import Mask, Window
 from hf_attn_plugins.options import StarOptions
-from hf_attn_plugins.partial import Partial, merge
+from hf_attn_plugins.partial import Partial, lse_dtype, merge
 from hf_attn_plugins.star.pattern import masked, plans_of, prompts_of
 from hf_attn_plugins.star.pieces import pieces
 from hf_attn_plugins.star.plan import Plan, plan_for
+
+ROWS_IN_TURN = 2048  # rows of the blocks that a compiled CPU kernel takes at once
 
 
 def attention(
@@ -100,23 +103,22 @@ def prompt(query: Tensor, key: Tensor, value: Tensor, plan: Plan, window: Window
         return kernel(query, key, value, mask=causal)
     kernel = kernel.chosen_for(query, key, value, causal)
     binds = window[0] is not None and window[0] < plan.length - 1
-    parts = (windowed if binds else blocks)(query, key, value, plan, causal, kernel)
-    if plan.query:
-        rows = slice(plan.context, None)
-        parts.append(kernel(query[:, :, rows], key, value, mask=causal))
-    return join(parts)
+
+    def parts() -> Iterator[Partial]:
+        yield from (windowed if binds else blocks)(query, key, value, plan, causal, kernel)
+        if plan.query:
+            yield kernel(query[:, :, plan.context :], key, value, mask=causal)
+
+    return collected(parts(), query, value)
 
 
-def blocks(query: Tensor, key: Tensor, value: Tensor, plan: Plan, causal: Mask, kernel: Kernel) -> list[Partial]:
+def blocks(query: Tensor, key: Tensor, value: Tensor, plan: Plan, causal: Mask, kernel: Kernel) -> Iterator[Partial]:
     """The context's rows: the first block, the later whole ones, the ragged one."""
     size, anchor, context = plan.block_size, plan.anchor_size, plan.context
     whole = context // size * size
 
-    def block_rows(tensor: Tensor) -> Tensor:
-        return batched(tensor[:, :, size:whole], size)
-
-    def block_keys(tensor: Tensor) -> Tensor:
-        own = block_rows(tensor)
+    def block_keys(tensor: Tensor, first: int, end: int) -> Tensor:
+        own = batched(tensor[:, :, first:end], size)
         if not anchor:
             return own
         count = len(own) // len(tensor)
@@ -126,16 +128,18 @@ def blocks(query: Tensor, key: Tensor, value: Tensor, plan: Plan, causal: Mask, 
     def ragged_keys(tensor: Tensor) -> Tensor:
         return torch.cat([tensor[:, :, :anchor], tensor[:, :, whole:context]], 2)
 
-    parts = [kernel(query[:, :, :size], key[:, :, :size], value[:, :, :size], mask=causal)]
-    if size < whole:
-        later = kernel(block_rows(query), block_keys(key), block_keys(value), mask=causal)
-        parts.append(unbatched(later, len(query)))
+    yield kernel(query[:, :, :size], key[:, :, :size], value[:, :, :size], mask=causal)
+    turn = max(1, ROWS_IN_TURN // size) * size if kernel.name == "cpu_fused" else max(size, whole)
+    for first in range(size, whole, turn):
+        end = min(first + turn, whole)
+        rows = batched(query[:, :, first:end], size)
+        later = kernel(rows, block_keys(key, first, end), block_keys(value, first, end), mask=causal)
+        yield unbatched(later, len(query))
     if whole < context:
-        parts.append(kernel(query[:, :, whole:context], ragged_keys(key), ragged_keys(value), mask=causal))
-    return parts
+        yield kernel(query[:, :, whole:context], ragged_keys(key), ragged_keys(value), mask=causal)
 
 
-def windowed(query: Tensor, key: Tensor, value: Tensor, plan: Plan, causal: Mask, kernel: Kernel) -> list[Partial]:
+def windowed(query: Tensor, key: Tensor, value: Tensor, plan: Plan, causal: Mask, kernel: Kernel) -> Iterator[Partial]:
     """The same under a window, for which the anchor has to stay at its true distance: two passes, merged."""
     size, anchor, context = plan.block_size, plan.anchor_size, plan.context
     whole = context // size * size
@@ -146,11 +150,13 @@ def windowed(query: Tensor, key: Tensor, value: Tensor, plan: Plan, causal: Mask
         own.append(kernel(query[:, :, rest], key[:, :, rest], value[:, :, rest], mask=causal))
     near = join(own)
     if not anchor:
-        return [near]
+        yield near
+        return
     far = Mask(window=causal.window, offset=size)
     reached = kernel(query[:, :, size:context], key[:, :, :anchor], value[:, :, :anchor], mask=far)
     first, later = (Partial(near.out[:, :, rows], near.lse[:, :, rows]) for rows in (slice(size), slice(size, None)))
-    return [first, merge([later, reached])]
+    yield first
+    yield merge([later, reached])
 
 
 def batched(tensor: Tensor, size: int) -> Tensor:
@@ -169,6 +175,20 @@ def join(parts: list[Partial]) -> Partial:
     if len(parts) == 1:
         return parts[0]
     return Partial(torch.cat([part.out for part in parts], 2), torch.cat([part.lse for part in parts], 2))
+
+
+def collected(parts: Iterable[Partial], query: Tensor, value: Tensor) -> Partial:
+    """`join` of parts that hold the rows of `query`; without gradients none of them outlives its turn."""
+    if torch.is_grad_enabled():
+        return join(list(parts))
+    batch, heads, rows, _ = query.shape
+    out = query.new_empty(batch, rows, heads, value.shape[-1]).transpose(1, 2)  # token by token, as models want it
+    lse, first = query.new_empty(batch, heads, rows, dtype=lse_dtype(query)), 0
+    for part in parts:
+        end = first + part.lse.shape[2]
+        out[:, :, first:end], lse[:, :, first:end] = part
+        first = end
+    return Partial(out, lse)
 
 
 def ragged(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_attn_plugins.kernels import fused
 from hf_attn_plugins.masks import Mask
 from hf_attn_plugins.options import StarOptions
 from hf_attn_plugins.partial import Partial
@@ -69,6 +70,20 @@ def test_dtypes_and_softcap(dtype: torch.dtype, softcap: float | None) -> None:
     options = StarOptions(16, 8, 10)
     part = star(*inputs, Mask(causal=True), options, softcap)
     check(*inputs, part, pattern([(0, 83)], 83, 83, options), softcap)
+
+
+@pytest.mark.skipif(fused.unavailable() is not None, reason=f"cpu_fused: {fused.unavailable()}")
+@pytest.mark.parametrize("sizes", [(16, 8, 10), (40, 40, 30), (100, 0, 20)])
+@pytest.mark.parametrize("turn", [1, 96])
+@pytest.mark.parametrize("learns", [False, True])
+def test_blocks_in_turns(sizes: tuple, turn: int, learns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled CPU kernels take a few blocks at a time; without gradients, results go straight to their rows."""
+    monkeypatch.setattr("hf_attn_plugins.star.attention.ROWS_IN_TURN", turn)
+    inputs = sharp_inputs(2, 4, 2, 250, 250, 32, 48, dtype=torch.bfloat16)
+    options = StarOptions(*sizes, kernel="cpu_fused")
+    with torch.set_grad_enabled(learns):
+        part = star(*inputs, Mask(causal=True), options)
+    check(*inputs, part, pattern([(0, 250)], 250, 250, options))
 
 
 @pytest.mark.parametrize("window", [1, 3, 9, 30])

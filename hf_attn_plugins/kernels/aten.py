@@ -98,12 +98,17 @@ def _full(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Partial:
     batch, heads, rows, head_dim = query.shape
     groups = heads // key.shape[1]
     # One float32 row costs less than leaving threads idle at the end, which divide up the heads.
-    idle = rows == 1 and query.dtype == torch.float32 and batch * key.shape[1] % torch.get_num_threads()
+    idle = rows == 1 and query.dtype == torch.float32 and batch * key.shape[1] % _threads()
     if groups == 1 or not 0 < rows <= FEW_ROWS or idle:
         return _flash(query, key, value, False, scale)
     # A group's heads share their keys, and without a causal mask heads are as good as rows.
     folded = _flash(query.reshape(batch, key.shape[1], groups * rows, head_dim), key, value, False, scale)
     return Partial(folded.out.reshape(batch, heads, rows, -1), folded.lse.reshape(batch, heads, rows))
+
+
+@torch.compiler.assume_constant_result
+def _threads() -> int:
+    return torch.get_num_threads()
 
 
 def _padded(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Partial:

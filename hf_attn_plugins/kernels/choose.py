@@ -47,16 +47,25 @@ def load(name: str) -> Kernel:
     return reference
 
 
-@functools.cache
+# torch.compile cannot trace questions about the CPU, and need not: it asks them once and keeps the answer.
+@torch.compiler.assume_constant_result
 def cpu_multiplies_bf16() -> bool:
     """Whether this CPU has bfloat16 matrix instructions (AVX512-BF16 or AMX, or Arm's BF16)."""
-    has = (
-        getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-        or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    )
-    return bool(has or ("bf16" in _arm_features()))
+    return _cpu_has("avx512_bf16") or _cpu_has("amx_tile") or "bf16" in _arm_features()
 
 
+@torch.compiler.assume_constant_result
+def cpu_fuses() -> bool:
+    """Whether `cpu_fused` runs here and is the best choice: AMX, which it does not use, multiplies faster still."""
+    return not _cpu_has("amx_tile") and fused.unavailable() is None
+
+
+@functools.cache
+def _cpu_has(feature: str) -> bool:
+    return bool(getattr(torch.cpu, f"_is_{feature}_supported", lambda: False)())
+
+
+@functools.cache
 def _arm_features() -> str:
     if platform.machine() != "aarch64":
         return ""
@@ -65,13 +74,6 @@ def _arm_features() -> str:
             return next((line for line in cpuinfo if line.startswith("Features")), "")
     except OSError:
         return ""
-
-
-@functools.cache
-def cpu_fuses() -> bool:
-    """Whether `cpu_fused` runs here and is the best choice: AMX, which it does not use, multiplies faster still."""
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    return not has_amx and fused.unavailable() is None
 
 
 def worth_fusing(query: Tensor, key: Tensor) -> bool:

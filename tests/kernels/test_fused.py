@@ -160,6 +160,16 @@ def test_nothing_to_attend(sizes):
         assert (grad == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+@pytest.mark.parametrize("rows", [1, 20, 300])
+def test_the_choice_can_be_compiled(dtype, rows):
+    query, key, value = sharp_inputs(1, 4, 2, rows, 300, 32, dtype=dtype)
+    function = lambda q, k, v: attend(q, k, v, is_causal=True)  # noqa: E731
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(query, key, value), function(query, key, value), strict=True):
+        assert torch.equal(a, b)
+
+
 @needs_library
 def test_one_node_for_the_compiler():
     query, key, value = (x.requires_grad_() for x in sharp_inputs(2, 4, 2, 100, 130, 32, dtype=BF16))

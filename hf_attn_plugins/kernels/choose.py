@@ -20,8 +20,9 @@ KERNELS = ("reference", "aten", "cpu_tiled", "cpu_fused", "triton")
 # Measured with `hf-attn bench tiled` (eval/results/tiled.md): below these sizes the tiles' bookkeeping costs more
 # than bf16 products save. Heads that share keys are rows of one product, so they count as rows.
 MIN_TILED_ROWS, MIN_TILED_KEYS = 128, 1024
-MIN_FUSED_KEYS, MIN_DECODE_KEYS = 96, 256
 MIN_TILED_FULL = 512  # rows and keys of a call without a causal mask, no half of whose tiles is wasted
+# Keys from which on the compiled kernels beat PyTorch's: those that hold queries, and those for a few rows.
+MIN_FUSED_KEYS, MIN_DECODE_KEYS = 96, 256
 
 
 def load(name: str) -> Kernel:

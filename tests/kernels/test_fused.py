@@ -116,13 +116,40 @@ def test_the_shift_moves_when_later_scores_are_far_larger():
 
 
 @needs_library
-def test_a_nan_reaches_the_rows_that_see_it_and_no_other():
-    query, key, value = sharp_inputs(1, 1, 1, 200, 200, 16, dtype=BF16)
-    query[:, :, 70] = torch.nan
+@pytest.mark.parametrize("rows", [2, 200])
+def test_a_nan_reaches_the_rows_that_see_it_and_no_other(rows):
+    query, key, value = sharp_inputs(1, 1, 1, rows, 900, 16, dtype=BF16)
+    query[:, :, 1] = torch.nan
     out, lse = attend(query, key, value, is_causal=True, kernel="cpu_fused")
-    assert out[0, 0, 70].isnan().all() and lse[0, 0, 70].isnan()
-    others = torch.arange(200) != 70
+    assert out[0, 0, 1].isnan().all() and lse[0, 0, 1].isnan()
+    others = torch.arange(rows) != 1
     assert out[0, 0, others].isfinite().all() and lse[0, 0, others].isfinite().all()
+
+
+@needs_library
+@pytest.mark.parametrize("rows", [2, 200])
+def test_keys_of_nan_are_not_taken_for_keys_unseen(rows):
+    query, key, value = sharp_inputs(1, 1, 1, rows, 900, 16, dtype=BF16)
+    key[:, :, :512] = torch.nan
+    assert attend(query, key, value, kernel="cpu_fused").out.isnan().all()
+
+
+@needs_library
+def test_a_second_gradient_is_refused_rather_than_lost():
+    query, key, value = (x.requires_grad_() for x in sharp_inputs(1, 1, 1, 40, 100, 16, dtype=BF16))
+    out = attend(query, key, value, kernel="cpu_fused").out
+    with pytest.raises(NotImplementedError, match="create_graph"):
+        torch.autograd.grad(out.square().sum(), query, create_graph=True)
+
+
+@needs_library
+@pytest.mark.parametrize("rows", [4, 40])
+@pytest.mark.parametrize("shape", [(2, 300), (3, 280)], ids=str)
+def test_a_mask_of_another_shape_is_refused(rows, shape):
+    query, key, value = sharp_inputs(3, 2, 2, rows, 300, 16, dtype=BF16)
+    mask = Mask(key_padding=torch.ones(shape, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"\(1 or 3, 300\)"):
+        attend(query, key, value, mask=mask, kernel="cpu_fused")
 
 
 @needs_library
@@ -240,6 +267,8 @@ def test_it_is_compiled_once_and_kept(tmp_path):
     assert made.suffix == ".so" and stat.S_IMODE(made.parent.stat().st_mode) == 0o700
     assert probe(XDG_CACHE_HOME=str(tmp_path))[0] == "cpu_fused"
     assert made.stat().st_mtime_ns == first.st_mtime_ns and len(list(made.parent.iterdir())) == 1
+    made.write_bytes(b"cut short")
+    assert probe(XDG_CACHE_HOME=str(tmp_path))[0] == "cpu_fused"
 
 
 @needs_library

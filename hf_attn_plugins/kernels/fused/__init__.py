@@ -29,6 +29,8 @@ def cpu_fused(
         from hf_attn_plugins.kernels.cpu_op import tiled_op
 
         return tiled_op(query, key, value, mask, scale, None, 0.0, fused=True)
+    if isinstance(mask.offset, Tensor):
+        mask = mask.replace(offset=int(mask.offset))  # a static cache counts on before backward runs
     return Partial(*_Fused.apply(query, key, value, mask, scale))
 
 
@@ -37,12 +39,18 @@ class _Fused(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Any:
         ctx.set_materialize_grads(False)
         out, lse = forward(query, key, value, mask, scale)
-        ctx.save_for_backward(query, key, value, out, lse)
-        ctx.mask, ctx.scale = mask, scale
+        ctx.save_for_backward(query, key, value, out, lse, mask.key_padding, mask.query_segments, mask.key_segments)
+        ctx.mask, ctx.scale = mask.replace(key_padding=None, query_segments=None, key_segments=None), scale
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "create_graph=True asks for gradients of gradients, which kernel 'cpu_fused' does not have: use "
+                "kernel='reference'."
+            )
         grad_out, grad_lse = grads
-        query, key, value, out, lse = ctx.saved_tensors
-        return (*backward(grad_out, grad_lse, query, key, value, out, lse, ctx.mask, ctx.scale), None, None)
+        query, key, value, out, lse, padding, query_segments, key_segments = ctx.saved_tensors
+        mask = ctx.mask.replace(key_padding=padding, query_segments=query_segments, key_segments=key_segments)
+        return (*backward(grad_out, grad_lse, query, key, value, out, lse, mask, ctx.scale), None, None)

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import logging
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -65,7 +66,7 @@ def _state() -> tuple[ctypes.CDLL | None, str | None]:
     if compiler is None:
         return None, f"there is no C compiler ({', '.join(COMPILERS)} or $CC)"
     try:
-        return ctypes.CDLL(str(_built(compiler))), None
+        return _loaded(compiler), None
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         reason = f"{compiler} could not build them ({said[-1] if said else error})"
@@ -73,11 +74,19 @@ def _state() -> tuple[ctypes.CDLL | None, str | None]:
         return None, reason
 
 
+def _loaded(compiler: str) -> ctypes.CDLL:
+    path = _built(compiler)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # kept by another system, or cut short by a crash: once more
+        path.unlink(missing_ok=True)
+        return ctypes.CDLL(str(_built(compiler)))
+
+
 def _built(compiler: str) -> Path:
     """The library's file, compiled unless an earlier process has done so; complete or not there at all."""
     folder = Path(__file__).parent
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=SECONDS, check=True)
-    key = hashlib.sha256("\n".join([version.stdout, *FLAGS]).encode())
+    key = hashlib.sha256("\n".join([_output(compiler, "--version"), *platform.libc_ver(), *FLAGS]).encode())
     for source in sorted([*folder.glob("*.c"), *folder.glob("*.h")]):
         key.update(source.read_bytes())
     path = _cache() / f"fused_{key.hexdigest()[:20]}.so"
@@ -85,21 +94,27 @@ def _built(compiler: str) -> Path:
         with tempfile.TemporaryDirectory(dir=path.parent) as staging:
             made = Path(staging) / path.name
             sources = [str(source) for source in sorted(folder.glob("*.c"))]
-            command = [compiler, *FLAGS, *sources, "-o", str(made), "-lm"]
-            subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True)
+            _output(compiler, *FLAGS, *sources, "-o", str(made), "-lm")
             os.replace(made, path)
     return path
 
 
+def _output(*command: str) -> str:
+    done = subprocess.run(
+        command, capture_output=True, text=True, errors="replace", timeout=SECONDS, check=True,
+        env={**os.environ, "LC_ALL": "C"},
+    )  # fmt: skip
+    return done.stdout
+
+
 def _cache() -> Path:
     """A folder of the user's own for what was compiled, or one for this process where that cannot be written."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(home) / "hf_attn_plugins"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_attn_plugins"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):
             return folder
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: this user has no home
         pass
     folder = Path(tempfile.mkdtemp(prefix="hf_attn_plugins_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

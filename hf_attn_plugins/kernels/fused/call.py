@@ -99,7 +99,8 @@ def backward(
             grad.zero_()
         return grads[0], grads[1], grads[2]
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    query, key, value, grad_out = (_rows(x) for x in (query, key, value, grad_out))
+    query, key, value, grad_out, out = (_rows(x) for x in (query, key, value, grad_out, out))
+    lse = lse.contiguous()
     padded_rows, padded_keys = _padded(query.shape[2]), _padded(key.shape[2])
     size = max(
         key.shape[:2].numel() * padded_keys * key.shape[-1],
@@ -146,6 +147,11 @@ def _call(
     labels = make_labels(mask.key_padding, mask.query_segments, mask.key_segments)
     if labels is None:
         return call, []
+    for what, tensor, count in (("segments", labels.rows, rows), ("padding or segments", labels.keys, num_keys)):
+        if tensor is not None and (tensor.shape[0] not in (1, batch) or tensor.shape[1:] != (count,)):
+            raise ValueError(
+                f"the mask's {what} must be (1 or {batch}, {count}) for these tensors, got {tuple(tensor.shape)}."
+            )
     of_rows = row_bounds(labels, rows, LANES)
     of_keys = key_bounds(labels, rows, LANES) if keys_too else None
     kept = [labels.rows, labels.keys, of_rows, of_keys]

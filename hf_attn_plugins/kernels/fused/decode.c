@@ -140,9 +140,10 @@ static void merge_row(const Call *call, int64_t b, int64_t h, int64_t t, int64_t
         top = fmaxf(top, found_of(call, item + chunk).top[row]);
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
         const Found found = found_of(call, item + chunk);
-        if (found.top[row] == -INFINITY)
+        if (found.total[row] == 0)
             continue;
-        const float weight = exp2f(found.top[row] - top);
+        /* A row of NaN has a total and no top: it stays NaN. */
+        const float weight = top == -INFINITY ? 1 : exp2f(found.top[row] - top);
         total += weight * found.total[row];
         for (int64_t column = 0; column < call->dim_v; column++)
             sums[column] += weight * found.sums[row * call->dim_v + column];

@@ -11,8 +11,9 @@ from torch import Tensor
 from hf_attn_plugins.cqs.cost import parse_bytes
 from hf_attn_plugins.cqs.leaf import Leaf
 from hf_attn_plugins.cqs.pieces import of_plan
+from hf_attn_plugins.cqs.restrict import check_lengths
 from hf_attn_plugins.cqs.scheduler import Plan
-from hf_attn_plugins.cqs.tiler import Tiler
+from hf_attn_plugins.cqs.tiler import Tiler, with_sinks
 from hf_attn_plugins.cqs.tokens import TOKENS, Tokens
 from hf_attn_plugins.cqs.workers import work
 from hf_attn_plugins.kernels.choose import choose
@@ -113,26 +114,6 @@ def one_mask(mask: Mask | Tensor | None, is_causal: bool, window: int | Window |
             raise ValueError(f"window={window} was given beside a mask with window {whole.window}: pass one of them.")
         whole = whole.replace(window=window_of(window))
     return whole
-
-
-def check_lengths(rows: int, keys: int, plan: Plan, mask: Mask) -> None:
-    """Raise ValueError unless this is self-attention over the plan's tokens."""
-    if not rows == keys == plan.num_tokens:
-        raise ValueError(
-            f"the plan is for {plan.num_tokens} tokens, got {rows} query and {keys} key positions: CQS divides square "
-            "self-attention; use kernels.attend for decoding and cross-attention."
-        )
-    if mask.start(rows, keys) != 0:
-        raise ValueError(f"mask.offset={mask.offset}: in self-attention row 0 stands at position 0.")
-
-
-def with_sinks(partial: Partial, sinks: Tensor | None) -> Partial:
-    """Add learned sinks to the denominator, once, after the last merge: out * sigmoid(lse - sink)."""
-    if sinks is None:
-        return partial
-    logits = sinks.to(partial.lse.dtype).view(1, -1, 1)
-    share = torch.sigmoid(partial.lse - logits).unsqueeze(-1)
-    return Partial((partial.out * share).to(partial.out.dtype), torch.logaddexp(partial.lse, logits))
 
 
 def _cuts(leaves: list[Leaf]) -> list[int]:

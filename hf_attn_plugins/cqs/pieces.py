@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from hf_attn_plugins.cqs.leaf import Leaf, Range, joined
 from hf_attn_plugins.cqs.scheduler import Plan
-from hf_attn_plugins.kernels.pieces import Piece
+from hf_attn_plugins.kernels.piece import Piece
 
 
 def pieces(leaves: Iterable[Leaf], is_causal: bool = False) -> list[Piece]:

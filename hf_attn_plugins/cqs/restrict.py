@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_attn_plugins.cqs.leaf import Piece, Range
+from hf_attn_plugins.cqs.scheduler import Plan
 from hf_attn_plugins.masks import Mask, Predicate
 
 
@@ -62,3 +63,14 @@ def _shifted(predicate: Predicate | None, first_key: int) -> Predicate | None:
         return predicate
     whole: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = predicate
     return lambda b, h, q, k: whole(b, h, q + first_key, k + first_key)
+
+
+def check_lengths(rows: int, keys: int, plan: Plan, mask: Mask) -> None:
+    """Raise ValueError unless this is self-attention over the plan's tokens."""
+    if not rows == keys == plan.num_tokens:
+        raise ValueError(
+            f"the plan is for {plan.num_tokens} tokens, got {rows} query and {keys} key positions: CQS divides square "
+            "self-attention; use kernels.attend for decoding and cross-attention."
+        )
+    if mask.start(rows, keys) != 0:
+        raise ValueError(f"mask.offset={mask.offset}: in self-attention row 0 stands at position 0.")

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from hf_attn_plugins.cqs import cost
-from hf_attn_plugins.cqs.forkjoin import check_lengths, with_sinks
+from hf_attn_plugins.cqs.restrict import check_lengths
 from hf_attn_plugins.cqs.scheduler import Plan
 from hf_attn_plugins.cqs.storage import Source, file_tensor
-from hf_attn_plugins.cqs.tiler import Ledger
+from hf_attn_plugins.cqs.tiler import Ledger, with_sinks
 from hf_attn_plugins.cqs.tokens import TOKENS
 from hf_attn_plugins.cqs.workers import work
 from hf_attn_plugins.masks import Mask

@@ -117,3 +117,12 @@ def _split(partial: Partial, cuts: list[int]) -> list[Partial]:
         return [partial]
     sizes = [end - begin for begin, end in itertools.pairwise(cuts)]
     return [Partial(*parts) for parts in zip(*(x.split(sizes, TOKENS) for x in partial), strict=True)]
+
+
+def with_sinks(partial: Partial, sinks: Tensor | None) -> Partial:
+    """Add learned sinks to the denominator, once, after the last merge: out * sigmoid(lse - sink)."""
+    if sinks is None:
+        return partial
+    logits = sinks.to(partial.lse.dtype).view(1, -1, 1)
+    share = torch.sigmoid(partial.lse - logits).unsqueeze(-1)
+    return Partial((partial.out * share).to(partial.out.dtype), torch.logaddexp(partial.lse, logits))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_attn_plugins.kernels.pieces import Piece
+from hf_attn_plugins.kernels.piece import Piece
 from hf_attn_plugins.kernels.triton_support import supported
 from hf_attn_plugins.masks import Mask
 from hf_attn_plugins.partial import Partial

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from hf_attn_plugins.kernels.pieces import Piece, table
+from hf_attn_plugins.kernels.piece import Piece, table
 
 WIDTH = 1 + len(Piece._fields)
 

@@ -7,7 +7,8 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from hf_attn_plugins.kernels.pieces import Piece, attend_pieces
+from hf_attn_plugins.kernels.piece import Piece
+from hf_attn_plugins.kernels.pieces import attend_pieces
 from hf_attn_plugins.masks import Mask, Window, window_of
 from hf_attn_plugins.partial import Partial
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_attn_plugins.kernels.pieces import Piece
+from hf_attn_plugins.kernels.piece import Piece
 from hf_attn_plugins.star.plan import Plan
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hf_attn_plugins import cqs
 from hf_attn_plugins.cqs import plugin
 from hf_attn_plugins.cqs.pieces import of_plan, pieces
-from hf_attn_plugins.kernels.pieces import Piece
+from hf_attn_plugins.kernels.piece import Piece
 from hf_attn_plugins.masks import Mask
 from hf_attn_plugins.options import CQSOptions
 from tests.kernels.triton_cases import ONE_LAUNCH_EACH, check, count_launches, draw, needs_interpreter, padding

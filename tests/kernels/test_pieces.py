@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_attn_plugins.kernels.pieces import Piece, attend_pieces, table
+from hf_attn_plugins.kernels.piece import Piece, table
+from hf_attn_plugins.kernels.pieces import attend_pieces
 from hf_attn_plugins.masks import Mask
 from hf_attn_plugins.partial import Partial
 from hf_attn_plugins.testing import assert_close_to_reference, dense_attention, sharp_inputs

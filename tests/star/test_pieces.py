@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_attn_plugins.kernels.pieces import Piece
+from hf_attn_plugins.kernels.piece import Piece
 from hf_attn_plugins.masks import Mask
 from hf_attn_plugins.options import StarOptions
 from hf_attn_plugins.star.attention import attention

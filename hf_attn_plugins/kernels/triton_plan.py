@@ -24,7 +24,7 @@ def flat(plan: list[list[Piece]]) -> list[int]:
 def tables(
     pieces: tuple[int, ...], length: int, tile: int, of_keys: bool, device: torch.device
 ) -> tuple[Tensor | None, int]:
-    """`pieces.table` of a flat plan, (lists, tiles, most pieces, 6) int32, and the most pieces a tile has."""
+    """`piece.table` of a flat plan, (lists, tiles, most pieces, 6) int32, and the most pieces a tile has."""
     if not pieces:
         return None, 1
     lists: list[list[Piece]] = [[] for _ in range(max(pieces[::WIDTH]) + 1)]

@@ -101,7 +101,7 @@ def record(
         with recording(target) as launches:
             out, _, row_lse = forward(query, key, key, call)
             backward(out, None, query, key, key, out, row_lse, call)
-            forward(tensor(HEADS, 1), key, key, call._replace(offset=TOKENS - 1))
+            forward(tensor(HEADS, 1), key, key, call._replace(offset=TOKENS - 1, pieces=()))  # plans are of prompts
     finally:
         override.clear()
     return launches

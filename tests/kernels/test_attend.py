@@ -92,8 +92,8 @@ def check_forward(name, shape, dtype, factor=2.0):
         assert ((lse > -torch.inf) == seen).all(), f"{kernel}: empty rows differ"
         assert (out[~seen] == 0).all(), f"{kernel}: rows without keys must be 0"
         assert_close_to_reference(out, low_out, ref_out, factor, f"{kernel} out")
-        # 3: a handful of rows leaves the plain computation's worst error to luck
-        assert_close_to_reference(lse[seen], low_lse[seen], ref_lse[seen], 3.0, name=f"{kernel} lse")
+        # Half as much again: a handful of rows leaves the plain computation's worst error to luck
+        assert_close_to_reference(lse[seen], low_lse[seen], ref_lse[seen], 1.5 * factor, f"{kernel} lse")
 
 
 @pytest.mark.parametrize("name", MASKS)

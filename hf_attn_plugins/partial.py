@@ -27,6 +27,13 @@ class Partial(NamedTuple):
         out = query.new_zeros(*query.shape[:-1], head_dim_v)
         return cls(out, query.new_full(query.shape[:-1], -torch.inf, dtype=lse_dtype(query)))
 
+    @classmethod
+    def unfilled(cls, query: Tensor, head_dim_v: int) -> Partial:
+        """Memory for the result of rows of `query` (B, H, T, D); out runs token by token, as models read it next."""
+        batch, heads, rows, _ = query.shape
+        out = query.new_empty(batch, rows, heads, head_dim_v).transpose(1, 2)
+        return cls(out, query.new_empty(query.shape[:-1], dtype=lse_dtype(query)))
+
 
 def lse_dtype(tensor: Tensor) -> torch.dtype:
     """float64 for float64 tensors, else float32."""

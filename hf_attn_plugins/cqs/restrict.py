@@ -1,4 +1,4 @@
-"""A mask over all N positions cut down to one piece: its rows, and some ranges of keys."""
+"""A mask over all N positions: whether it is one for the plan, and cut down to a piece, its rows and ranges of keys."""
 
 from __future__ import annotations
 

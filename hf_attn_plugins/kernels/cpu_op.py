@@ -11,7 +11,7 @@ from hf_attn_plugins.kernels.cpu import forward
 from hf_attn_plugins.kernels.cpu_backward import backward
 from hf_attn_plugins.kernels.fused import call as compiled
 from hf_attn_plugins.masks import Mask
-from hf_attn_plugins.partial import Partial, lse_dtype
+from hf_attn_plugins.partial import Partial
 
 NO_BOUND = -1
 
@@ -95,9 +95,9 @@ def tiled_forward(
 
 @tiled_forward.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    fused = rest[-1]
-    out = compiled.empty_out(query, value) if fused else query.new_empty(*query.shape[:-1], value.shape[-1])
-    return out, query.new_empty(query.shape[:-1], dtype=lse_dtype(query))
+    fused, head_dim_v = rest[-1], value.shape[-1]
+    out, lse = Partial.unfilled(query, head_dim_v)
+    return out if fused else query.new_empty(*query.shape[:-1], head_dim_v), lse
 
 
 @torch.library.custom_op("hf_attn_plugins::tiled_backward", mutates_args=(), device_types="cpu")

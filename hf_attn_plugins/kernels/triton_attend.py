@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_attn_plugins.kernels.labels import make_labels
 from hf_attn_plugins.kernels.piece import Piece
 from hf_attn_plugins.kernels.triton_support import supported
 from hf_attn_plugins.masks import Mask
@@ -32,7 +33,6 @@ def run(
     plan: list[list[Piece]],
 ) -> Partial:  # fmt: skip
     """The call as operator arguments; `plan` is empty for all pairs, or holds pieces per row of the batch."""
-    from hf_attn_plugins.kernels.labels import make_labels
     from hf_attn_plugins.kernels.triton_ops import triton_attention
     from hf_attn_plugins.kernels.triton_plan import flat
 

@@ -21,7 +21,7 @@ from hf_attn_plugins.kernels.bound import Kernel
 from hf_attn_plugins.kernels.pieces import attend_pieces
 from hf_attn_plugins.masks import Mask, Window
 from hf_attn_plugins.options import StarOptions
-from hf_attn_plugins.partial import Partial, lse_dtype, merge
+from hf_attn_plugins.partial import Partial, merge
 from hf_attn_plugins.star.pattern import masked, plans_of, prompts_of
 from hf_attn_plugins.star.pieces import pieces
 from hf_attn_plugins.star.plan import Plan, plan_for
@@ -181,14 +181,13 @@ def collected(parts: Iterable[Partial], query: Tensor, value: Tensor) -> Partial
     """`join` of parts that hold the rows of `query`; without gradients none of them outlives its turn."""
     if torch.is_grad_enabled():
         return join(list(parts))
-    batch, heads, rows, _ = query.shape
-    out = query.new_empty(batch, rows, heads, value.shape[-1]).transpose(1, 2)  # token by token, as models want it
-    lse, first = query.new_empty(batch, heads, rows, dtype=lse_dtype(query)), 0
+    out, lse = whole = Partial.unfilled(query, value.shape[-1])
+    first = 0
     for part in parts:
         end = first + part.lse.shape[2]
         out[:, :, first:end], lse[:, :, first:end] = part
         first = end
-    return Partial(out, lse)
+    return whole
 
 
 def ragged(

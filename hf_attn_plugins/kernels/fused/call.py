@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_attn_plugins.kernels.fused.build import library, unavailable
 from hf_attn_plugins.kernels.labels import key_bounds, make_labels, row_bounds
 from hf_attn_plugins.masks import Mask
+from hf_attn_plugins.partial import Partial
 
 LANES, STEP, TILE, MAX_DIM = 64, 6, 96, 256  # as in tile.h
 CHUNK, MAX_ROWS = 512, 256  # as in decode.c
@@ -59,7 +60,7 @@ def unsupported(
 
 def forward(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
     """out (B, Hq, T, Dv), laid out token by token as models want it next, and lse (B, Hq, T)."""
-    out, lse = empty_out(query, value), query.new_empty(query.shape[:-1], dtype=torch.float32)
+    out, lse = Partial.unfilled(query, value.shape[-1])
     if not key.shape[2]:
         return out.zero_(), lse.fill_(-torch.inf)
     if not out.numel():
@@ -114,12 +115,6 @@ def backward(
     call.lse, call.delta, call.pairs = lse.data_ptr(), delta.data_ptr(), pairs.data_ptr()
     library().hap_backward(ctypes.byref(call))
     return grads[0], grads[1], grads[2]
-
-
-def empty_out(query: Tensor, value: Tensor) -> Tensor:
-    """An output (B, Hq, T, Dv) whose memory runs token by token."""
-    batch, heads, rows, _ = query.shape
-    return query.new_empty(batch, rows, heads, value.shape[-1]).transpose(1, 2)
 
 
 def _call(

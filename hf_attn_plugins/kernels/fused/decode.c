@@ -18,8 +18,11 @@ typedef struct {
     _Alignas(64) bf16 queries[MAX_ROWS * MAX_DIM]; /* the rows of all heads that share the keys, head by head */
 } Block;
 
+/* Rows of queries that a key head has: those of all heads that share it. */
+static int64_t shared_rows(const Call *call) { return call->heads / call->kv_heads * call->num_rows; }
+
 static Found found_of(const Call *call, int64_t item) {
-    const int64_t rows = call->heads / call->kv_heads * call->num_rows;
+    const int64_t rows = shared_rows(call);
     float *start = call->partials + item * rows * (call->dim_v + 2);
     return (Found){start, start + rows, start + 2 * rows};
 }
@@ -34,7 +37,7 @@ static void prefetch(Rows rows, int64_t first, int64_t dim) {
 /* Weights of LANES keys from `first` on for all rows; sums so far fade where a row's largest score grows. */
 static void weigh(const Call *call, Block *block, Found found, const Sight *sight, Rows keys, int64_t first,
                   int64_t end) {
-    const int64_t rows = call->heads / call->kv_heads * call->num_rows;
+    const int64_t rows = shared_rows(call);
     const Rows queries = {block->queries, call->dim, rows};
     const __m512 scale = _mm512_set1_ps(call->scale / LN_2), nothing = _mm512_set1_ps(-INFINITY);
     hold_rows(keys, first, call->dim, block->held);
@@ -74,7 +77,7 @@ static void weigh(const Call *call, Block *block, Found found, const Sight *sigh
 
 /* found.sums[row][column] += weights[row][key] * value[key][column], over LANES keys. */
 static void add_values(const Call *call, Block *block, Found found, Rows values, int64_t first) {
-    const int64_t rows = call->heads / call->kv_heads * call->num_rows;
+    const int64_t rows = shared_rows(call);
     for (int64_t row = 0; row < rows; row += STEP)
         for (int64_t column = 0; column < call->dim_v; column += 16 * VECTORS) {
             const int vectors = (int)smaller(VECTORS, (call->dim_v - column) / 16);
@@ -109,7 +112,7 @@ static void add_values(const Call *call, Block *block, Found found, Rows values,
 }
 
 static void decode_chunk(const Call *call, Block *block, int64_t b, int64_t kv_head, int64_t first, Found found) {
-    const int64_t groups = call->heads / call->kv_heads, rows = groups * call->num_rows;
+    const int64_t groups = call->heads / call->kv_heads, rows = shared_rows(call);
     const Rows keys = rows_of(&call->key, b, kv_head, call->num_keys);
     const Rows values = rows_of(&call->value, b, kv_head, call->num_keys);
     const int64_t end = smaller(first + CHUNK, call->num_keys);

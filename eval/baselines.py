@@ -7,16 +7,16 @@ Unlike StreamingLLM's cache, tokens keep their own positions.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from hf_attn_plugins.core.mask import Mask
+from hf_attn_plugins.core.options import Options
+from hf_attn_plugins.core.partial import Partial, merge
+from hf_attn_plugins.hf import register
 from hf_attn_plugins.kernels import attend
-from hf_attn_plugins.masks import Mask
-from hf_attn_plugins.options import Options
-from hf_attn_plugins.partial import Partial, merge
-from hf_attn_plugins.registry import PLUGINS, Plugin
+from hf_attn_plugins.plugins import Plugin
 
 
 @dataclass(frozen=True)
@@ -86,32 +86,29 @@ def _windowed(mask: Mask, window: int) -> Mask:
     return mask.replace(window=(window - 1 if left is None else min(left, window - 1), right))
 
 
-@dataclass(frozen=True)
-class Baseline(Plugin):
-    """A plugin whose options are declared in this file."""
-
-    def options_type(self) -> type[Options]:
-        return globals()[self.options]
-
-
 BASELINES: dict[str, Plugin] = {
-    name: Baseline(name, summary, False, source, f"{__name__}:{name}", options)
-    for name, summary, source, options in (
-        ("sliding_window", "the last tokens only", "arXiv 1904.10509, 2004.05150", "WindowOptions"),
-        ("attention_sink", "the first tokens and the last", "StreamingLLM, arXiv 2309.17453", "SinkOptions"),
+    row.name: row
+    for row in (
+        Plugin(
+            "sliding_window",
+            "the last tokens only",
+            False,
+            "arXiv 1904.10509, 2004.05150",
+            sliding_window,
+            WindowOptions,
+        ),
+        Plugin(
+            "attention_sink",
+            "the first tokens and the last",
+            False,
+            "StreamingLLM, arXiv 2309.17453",
+            attention_sink,
+            SinkOptions,
+        ),
     )
 }
 
 
-@contextlib.contextmanager
-def registered() -> Iterator[None]:
-    """The baselines as attention implementations for a while; afterwards no trace of them is left."""
-    from hf_attn_plugins import interface
-    from hf_attn_plugins.structure import mask_function
-
-    with contextlib.ExitStack() as stack:
-        for name, plugin in BASELINES.items():
-            PLUGINS[name] = plugin
-            stack.callback(PLUGINS.pop, name)
-            stack.enter_context(interface.registered(name, mask_function))
-        yield
+def registered() -> contextlib.AbstractContextManager[None]:
+    """The baselines as plugins for a while; afterwards no trace of them is left."""
+    return register.registered(*BASELINES.values())

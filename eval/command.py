@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from hf_attn_plugins.commands.hardware import describe
-from hf_attn_plugins.commands.models import load
+from hf_attn_plugins.bench.hardware import describe
+from hf_attn_plugins.hf.load import load
 
 from . import baselines
 from .configuration import DTYPES, Configuration, configuration

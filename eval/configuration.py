@@ -9,8 +9,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from hf_attn_plugins.commands.models import DEMO, options_from
-from hf_attn_plugins.registry import PLUGINS
+from hf_attn_plugins.hf.load import DEMO, options_from
+from hf_attn_plugins.plugins import PLUGINS
 
 from .baselines import BASELINES
 from .prompts import CHATS

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from hf_attn_plugins.commands.hardware import describe
+from hf_attn_plugins.bench.hardware import describe
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "wonderwords", "hf-attn-plugins")
 

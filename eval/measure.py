@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_attn_plugins.agreement import CHUNK, backbone, logits_at, synchronize
-from hf_attn_plugins.memory import PeakMemory
+from hf_attn_plugins.bench.peak_memory import PeakMemory
+from hf_attn_plugins.hf.compare import CHUNK, backbone, logits_at, synchronize
 
 BUCKETS = 8  # ranges of positions that loss and agreement are reported for
 

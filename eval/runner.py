@@ -7,8 +7,10 @@ import gc
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import hf_attn_plugins
-from hf_attn_plugins.agreement import evaluating
+from hf_attn_plugins.hf.compare import evaluating
+from hf_attn_plugins.hf.configure import use
+from hf_attn_plugins.parallel.hf.session import context_parallel
+from hf_attn_plugins.plugins import PLUGINS
 
 from . import measure
 from .configuration import Attention, Configuration
@@ -237,9 +239,9 @@ class Runner:
             self._warm.add((attn.label, length))
 
     def _attention(self, attn: Attention) -> contextlib.AbstractContextManager[Any]:
-        if self.settings.context_parallel and attn.implementation in hf_attn_plugins.PLUGINS:
-            return hf_attn_plugins.context_parallel(self.model, attn.implementation, **attn.options)
-        return hf_attn_plugins.use(self.model, attn.implementation, **attn.options)
+        if self.settings.context_parallel and attn.implementation in PLUGINS:
+            return context_parallel(self.model, attn.implementation, **attn.options)
+        return use(self.model, attn.implementation, **attn.options)
 
     def _baseline(self) -> Attention:
         return next(a for a in self.settings.attn if a.label == self.settings.baseline)

@@ -5,19 +5,21 @@ Importing this package registers its attention implementations by name; see `plu
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from hf_attn_plugins.registry import PLUGINS, Plugin, register, unregister
+from hf_attn_plugins._version import __version__ as __version__
+from hf_attn_plugins.core.lazy import lazy
+from hf_attn_plugins.hf.register import register, register_plugin, unregister
+from hf_attn_plugins.plugins import PLUGINS, Plugin
 
 if TYPE_CHECKING:
-    from hf_attn_plugins.agreement import compare
-    from hf_attn_plugins.interception import intercept
-    from hf_attn_plugins.parallel_session import context_parallel
-    from hf_attn_plugins.support import check
-    from hf_attn_plugins.switch import configure, use
+    from hf_attn_plugins import cqs, indexed, kernels, parallel, star, tiled
+    from hf_attn_plugins.hf.check import check
+    from hf_attn_plugins.hf.compare import compare
+    from hf_attn_plugins.hf.configure import configure, use
+    from hf_attn_plugins.hf.intercept import intercept
+    from hf_attn_plugins.parallel.hf.session import context_parallel
 
-__version__ = "0.1.0"
 __all__ = [
     "PLUGINS",
     "Plugin",
@@ -25,39 +27,40 @@ __all__ = [
     "compare",
     "configure",
     "context_parallel",
+    "cqs",
+    "indexed",
     "intercept",
+    "kernels",
+    "parallel",
     "plugins",
     "register",
+    "register_plugin",
+    "star",
+    "tiled",
     "unregister",
     "use",
 ]
 
 # Verbs and method folders are imported on first use, which keeps `import hf_attn_plugins` as cheap as its registration.
 _VERBS = {
-    "check": "support",
-    "compare": "agreement",
-    "configure": "switch",
-    "context_parallel": "parallel_session",
-    "intercept": "interception",
-    "use": "switch",
+    "check": "hf.check",
+    "compare": "hf.compare",
+    "configure": "hf.configure",
+    "context_parallel": "parallel.hf.session",
+    "intercept": "hf.intercept",
+    "use": "hf.configure",
 }
 _FOLDERS = ("cqs", "indexed", "kernels", "parallel", "star", "tiled")
+__getattr__, __dir__ = lazy(
+    __name__,
+    {name: f"{__name__}.{module}:{name}" for name, module in _VERBS.items()}
+    | {name: f"{__name__}.{name}" for name in _FOLDERS},
+)
 
 
 def plugins() -> list[Plugin]:
-    """The attention implementations of this package, as rows of the table that README and command line show."""
+    """The attention implementations that can be named, as rows of the table that README and command line show."""
     return list(PLUGINS.values())
-
-
-def __getattr__(name: str) -> Any:
-    if name in _VERBS:
-        value = getattr(importlib.import_module(f"{__name__}.{_VERBS[name]}"), name)
-    elif name in _FOLDERS:
-        value = importlib.import_module(f"{__name__}.{name}")
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
 
 
 register()

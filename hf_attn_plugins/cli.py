@@ -7,38 +7,53 @@ import importlib
 import sys
 from collections.abc import Mapping
 
+from hf_attn_plugins.plugins import PLUGINS
+
 Table = Mapping[str, "tuple[str, str] | Table"]
 
-COMMANDS: Table = {
-    "list": ("hf_attn_plugins.commands.listing", "the attention plugins, as a table"),
-    "check": ("hf_attn_plugins.commands.check", "what a plugin would do in every attention module of a model"),
-    "compare": ("hf_attn_plugins.commands.compare", "agreement, speed and memory of a plugin against another backend"),
-    "plan": {
-        "cqs": ("hf_attn_plugins.cqs.command", "Scheduler, Workers and Tiler; bytes, peaks and balance of a plan"),
-        "star": ("hf_attn_plugins.star.command", "a prompt in blocks, anchor and query: cells, FLOPs, bytes"),
-        "tiled": ("hf_attn_plugins.tiled.command", "FlashAttention's tiles, step by step, drawn or animated"),
-    },
-    "bench": {
-        "cqs": ("hf_attn_plugins.cqs.bench", "one worker's time and memory, executed cells and balance, over W and N"),
-        "gpu": ("hf_attn_plugins.commands.bench_gpu", "the Triton kernels on a GPU: correctness, then speed"),
-        "indexed": ("hf_attn_plugins.indexed.command", "indexed attention against the direct form, and on a real text"),
-        "memory": ("hf_attn_plugins.commands.bench_memory", "peak memory of one call over the length"),
-        "parallel": ("hf_attn_plugins.commands.bench_parallel", "several ranks: bytes, memory and work of each method"),
-        "star": ("hf_attn_plugins.commands.bench_star", "what Star's sizes cost in agreement and save in time"),
-        "tiled": ("hf_attn_plugins.commands.bench_tiled", "the tiles against PyTorch's attention, call by call"),
-        "triton": ("hf_attn_plugins.kernels.triton_bench", "--static: the kernels as compiled, without a GPU"),
-    },
-    "eval": ("hf_attn_plugins.eval.command", "long-context tasks, perplexity, agreement and speed against a baseline"),
-    "report": ("hf_attn_plugins.eval.report.command", "tables and page of an evaluation; several as one leaderboard"),
-    "patch": ("hf_attn_plugins.patches.command", "change a checkpoint by a recipe, show what was done, undo it"),
-    "run": ("hf_attn_plugins.commands.run", "any Python command with the plugins registered: hf-attn run -- CMD ..."),
+_BENCH = {
+    "gpu": "the Triton kernels on a GPU: correctness, then speed",
+    "indexed": "indexed attention against the direct form, and on a real text",
+    "memory": "peak memory of one call over the length",
+    "parallel": "several ranks: bytes, memory and work of each method",
+    "triton": "--static: the kernels as compiled, without a GPU",
 }
+
+
+def commands() -> Table:
+    """Every command: name -> (module, what it does), or a table of sub-commands; methods' own come from their rows."""
+    rows = sorted(PLUGINS.values(), key=lambda row: row.name)
+    bench = {row.short: (row.bench, f"measure {row.name} against the default backend") for row in rows if row.bench}
+    bench |= {name: (f"hf_attn_plugins.commands.bench.{name}", what) for name, what in _BENCH.items()}
+    return {
+        "list": ("hf_attn_plugins.commands.list", "the attention plugins, as a table"),
+        "check": ("hf_attn_plugins.commands.check", "what a plugin would do in every attention module of a model"),
+        "compare": (
+            "hf_attn_plugins.commands.compare",
+            "agreement, speed and memory of a plugin against another backend",
+        ),
+        "plan": {row.short: (row.command, f"the plan of {row.name}, its costs, drawn") for row in rows if row.command},
+        "bench": dict(sorted(bench.items())),
+        "eval": (
+            "hf_attn_plugins.eval.command",
+            "long-context tasks, perplexity, agreement and speed against a baseline",
+        ),
+        "report": (
+            "hf_attn_plugins.eval.report.command",
+            "tables and page of an evaluation; several as one leaderboard",
+        ),
+        "patch": ("hf_attn_plugins.patches.command", "change a checkpoint by a recipe, show what was done, undo it"),
+        "run": (
+            "hf_attn_plugins.commands.run",
+            "any Python command with the plugins registered: hf-attn run -- CMD ...",
+        ),
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run `hf-attn` with these arguments; returns the exit status: 0 done, 2 for bad input, with one line on stderr."""
     words = list(sys.argv[1:] if argv is None else argv)
-    table, path = COMMANDS, ["hf-attn"]
+    table, path = commands(), ["hf-attn"]
     while True:
         if not words or words[0] in ("-h", "--help"):
             print(_overview(path, table))

@@ -11,7 +11,9 @@ from typing import Any
 
 from hf_attn_plugins.checkpoint.source import Source
 from hf_attn_plugins.checkpoint.write import Patch
-from hf_attn_plugins.registry import PLUGINS, plugin
+from hf_attn_plugins.hf.check import check
+from hf_attn_plugins.hf.register import register
+from hf_attn_plugins.plugins import PLUGINS, plugin
 
 SUMMARY = "write attn_implementation and the plugin's options into config.json"
 
@@ -99,9 +101,7 @@ def _verify(folder: Path, name: str, parts: list[str], options: dict[str, Any]) 
     import torch
     from transformers import AutoConfig, AutoModel
 
-    import hf_attn_plugins
-
-    hf_attn_plugins.register()
+    register()
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         model = AutoModel.from_config(config)
@@ -116,5 +116,5 @@ def _verify(folder: Path, name: str, parts: list[str], options: dict[str, Any]) 
     wanted = {id(target) for target in targets}
     for module in model.modules() if parts else [model]:
         if not parts or (hasattr(module, "get_input_embeddings") and id(module.config) in wanted):
-            hf_attn_plugins.check(module, name).raise_if_refused()
+            check(module, name).raise_if_refused()
             break

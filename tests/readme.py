@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from hf_attn_plugins.commands.listing import markdown
+from hf_attn_plugins.commands.list import markdown
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from hf_attn_plugins.registry import PLUGINS
+from hf_attn_plugins.plugins import PLUGINS
 
 from . import charts, sections, tables
 from .charts import Series

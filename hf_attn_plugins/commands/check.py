@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from hf_attn_plugins.commands.models import DEMO, demo_folder
-from hf_attn_plugins.registry import PLUGINS
-from hf_attn_plugins.support import check
+from hf_attn_plugins.hf.check import check
+from hf_attn_plugins.hf.load import DEMO, demo_folder
+from hf_attn_plugins.plugins import PLUGINS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

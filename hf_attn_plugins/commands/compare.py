@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hf_attn_plugins.agreement import Agreement, Run, compare
-from hf_attn_plugins.commands.hardware import describe
-from hf_attn_plugins.commands.models import add_model_arguments, load, options_from, text_tokens
-from hf_attn_plugins.registry import plugin
+from hf_attn_plugins.bench.hardware import describe
+from hf_attn_plugins.hf.compare import Agreement, Run, compare
+from hf_attn_plugins.hf.load import add_model_arguments, load, options_from, text_tokens
+from hf_attn_plugins.plugins import plugin
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

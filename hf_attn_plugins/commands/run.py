@@ -12,7 +12,7 @@ import runpy
 import shutil
 import sys
 
-import hf_attn_plugins
+from hf_attn_plugins.hf.register import register
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
         words.pop(0)
     if not words:
         raise ValueError("nothing to run: write hf-attn run -- COMMAND ...")
-    hf_attn_plugins.register()
+    register()
     try:
         if words[0] == "-m":
             if len(words) < 2:

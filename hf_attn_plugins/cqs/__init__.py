@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hf_attn_plugins.cqs.covers import interest_set
-from hf_attn_plugins.cqs.leaf import Leaf, Piece
+from hf_attn_plugins.cqs.difference_covers import interest_set
 from hf_attn_plugins.cqs.scheduler import Plan, plan
+from hf_attn_plugins.cqs.worker_share import Leaf, Piece
 
 if TYPE_CHECKING:
-    from hf_attn_plugins.cqs.forkjoin import attention
+    from hf_attn_plugins.cqs.run_plan import attention
     from hf_attn_plugins.cqs.tiler import Tiler
     from hf_attn_plugins.cqs.workers import work
 

@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(line)
 
 
-def _text(division: Plan, shape: cost.Shape, arguments: argparse.Namespace) -> Iterator[str]:
+def _text(division: Plan, shape: cost.CallShape, arguments: argparse.Namespace) -> Iterator[str]:
     if _shown(arguments):
         demo = demonstrate(division, arguments.dim, arguments.seed)
         yield from show.scheduler(division, arguments.dim)
@@ -66,7 +66,7 @@ def _text(division: Plan, shape: cost.Shape, arguments: argparse.Namespace) -> I
         yield from show.costs(division, shape, not arguments.full, arguments.budget, cost.WORKSPACE)
 
 
-def _numbers_of(division: Plan, shape: cost.Shape, arguments: argparse.Namespace) -> dict:
+def _numbers_of(division: Plan, shape: cost.CallShape, arguments: argparse.Namespace) -> dict:
     numbers = {
         "num_tokens": division.num_tokens,
         "num_workers": [level.num_workers for level in division.levels],
@@ -99,7 +99,7 @@ def _shown(arguments: argparse.Namespace) -> bool:
     return bool(arguments.length < SHOWN_BELOW and one_level)
 
 
-def _plan(arguments: argparse.Namespace, shape: cost.Shape) -> Plan:
+def _plan(arguments: argparse.Namespace, shape: cost.CallShape) -> Plan:
     workers, chosen = arguments.workers, arguments.interest_set
     if workers is None and arguments.budget is not None:
         return cost.choose(arguments.length, shape, arguments.budget, cost.WORKSPACE)
@@ -108,12 +108,12 @@ def _plan(arguments: argparse.Namespace, shape: cost.Shape) -> Plan:
     return plan(arguments.length, workers, None if chosen is None else [chosen] + [None] * (len(workers) - 1))
 
 
-def _shape(arguments: argparse.Namespace) -> cost.Shape:
+def _shape(arguments: argparse.Namespace) -> cost.CallShape:
     for name in ("heads", "kv_heads", "head_dim", "dim"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: at least 1 is needed.")
     size = ITEM_SIZES[arguments.dtype]
-    return cost.Shape(arguments.heads, arguments.kv_heads, arguments.head_dim, arguments.head_dim, size)
+    return cost.CallShape(arguments.heads, arguments.kv_heads, arguments.head_dim, arguments.head_dim, size)
 
 
 def _numbers(text: str) -> list[int]:

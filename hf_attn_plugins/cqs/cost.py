@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from hf_attn_plugins.cqs import covers
+from hf_attn_plugins.cqs import difference_covers as covers
 from hf_attn_plugins.cqs.scheduler import Plan, plan
 
 MERGE_BLOCK = 4 * 2**20  # bytes of accumulated rows that are merged at a time
@@ -18,7 +18,7 @@ UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 @dataclass(frozen=True)
-class Shape:
+class CallShape:
     """Sizes of one attention call, token count apart.
 
     Attributes:
@@ -94,7 +94,7 @@ def gathered_tokens(division: Plan) -> int:
     return total
 
 
-def streaming_peak(division: Plan, shape: Shape, workspace: int) -> int:
+def streaming_peak(division: Plan, shape: CallShape, workspace: int) -> int:
     """Bytes held while one worker after another runs, inputs and results apart.
 
     The worker's keys and values, once more for what a kernel copies or packs, one range of rows with its result, the
@@ -106,12 +106,12 @@ def streaming_peak(division: Plan, shape: Shape, workspace: int) -> int:
     return 2 * longest * shape.key_bytes + rows_held + MERGE_COPIES * block + workspace
 
 
-def streaming_bytes(division: Plan, shape: Shape) -> int:
+def streaming_bytes(division: Plan, shape: CallShape) -> int:
     """Bytes moved to and from the computing device: every leaf's material in, its partial results out."""
     return gathered_tokens(division) * (shape.query_bytes + shape.key_bytes + shape.result_bytes)
 
 
-def tile_streaming_bytes(num_tokens: int, shape: Shape, budget: int, workspace: int, is_causal: bool) -> int | None:
+def tile_streaming_bytes(num_tokens: int, shape: CallShape, budget: int, workspace: int, is_causal: bool) -> int | None:
     """Bytes moved by the plain alternative: rows stay as many as fit, all their keys stream past them.
 
     None when not even one row fits. Rows hold query, accumulator and lse; two key tiles of 1,024 tokens are in flight.
@@ -133,7 +133,7 @@ def candidates(num_tokens: int) -> Iterator[tuple[int, ...]]:
     yield from sorted(pairs, key=lambda p: (len(covers.interest_set(p[0])) * len(covers.interest_set(p[1])), p))
 
 
-def choose(num_tokens: int, shape: Shape, budget: int, workspace: int) -> Plan:
+def choose(num_tokens: int, shape: CallShape, budget: int, workspace: int) -> Plan:
     """The plan that fits the budget and gathers the fewest tokens.
 
     Raises:
@@ -153,7 +153,7 @@ def choose(num_tokens: int, shape: Shape, budget: int, workspace: int) -> Plan:
     )
 
 
-def across_devices(division: Plan, shape: Shape) -> dict[str, tuple[float, float]]:
+def across_devices(division: Plan, shape: CallShape) -> dict[str, tuple[float, float]]:
     """Bytes a device receives and sends, and bytes it holds, with each method spread over W devices.
 
     Every device starts with N / W tokens and ends with the result of these. "one device" moves nothing and holds all.

@@ -7,9 +7,9 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from hf_attn_plugins.cqs import covers
+from hf_attn_plugins.cqs import difference_covers as covers
 from hf_attn_plugins.cqs.division import Division, Pair, group_range
-from hf_attn_plugins.cqs.leaf import Leaf
+from hf_attn_plugins.cqs.worker_share import Leaf
 
 LEAST_GROUP = 1024  # tokens; smaller groups make kernel calls too small to be worth their start
 MOST_WORKERS = 31

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from hf_attn_plugins.cqs import cost
 from hf_attn_plugins.cqs.demo import Demonstration, memory_summary
-from hf_attn_plugins.cqs.leaf import Leaf
 from hf_attn_plugins.cqs.scheduler import Plan
+from hf_attn_plugins.cqs.worker_share import Leaf
 
 
 def scheduler(plan: Plan, head_dim: int) -> Iterator[str]:
@@ -59,7 +59,7 @@ def summary(plan: Plan) -> Iterator[str]:
     )
 
 
-def costs(plan: Plan, shape: cost.Shape, is_causal: bool, budget: int | None, workspace: int) -> Iterator[str]:
+def costs(plan: Plan, shape: cost.CallShape, is_causal: bool, budget: int | None, workspace: int) -> Iterator[str]:
     """Bytes moved and held, cells executed, and the alternatives."""
     numbers = cost_numbers(plan, shape, is_causal, budget, workspace)
     counts = " x ".join(str(level.num_workers) for level in plan.levels)
@@ -85,7 +85,7 @@ def costs(plan: Plan, shape: cost.Shape, is_causal: bool, budget: int | None, wo
         yield f"  {name:<10} {cost.format_bytes(moved):>12} {cost.format_bytes(held):>12}{limit}"
 
 
-def cost_numbers(plan: Plan, shape: cost.Shape, is_causal: bool, budget: int | None, workspace: int) -> dict:
+def cost_numbers(plan: Plan, shape: cost.CallShape, is_causal: bool, budget: int | None, workspace: int) -> dict:
     """The numbers of `costs`, for machines."""
     total = max(1, plan.num_tokens) ** 2
     cells = sum(leaf.cells(is_causal) for leaf in plan.leaves())

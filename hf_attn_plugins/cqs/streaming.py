@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_attn_plugins.core.mask import Mask
+from hf_attn_plugins.core.partial import Partial, merge
 from hf_attn_plugins.cqs import cost
-from hf_attn_plugins.cqs.restrict import check_lengths
 from hf_attn_plugins.cqs.scheduler import Plan
 from hf_attn_plugins.cqs.storage import Source, file_tensor
+from hf_attn_plugins.cqs.sub_masks import check_lengths
 from hf_attn_plugins.cqs.tiler import Ledger, with_sinks
 from hf_attn_plugins.cqs.tokens import TOKENS
 from hf_attn_plugins.cqs.workers import work
-from hf_attn_plugins.masks import Mask
-from hf_attn_plugins.partial import Partial, merge
 
 FUSED_WORKSPACE = 8 * 2**20  # what PyTorch's fused operators allocate, plus `PER_THREAD` for each thread
 PER_THREAD = 2**20
@@ -120,8 +120,8 @@ def _merge_into(total: Tensor, lse: Tensor, partial: Partial, begin: int, first:
     total[held], lse[held] = merged.out, merged.lse
 
 
-def _shape(query: Source, key: Source, value: Source) -> cost.Shape:
+def _shape(query: Source, key: Source, value: Source) -> cost.CallShape:
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(f"query, key and value must have one dtype, got {query.dtype}, {key.dtype}, {value.dtype}.")
     batch, heads, _, head_dim = query.shape
-    return cost.Shape(heads, key.shape[1], head_dim, value.shape[3], query.dtype.itemsize, batch)
+    return cost.CallShape(heads, key.shape[1], head_dim, value.shape[3], query.dtype.itemsize, batch)

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from hf_attn_plugins.cqs.leaf import Leaf
+from hf_attn_plugins.core.partial import Partial, merge
 from hf_attn_plugins.cqs.tokens import TOKENS
+from hf_attn_plugins.cqs.worker_share import Leaf
 from hf_attn_plugins.cqs.workers import WorkerResult
-from hf_attn_plugins.partial import Partial, merge
 
 
 class Ledger:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from hf_attn_plugins.cqs.leaf import Leaf, Range
-from hf_attn_plugins.cqs.restrict import calls
+from hf_attn_plugins.core.mask import Mask
+from hf_attn_plugins.core.partial import Partial, merge
+from hf_attn_plugins.cqs.sub_masks import calls
 from hf_attn_plugins.cqs.tokens import Tokens
-from hf_attn_plugins.kernels import attend
-from hf_attn_plugins.masks import Mask
-from hf_attn_plugins.partial import Partial, merge
+from hf_attn_plugins.cqs.worker_share import Leaf, Range
+from hf_attn_plugins.kernels.attend import attend
 
 
 class WorkerResult(NamedTuple):

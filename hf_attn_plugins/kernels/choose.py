@@ -9,15 +9,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hf_attn_plugins.kernels import aten, fused, triton_support
-from hf_attn_plugins.masks import Mask
-from hf_attn_plugins.partial import Partial
+from hf_attn_plugins.core.mask import Mask
+from hf_attn_plugins.core.partial import Partial
+from hf_attn_plugins.kernels.aten import attend as aten
+from hf_attn_plugins.kernels.cpu_fused import build
+from hf_attn_plugins.kernels.cpu_fused import call as fused
+from hf_attn_plugins.kernels.triton import support as triton_support
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Mask, float, float | None, float], Partial]
 
-KERNELS = ("reference", "aten", "cpu_tiled", "cpu_fused", "triton")
-
-# Measured with `hf-attn bench tiled` (eval/results/tiled.md): below these sizes the tiles' bookkeeping costs more
+# Measured with `hf-attn bench tiled` (benchmarks/results/tiled.md): below these sizes the tiles' bookkeeping costs more
 # than bf16 products save. Heads that share keys are rows of one product, so they count as rows.
 MIN_TILED_ROWS, MIN_TILED_KEYS = 128, 1024
 MIN_TILED_FULL = 512  # rows and keys of a call without a causal mask, no half of whose tiles is wasted
@@ -28,19 +29,19 @@ MIN_FUSED_KEYS, MIN_DECODE_KEYS = 96, 256
 def load(name: str) -> Kernel:
     """The kernel called `name`. Its module is imported here, on first use, by statements torch.compile can trace."""
     if name == "aten":
-        from hf_attn_plugins.kernels.aten import aten
+        from hf_attn_plugins.kernels.aten.attend import aten
 
         return aten
     if name == "cpu_tiled":
-        from hf_attn_plugins.kernels.cpu import cpu_tiled
+        from hf_attn_plugins.kernels.cpu.attend import cpu_tiled
 
         return cpu_tiled
     if name == "cpu_fused":
-        from hf_attn_plugins.kernels.fused import cpu_fused
+        from hf_attn_plugins.kernels.cpu_fused.attend import cpu_fused
 
         return cpu_fused
     if name == "triton":
-        from hf_attn_plugins.kernels.triton_attend import triton
+        from hf_attn_plugins.kernels.triton.attend import triton
 
         return triton
     from hf_attn_plugins.kernels.reference import reference
@@ -58,7 +59,7 @@ def cpu_multiplies_bf16() -> bool:
 @torch.compiler.assume_constant_result
 def cpu_fuses() -> bool:
     """Whether `cpu_fused` runs here and is the best choice: AMX, which it does not use, multiplies faster still."""
-    return not _cpu_has("amx_tile") and fused.unavailable() is None
+    return not _cpu_has("amx_tile") and build.unavailable() is None
 
 
 @functools.cache

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_attn_plugins.masks import Mask
-from hf_attn_plugins.partial import Partial, lse_dtype
+from hf_attn_plugins.core.mask import Mask
+from hf_attn_plugins.core.partial import Partial, lse_dtype
 
 
 def reference(

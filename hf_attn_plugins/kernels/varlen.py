@@ -7,10 +7,10 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from hf_attn_plugins.kernels.piece import Piece
-from hf_attn_plugins.kernels.pieces import attend_pieces
-from hf_attn_plugins.masks import Mask, Window, window_of
-from hf_attn_plugins.partial import Partial
+from hf_attn_plugins.core.mask import Mask, Window, window_of
+from hf_attn_plugins.core.partial import Partial
+from hf_attn_plugins.core.rectangle import Piece
+from hf_attn_plugins.kernels.attend_rectangles import attend_rectangles
 
 Offsets = Tensor | Sequence[int]
 
@@ -51,7 +51,7 @@ def attend_varlen(
         raise ValueError(
             f"sequences end at row {rows[-1]} and key {keys[-1]}, of {query.shape[2]} rows and {key.shape[2]} keys."
         )
-    return attend_pieces(
+    return attend_rectangles(
         query, key, value, pieces(rows, keys), mask=Mask(causal=is_causal, window=window_of(window), offset=0),
         scale=scale, softcap=softcap, dropout=dropout, kernel=kernel,
     )  # fmt: skip

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from hf_attn_plugins.parallel.group import Group, RankError
-from hf_attn_plugins.parallel.traffic import Traffic
+from hf_attn_plugins.parallel.comm.group import Group, RankError
+from hf_attn_plugins.parallel.comm.traffic import Traffic
 
 __all__ = ["Group", "RankError", "Traffic"]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_attn_plugins.kernels.bound import Kernel
-from hf_attn_plugins.masks import Mask, Window
-from hf_attn_plugins.options import CQSOptions
+from hf_attn_plugins.core.mask import Mask, Window
+from hf_attn_plugins.core.partial import Partial
+from hf_attn_plugins.cqs.cost import CallShape
+from hf_attn_plugins.cqs.options import CQSOptions
+from hf_attn_plugins.kernels.bound_attend import Kernel
+from hf_attn_plugins.parallel.comm.group import Group
 from hf_attn_plugins.parallel.cqs_exchange import attention
 from hf_attn_plugins.parallel.cqs_plan import choose_workers, rank_plan
-from hf_attn_plugins.parallel.group import Group
-from hf_attn_plugins.parallel.method import Layout, Step, local_columns
-from hf_attn_plugins.partial import Partial
+from hf_attn_plugins.parallel.method import Cost, Layout, Step, local_columns
 
 
 @dataclass(frozen=True)
@@ -63,3 +66,23 @@ class CQS(CQSOptions):
             query, key, value, plan, group, mask=Mask(causal=True, window=window, key_padding=real),
             scale=kernel.scale, softcap=kernel.softcap, dropout=kernel.dropout, kernel=kernel.name,
         )  # fmt: skip
+
+    def settle(self, config: Mapping[str, Any], group: Group) -> CQS:
+        """Itself: nothing depends on the model."""
+        return self
+
+    def cost(self, layout: Layout, rank: int, shape: CallShape) -> Cost:
+        """Counted from the rank plan: groups that come in, results that go out."""
+        plan = layout.extra[0]
+        begin, end = plan.shards[rank]
+        volumes = plan.inputs(rank, shape), plan.results(rank, shape)
+        rows, keys = plan.tokens_held(rank)
+        return Cost(
+            sent=sum(volume.sent for volume in volumes),
+            received=sum(volume.received for volume in volumes),
+            held=rows * (shape.query_bytes + shape.result_bytes) + keys * shape.key_bytes,
+            pairs=plan.pairs(rank),
+            rows=end - begin,
+            cache=(end - begin) * shape.key_bytes,
+            decode=(plan.num_ranks - 1) * shape.result_bytes,
+        )

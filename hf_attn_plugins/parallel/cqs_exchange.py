@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_attn_plugins.cqs.leaf import Range
+from hf_attn_plugins.core.mask import Mask
+from hf_attn_plugins.core.partial import Partial, merge
 from hf_attn_plugins.cqs.tokens import TOKENS, Parts
+from hf_attn_plugins.cqs.worker_share import Range
 from hf_attn_plugins.cqs.workers import work
-from hf_attn_plugins.masks import Mask
+from hf_attn_plugins.parallel.cqs_messages import Call
 from hf_attn_plugins.parallel.cqs_plan import RankPlan
-from hf_attn_plugins.parallel.cqs_wire import Call
-from hf_attn_plugins.partial import Partial, merge
 
 if TYPE_CHECKING:
-    from hf_attn_plugins.parallel.group import Group
+    from hf_attn_plugins.parallel.comm.group import Group
 
 
 def attention(

@@ -11,10 +11,10 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hf_attn_plugins.cqs.cost import Shape
+from hf_attn_plugins.cqs.cost import CallShape
 from hf_attn_plugins.cqs.division import group_range
-from hf_attn_plugins.cqs.leaf import Leaf, Range
 from hf_attn_plugins.cqs.scheduler import Plan, default_workers, plan
+from hf_attn_plugins.cqs.worker_share import Leaf, Range
 
 
 @dataclass(frozen=True)
@@ -129,21 +129,21 @@ class RankPlan:
         keys = max(sum(_total(self.keys_moved(i, other, rank)) for other in others) for i in rounds)
         return own + rows, own + keys
 
-    def inputs(self, rank: int, shape: Shape) -> Volume:
+    def inputs(self, rank: int, shape: CallShape) -> Volume:
         """Queries, keys and values of one layer, on their way to the workers."""
         return self._volume(rank, shape.query_bytes, shape.key_bytes)
 
-    def results(self, rank: int, shape: Shape) -> Volume:
+    def results(self, rank: int, shape: CallShape) -> Volume:
         """Partial outputs and their lse of one layer, on their way back to the owners."""
         back = self._volume(rank, shape.result_bytes, 0)
         return Volume(back.received, back.sent)
 
-    def result_gradients(self, rank: int, shape: Shape) -> Volume:
+    def result_gradients(self, rank: int, shape: CallShape) -> Volume:
         """The backward pass of `results`: gradients of the owners' outputs, the global lse, and one number a row."""
         lse_bytes = shape.batch * shape.heads * max(4, shape.itemsize)
         return self._volume(rank, shape.result_bytes + lse_bytes, 0)
 
-    def input_gradients(self, rank: int, shape: Shape) -> Volume:
+    def input_gradients(self, rank: int, shape: CallShape) -> Volume:
         """The backward pass of `inputs`: gradients of queries, keys and values, back to their owners."""
         back = self.inputs(rank, shape)
         return Volume(back.received, back.sent)
@@ -207,7 +207,7 @@ def choose_workers(num_tokens: int, num_ranks: int) -> int:
 
     def cost(count: int) -> tuple[int, float]:
         trial = RankPlan(plan(12 * num_ranks, count), num_ranks)
-        token = Shape(heads=4, kv_heads=1, head_dim=128, head_dim_v=128)  # as in most models of today
+        token = CallShape(heads=4, kv_heads=1, head_dim=128, head_dim_v=128)  # as in most models of today
         moved = max(trial.inputs(r, token).received + trial.results(r, token).sent for r in range(num_ranks))
         return moved, trial.balance()
 

@@ -6,18 +6,21 @@ Hq x (2 D + 1), never less. Only one layer's keys are whole at a time; what stay
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_attn_plugins.kernels.bound import Kernel
-from hf_attn_plugins.masks import Mask, Window
-from hf_attn_plugins.options import TiledOptions
-from hf_attn_plugins.parallel.dealing import mirrored
-from hf_attn_plugins.parallel.group import Group
-from hf_attn_plugins.parallel.method import Layout, Step, local_columns
-from hf_attn_plugins.partial import Partial
+from hf_attn_plugins.core.mask import Mask, Window
+from hf_attn_plugins.core.partial import Partial
+from hf_attn_plugins.cqs.cost import CallShape
+from hf_attn_plugins.kernels.bound_attend import Kernel
+from hf_attn_plugins.parallel.comm.group import Group
+from hf_attn_plugins.parallel.method import Cost, Layout, Step, local_columns, triangle
+from hf_attn_plugins.parallel.partition import mirrored
+from hf_attn_plugins.tiled.options import TiledOptions
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,25 @@ class Dense(TiledOptions):
             parts.append(kernel(rows, keys, values, mask))
             start += len(run)
         return Partial(torch.cat([part.out for part in parts], 2), torch.cat([part.lse for part in parts], 2))
+
+    def settle(self, config: Mapping[str, Any], group: Group) -> Dense:
+        """Itself: nothing depends on the model."""
+        return self
+
+    def cost(self, layout: Layout, rank: int, shape: CallShape) -> Cost:
+        """Shards travel padded to the longest."""
+        runs, size, load = layout.extra[0][rank], len(layout.loads), layout.loads[rank]
+        num_tokens = layout.extra[1].shape[1]
+        moved = (size - 1) * max(layout.loads) * shape.key_bytes
+        return Cost(
+            sent=moved,
+            received=moved,
+            held=load * (shape.query_bytes + shape.result_bytes) + (load * (size > 1) + num_tokens) * shape.key_bytes,
+            pairs=sum(triangle(run.stop) - triangle(run.start) for run in runs),
+            rows=load,
+            cache=load * shape.key_bytes,
+            decode=(size - 1) * shape.result_bytes,
+        )
 
     @staticmethod
     def _whole(own: Tensor, dealt: list[list[range]], loads: list[int], group: Group) -> Tensor:

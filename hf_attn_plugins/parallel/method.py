@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from hf_attn_plugins.kernels.bound import Kernel
-from hf_attn_plugins.masks import Window
-from hf_attn_plugins.parallel.group import Group
-from hf_attn_plugins.partial import Partial
+from hf_attn_plugins.core.mask import Window
+from hf_attn_plugins.core.partial import Partial
+from hf_attn_plugins.cqs.cost import CallShape
+from hf_attn_plugins.kernels.bound_attend import Kernel
+from hf_attn_plugins.parallel.comm.group import Group
+from hf_attn_plugins.plugins import PLUGINS, resolve
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +62,29 @@ class Step:
     fresh: range = range(0)
 
 
+@dataclass(frozen=True)
+class Cost:
+    """One rank's share of a prompt, in one layer.
+
+    Attributes:
+        sent, received: bytes to and from other ranks.
+        held: bytes of queries, keys, values and results on the rank at once, its own and those that came in; what a
+            backend or a kernel holds beside them is not in it.
+        pairs: (query, key) pairs computed.
+        rows: tokens that go through projections and MLP here.
+        cache: bytes of keys and values that stay.
+        decode: bytes received for each generated token.
+    """
+
+    sent: int
+    received: int
+    held: int
+    pairs: int
+    rows: int
+    cache: int
+    decode: int
+
+
 class Method(Protocol):
     """A plan over ranks: `star.Star`, `dense.Dense`, ... stand behind `context_parallel(model, name)`.
 
@@ -87,6 +113,37 @@ class Method(Protocol):
             window: of this layer, in columns.
         """
         ...
+
+    def cost(self, layout: Layout, rank: int, shape: CallShape) -> Cost:
+        """What `rank` does, holds and sends in one layer of a prompt without padding, by its `layout`."""
+        ...
+
+    def settle(self, config: Mapping[str, Any], group: Group) -> Method:
+        """The method with what depends on the model's config and on the launch, the same on every rank."""
+        ...
+
+
+def method_for(name: str, **options: Any) -> Method:
+    """The part of plugin `name` that runs on several ranks (`Plugin.ranks`), with its options validated.
+
+    Raises:
+        ValueError: a plugin that runs in one process only, an option it does not have, or a value out of range.
+    """
+    sharded = [row.name for row in PLUGINS.values() if row.ranks]
+    if name not in sharded:
+        raise ValueError(f"{name!r} does not run on several ranks: choose one of {', '.join(sharded)}.")
+    kind = resolve(PLUGINS[name].ranks)
+    unknown = sorted(set(options) - set(kind.names()))
+    if unknown:
+        raise ValueError(
+            f"context_parallel(..., {name!r}) has no option {', '.join(unknown)}: it takes {', '.join(kind.names())}."
+        )
+    return kind(**options)
+
+
+def triangle(count: int) -> int:
+    """Pairs of a causal square of `count` rows."""
+    return count * (count + 1) // 2
 
 
 def local_columns(real: Tensor, columns: Tensor) -> Tensor:

@@ -10,56 +10,27 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_attn_plugins.kernels.bound import Kernel
-from hf_attn_plugins.masks import Mask, Window
-from hf_attn_plugins.options import StarOptions
-from hf_attn_plugins.parallel.cost import Wire, cheaper_anchor
-from hf_attn_plugins.parallel.dealing import blocks, level
-from hf_attn_plugins.parallel.group import Group
-from hf_attn_plugins.parallel.launch import say_once
-from hf_attn_plugins.parallel.method import Layout, Step
-from hf_attn_plugins.partial import Partial, merge
-from hf_attn_plugins.star.attention import join
-from hf_attn_plugins.star.cost import Shape
-from hf_attn_plugins.star.plan import Plan, plan_for
+from hf_attn_plugins.core.mask import Mask, Window
+from hf_attn_plugins.core.partial import Partial, merge
+from hf_attn_plugins.cqs.cost import CallShape
+from hf_attn_plugins.kernels.bound_attend import Kernel
+from hf_attn_plugins.parallel.comm.group import Group
+from hf_attn_plugins.parallel.comm.launch import say_once
+from hf_attn_plugins.parallel.link import Wire, cheaper_anchor
+from hf_attn_plugins.parallel.method import Cost, Layout, Step, triangle
+from hf_attn_plugins.parallel.partition import blocks, level
+from hf_attn_plugins.parallel.star_parts import Parts, Picker, Row, alike, span, token_range
+from hf_attn_plugins.star.cost import ModelShape
+from hf_attn_plugins.star.entry import join
+from hf_attn_plugins.star.options import StarOptions
+from hf_attn_plugins.star.plan import plan_for
 
 ANCHORS = ("auto", "recompute", "broadcast")
-
-
-class Row(NamedTuple):
-    """What a rank does of one row of the batch: ranges of tokens, counted from the row's first real one."""
-
-    first: int
-    plan: Plan
-    own: range
-    anchor: range  # recomputed here
-    query: range
-
-
-@dataclass(frozen=True, eq=False)
-class Parts:
-    """Where the three parts lie in a rank's slots: anchor | blocks | query, each as long as the longest row's.
-
-    Attributes:
-        rows: one for each row of the batch.
-        anchor, own, query: slots of the parts.
-        kept: places within the query's part whose keys stay on this rank.
-        source: whose keys the anchor's are, if they are broadcast; None where they are recomputed.
-        widest: tokens of the longest anchor in the batch.
-    """
-
-    rows: list[Row]
-    anchor: range
-    own: range
-    query: range
-    kept: range
-    source: int | None
-    widest: int
 
 
 @dataclass(frozen=True)
@@ -73,7 +44,7 @@ class Star(StarOptions):
     """
 
     anchor: str = "auto"
-    shape: Shape | None = None
+    shape: ModelShape | None = None
     wire: Wire | None = None
 
     trains = False
@@ -85,7 +56,34 @@ class Star(StarOptions):
     def settle(self, config: Mapping[str, Any], group: Group) -> Star:
         """Itself with what the choice of the anchor depends on: the same on every rank."""
         nodes = group.objects(-(-group.size // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", group.size)))))
-        return replace(self, shape=Shape.of(config), wire=Wire.of(group.device.type, max(nodes)))
+        return replace(self, shape=ModelShape.of(config), wire=Wire.of(group.device.type, max(nodes)))
+
+    def cost(self, layout: Layout, rank: int, shape: CallShape) -> Cost:
+        """Blocks, anchor and query of the first row; the query is merged over all ranks."""
+        parts, loads = layout.extra, layout.loads
+        row, others = parts.rows[0], len(loads) - 1
+        asked, own, anchor = len(row.query), row.own, len(row.plan.anchor)
+        blocks = [
+            range(at, min(at + row.plan.block_size, own.stop)) for at in range(own.start, own.stop, row.plan.block_size)
+        ]
+        pairs = sum(triangle(len(block)) + (anchor * len(block) if block.start else 0) for block in blocks)
+        pairs += triangle(len(row.anchor))
+        pairs += asked * len(own) + sum(asked - place for place in parts.kept)
+        merge = others * asked * shape.result_bytes
+        sent = received = 0
+        if parts.source is not None:
+            sent = others * anchor * shape.key_bytes if rank == parts.source else 0
+            received = 0 if rank == parts.source else anchor * shape.key_bytes
+        slots = len(row.anchor) + len(own) + asked
+        return Cost(
+            sent=merge + sent,
+            received=merge + received,
+            held=slots * (shape.query_bytes + shape.key_bytes + shape.result_bytes) + merge + received,
+            pairs=pairs,
+            rows=slots,
+            cache=loads[rank] * shape.key_bytes,
+            decode=others * shape.result_bytes,
+        )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,7 +91,7 @@ class Star(StarOptions):
             raise ValueError(f"anchor={self.anchor!r} is unknown: choose one of {', '.join(ANCHORS)}.")
 
     def deal(self, real: Tensor, rank: int, size: int) -> Layout | None:
-        spans = [_span(row) for row in real]
+        spans = [span(row) for row in real]
         plans = [plan_for(end - first, self.block_size, self.anchor_size, self.query_size) for first, end in spans]
         dealt = [blocks(plan.context, plan.block_size, size) for plan in plans]
         most = max(plan.num_blocks for plan in plans)
@@ -131,9 +129,9 @@ class Star(StarOptions):
         columns = torch.full((len(rows), total), -1)
         for index, row in enumerate(rows):
             for slots, tokens in ((parts.anchor, row.anchor), (parts.own, row.own)):
-                columns[index, slots.start : slots.start + len(tokens)] = _arange(tokens, row.first)
+                columns[index, slots.start : slots.start + len(tokens)] = token_range(tokens, row.first)
             # The query's part is filled from its end: its last slot is the last token of every row.
-            columns[index, parts.query.stop - len(row.query) : parts.query.stop] = _arange(row.query, row.first)
+            columns[index, parts.query.stop - len(row.query) : parts.query.stop] = token_range(row.query, row.first)
         own = torch.arange(parts.own.start, parts.own.stop)
         query = torch.arange(parts.query.start, parts.query.stop)
         return Layout(
@@ -160,9 +158,9 @@ class Star(StarOptions):
         anchor = self._anchor(key, value, parts, group)
         out, lse = Partial.empty(query, value.shape[-1])
         asked = range(parts.query.start, parts.query.stop)
-        for members, row in _groups(parts.rows):
+        for members, row in alike(parts.rows):
             index = torch.tensor(members, device=query.device)
-            pick = _Picker(query, key, value, index)
+            pick = Picker(query, key, value, index)
             pieces: list[tuple[range, Partial]] = []
             if row.anchor:
                 slots = range(len(row.anchor))
@@ -200,7 +198,7 @@ class Star(StarOptions):
 
     @staticmethod
     def _blocks(
-        pick: _Picker, slots: range, anchor: tuple[Tensor, ...], row: Row, window: Window, kernel: Kernel
+        pick: Picker, slots: range, anchor: tuple[Tensor, ...], row: Row, window: Window, kernel: Kernel
     ) -> Partial:
         """This rank's blocks, one after another: each over the anchor (but for the first block) and itself."""
         size, done = row.plan.block_size, []
@@ -220,7 +218,7 @@ class Star(StarOptions):
         return join(done)
 
     @staticmethod
-    def _question(pick: _Picker, slots: range, row: Row, parts: Parts, window: Window, kernel: Kernel) -> Partial:
+    def _question(pick: Picker, slots: range, row: Row, parts: Parts, window: Window, kernel: Kernel) -> Partial:
         """The query's rows over the keys of this rank: all of its blocks, and what it keeps of the query itself."""
         context = row.plan.context
         own = range(parts.own.start, parts.own.start + len(row.own))
@@ -230,48 +228,3 @@ class Star(StarOptions):
         keys = range(parts.query.start + kept.start, parts.query.start + kept.stop)
         near = kernel(*pick(slots, keys), Mask(causal=True, window=window, offset=padding - kept.start))
         return merge([far, near])
-
-
-class _Picker:
-    """Queries of some slots, keys and values of others, of some rows of the batch."""
-
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, index: Tensor) -> None:
-        whole = len(index) == len(query)
-        self.tensors = [x if whole else x.index_select(0, index) for x in (query, key, value)]
-
-    def __call__(self, rows: range, keys: range) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = self.tensors
-        return (
-            query[:, :, rows.start : rows.stop],
-            key[:, :, keys.start : keys.stop],
-            value[:, :, keys.start : keys.stop],
-        )
-
-
-def _groups(rows: list[Row]) -> list[tuple[list[int], Row]]:
-    """Rows of the batch that are dealt alike, wherever their padding ends."""
-    found: dict[Row, list[int]] = {}
-    for index, row in enumerate(rows):
-        found.setdefault(row._replace(first=0), []).append(index)
-    return [(members, row) for row, members in found.items()]
-
-
-def _span(row: Tensor) -> tuple[int, int]:
-    """(first, end) of a row's real tokens.
-
-    Raises:
-        NotImplementedError: padding between them.
-    """
-    places = row.nonzero()[:, 0].tolist()
-    if not places:
-        return 0, 0
-    if places[-1] - places[0] + 1 != len(places):
-        raise NotImplementedError(
-            "star_attention on several ranks takes prompts with padding on one side or both, not between tokens: "
-            "leave it out, or use tiled_attention."
-        )
-    return places[0], places[-1] + 1
-
-
-def _arange(tokens: range, first: int) -> Tensor:
-    return torch.arange(first + tokens.start, first + tokens.stop)

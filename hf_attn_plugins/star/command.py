@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hf_attn_plugins.star.cost import Shape, cost, warnings
+from hf_attn_plugins.star.cost import ModelShape, cost, warnings
 from hf_attn_plugins.star.draw import picture, text
 from hf_attn_plugins.star.plan import plan_for
 
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"attended pairs {pairs:,} of {causal:,} causal ones ({pairs / max(1, causal):.1%})")
     gain = None
     if arguments.model:
-        shape = Shape.of(read_config(arguments.model))
+        shape = ModelShape.of(read_config(arguments.model))
         price = cost(plan, shape)
         gain = price.gain
         print(f"prefill FLOPs, head left out: star {price.star:.3e}, dense {price.dense:.3e}")

@@ -14,7 +14,7 @@ MANY_BLOCKS = 8  # above the paper's own setting, a quarter of the context a blo
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """The sizes of a decoder that decide its cost.
 
     Attributes:
@@ -34,7 +34,7 @@ class Shape:
     windows: tuple[int | None, ...]
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Shape:
+    def of(cls, config: Mapping[str, Any]) -> ModelShape:
         """Read the sizes from the contents of a config.json; a composite model's text part counts.
 
         Raises:
@@ -107,7 +107,7 @@ class Cost:
         return self.dense / max(1, self.star)
 
 
-def cost(plan: Plan, shape: Shape) -> Cost:
+def cost(plan: Plan, shape: ModelShape) -> Cost:
     """The `Cost` of `plan` on a model of this `shape` (tokens and attended pairs, counted)."""
     again = len(plan.anchor) * max(0, plan.num_blocks - 1)
     pairs_again = max(0, plan.num_blocks - 1) * (len(plan.anchor) * (len(plan.anchor) + 1) // 2)

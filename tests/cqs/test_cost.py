@@ -5,8 +5,8 @@ import pytest
 from hf_attn_plugins import cqs
 from hf_attn_plugins.cqs import cost
 
-ONE_HEAD = cost.Shape(heads=1, kv_heads=1, head_dim=1, head_dim_v=1, itemsize=4)
-LLAMA = cost.Shape(heads=32, kv_heads=8, head_dim=128, head_dim_v=128)
+ONE_HEAD = cost.CallShape(heads=1, kv_heads=1, head_dim=1, head_dim_v=1, itemsize=4)
+LLAMA = cost.CallShape(heads=32, kv_heads=8, head_dim=128, head_dim_v=128)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_formatting() -> None:
 def test_bytes_between_devices(workers: int, cqs_moves: float, ring: float, ulysses: float) -> None:
     """In units of one tensor: 4 (m - 1) / W for CQS, 2 (W - 1) / W for ring, 4 (W - 1) / W^2 for Ulysses."""
     tokens = 1000 * workers
-    shape = cost.Shape(heads=1, kv_heads=1, head_dim=1000, head_dim_v=1000, itemsize=4)
+    shape = cost.CallShape(heads=1, kv_heads=1, head_dim=1000, head_dim_v=1000, itemsize=4)
     found = cost.across_devices(cqs.plan(tokens, workers), shape)
     unit = tokens * 4000
     assert [found[name][0] / unit for name in ("CQS", "ring", "Ulysses")] == pytest.approx(

@@ -181,7 +181,7 @@ def test_pictures_name_the_extra_that_is_missing(tmp_path: Path, monkeypatch: py
 
 
 def test_bench_measures_every_case_and_keeps_earlier_ones(tmp_path: Path) -> None:
-    from hf_attn_plugins.cqs import bench
+    from hf_attn_plugins.commands.bench import cqs as bench
 
     def measured(*arguments: str) -> list[dict]:
         parser = argparse.ArgumentParser()

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_attn_plugins import cqs
-from hf_attn_plugins.cqs import covers, show
-from hf_attn_plugins.cqs.leaf import Leaf
+from hf_attn_plugins.cqs import difference_covers as covers
+from hf_attn_plugins.cqs import show
+from hf_attn_plugins.cqs.worker_share import Leaf
 
 # Printed by the paper's notebook for N = 11, W = 7, interest set (0, 1, 5). Its reindexed ban list lost worker 4's
 # entry, which equals worker 3's; it is put back here.

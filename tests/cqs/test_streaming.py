@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hf_attn_plugins import cqs
+from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.cqs import cost
 from hf_attn_plugins.kernels import attend
-from hf_attn_plugins.masks import Mask
 from hf_attn_plugins.testing import sharp_inputs
 
 TOKENS = 230
@@ -104,7 +104,7 @@ def test_a_budget_gives_the_same_plan_as_the_planner(monkeypatch: pytest.MonkeyP
     choose = cost.choose
     monkeypatch.setattr(cost, "choose", lambda *args: asked.append(args) or choose(*args))
     cqs.attention(*sharp_inputs(1, 2, 1, 50, 50, 8), memory_budget="64MiB")
-    assert asked == [(50, cost.Shape(2, 1, 8, 8, 4), 2**26, asked[0][3])]
+    assert asked == [(50, cost.CallShape(2, 1, 8, 8, 4), 2**26, asked[0][3])]
 
 
 MEASURE = """

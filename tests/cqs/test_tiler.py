@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from hf_attn_plugins import cqs
+from hf_attn_plugins.core.mask import Mask
+from hf_attn_plugins.core.partial import Partial
 from hf_attn_plugins.cqs.tokens import Tokens
 from hf_attn_plugins.cqs.workers import WorkerResult
-from hf_attn_plugins.masks import Mask
-from hf_attn_plugins.partial import Partial
 from hf_attn_plugins.testing import dense_attention, sharp_inputs
 
 TOKENS = 40

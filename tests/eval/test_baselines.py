@@ -8,7 +8,7 @@ from hf_attn_plugins.eval.baselines import SinkOptions, WindowOptions, attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 import hf_attn_plugins as hap
-from hf_attn_plugins.masks import Mask
+from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.testing import assert_close_to_reference, dense_attention, sharp_inputs
 from tests.families import build
 

@@ -8,7 +8,9 @@ import json
 import pytest
 import torch
 
-from hf_attn_plugins.indexed import bench, command, demo
+from hf_attn_plugins.commands.bench import indexed as command
+from hf_attn_plugins.commands.bench import indexed_demo as demo
+from hf_attn_plugins.commands.bench import indexed_timing as bench
 
 
 def run(*arguments: str) -> None:

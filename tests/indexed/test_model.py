@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModel
 
 from hf_attn_plugins import register
 from hf_attn_plugins.indexed import direct_attention
-from hf_attn_plugins.indexed_config import CharacterWordEncoderConfig
-from hf_attn_plugins.indexed_model import CharacterWordEncoder
+from hf_attn_plugins.indexed.hf.config import CharacterWordEncoderConfig
+from hf_attn_plugins.indexed.hf.model import CharacterWordEncoder
 
 register()
 WORDS = ["apple", "Apples", "pear", "", "x" * 40]
@@ -54,7 +54,7 @@ def test_it_is_known_without_being_imported():
         "assert 'transformers' not in sys.modules\n"
         "from transformers import AutoConfig\n"
         "config = AutoConfig.for_model('character_word_encoder', hidden_size=16, num_attention_heads=2)\n"
-        "assert 'hf_attn_plugins.indexed_model' not in sys.modules\n"
+        "assert 'hf_attn_plugins.indexed.hf.model' not in sys.modules\n"
         "from transformers import AutoModel\n"
         "print(type(AutoModel.from_config(config)).__name__)"
     )

@@ -7,10 +7,10 @@ import itertools
 import pytest
 import torch
 
+from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.kernels import attend
-from hf_attn_plugins.kernels.aten import supported
+from hf_attn_plugins.kernels.aten.attend import supported
 from hf_attn_plugins.kernels.choose import load
-from hf_attn_plugins.masks import Mask
 from hf_attn_plugins.testing import assert_close_to_reference, dense_attention, sharp_inputs, visibility
 
 SHAPES = [(1, 1), (1, 17), (7, 7), (13, 29), (29, 13), (64, 64), (65, 129)]
@@ -62,7 +62,7 @@ def kernels_for(query, key, value, mask, softcap=None):
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Tiles so small that every shape has several of them, ragged ones included."""
-    from hf_attn_plugins.kernels import cpu
+    from hf_attn_plugins.kernels.cpu import forward as cpu
 
     monkeypatch.setattr(cpu, "ROW_TILE", 16)
     monkeypatch.setattr(cpu, "KEY_TILE", 16)

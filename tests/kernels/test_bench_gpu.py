@@ -10,9 +10,11 @@ import time
 import pytest
 import torch
 
-from hf_attn_plugins.commands import bench_gpu, gpu_timing, gpu_tune
-from hf_attn_plugins.commands.bench_gpu import Case
-from hf_attn_plugins.kernels.triton_tuning import HALF, Config, configuration, nearest
+from hf_attn_plugins.bench import gpu_timing
+from hf_attn_plugins.commands.bench import gpu as bench_gpu
+from hf_attn_plugins.commands.bench import gpu_tune
+from hf_attn_plugins.commands.bench.gpu import Case
+from hf_attn_plugins.kernels.triton.tuning import HALF, Config, configuration, nearest
 from tests.kernels.triton_cases import needs_interpreter
 
 CPU = torch.device("cpu")

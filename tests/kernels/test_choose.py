@@ -5,9 +5,9 @@ import importlib
 import pytest
 import torch
 
+from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.kernels import attend
-from hf_attn_plugins.kernels.aten import few_rows
-from hf_attn_plugins.masks import Mask
+from hf_attn_plugins.kernels.aten.attend import few_rows
 from hf_attn_plugins.testing import assert_close_to_reference, dense_attention, sharp_inputs, visibility
 
 choosing = importlib.import_module("hf_attn_plugins.kernels.choose")
@@ -54,7 +54,7 @@ def test_without_a_compiler_the_choice_follows_rows_times_shared_heads(
 def test_with_a_compiler_bfloat16_calls_of_some_length_are_fused(monkeypatch, rows, keys, change, expected):
     monkeypatch.setattr(choosing, "cpu_fuses", lambda: True)
     monkeypatch.setattr(choosing, "cpu_multiplies_bf16", lambda: True)
-    monkeypatch.setattr("hf_attn_plugins.kernels.fused.call.unavailable", lambda: None)
+    monkeypatch.setattr("hf_attn_plugins.kernels.cpu_fused.call.unavailable", lambda: None)
     dtype = change.get("dtype", torch.bfloat16)
     query, key = torch.empty(1, 8, rows, 64, dtype=dtype), torch.empty(1, 8, keys, 64, dtype=dtype)
     mask, softcap = change.get("mask", Mask(causal=rows > 1)), change.get("softcap")

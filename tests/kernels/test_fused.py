@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.kernels import attend
-from hf_attn_plugins.kernels.fused import build, call, unavailable
-from hf_attn_plugins.masks import Mask
+from hf_attn_plugins.kernels.cpu_fused import build, call
+from hf_attn_plugins.kernels.cpu_fused.build import unavailable
 from hf_attn_plugins.testing import assert_close_to_reference, dense_attention, sharp_inputs, visibility
 from tests.kernels.test_attend import MASKS, as_mask
 
@@ -239,9 +240,10 @@ def test_named_it_never_falls_back(case):
 
 PROBE = """
 import torch
-from hf_attn_plugins.kernels import attend, fused
+from hf_attn_plugins.kernels import attend
+from hf_attn_plugins.kernels.cpu_fused import build as fused
 from hf_attn_plugins.kernels.choose import choose
-from hf_attn_plugins.masks import Mask
+from hf_attn_plugins.core.mask import Mask
 query = torch.randn(1, 2, 200, 32).to(torch.bfloat16)
 out = attend(query, query, query, is_causal=True).out
 kernel = choose(query, query, query, Mask(causal=True), None, 0.0)

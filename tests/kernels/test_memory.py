@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from hf_attn_plugins.kernels import fused
+from hf_attn_plugins.kernels.cpu_fused import build as fused
 
 CODE = """
 import json, sys, torch
 from hf_attn_plugins.kernels import attend
-from hf_attn_plugins.memory import PeakMemory
+from hf_attn_plugins.bench.peak_memory import PeakMemory
 
 torch.set_num_threads(1)
 kernel, dtype = sys.argv[1], getattr(torch, sys.argv[2])

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hf_attn_plugins.kernels import attend, cpu
+from hf_attn_plugins.kernels import attend
+from hf_attn_plugins.kernels.cpu import forward as cpu
 from hf_attn_plugins.testing import assert_close_to_reference, dense_attention
 
 ROWS, DIM = 704, 16

@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 
+from hf_attn_plugins.core.mask import Mask
+from hf_attn_plugins.core.partial import merge
 from hf_attn_plugins.kernels import attend
-from hf_attn_plugins.masks import Mask
-from hf_attn_plugins.partial import merge
 from hf_attn_plugins.testing import sharp_inputs
 from tests.kernels.triton_cases import check, draw, needs_interpreter, padding, segments
 
@@ -38,7 +38,7 @@ MASKS = {
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
     """Fill what the kernels are to write with NaN, which shows what they leave unwritten."""
-    from hf_attn_plugins.kernels import triton_launch
+    from hf_attn_plugins.kernels.triton import launch as triton_launch
 
     plain = triton_launch.empty
     monkeypatch.setattr(triton_launch, "empty", lambda *size, **kinds: plain(*size, **kinds).fill_(float("nan")))
@@ -135,8 +135,8 @@ def test_pieces_merge_into_the_whole():
 
 
 def test_tma_descriptors_load_the_same_tiles(monkeypatch):
-    from hf_attn_plugins.kernels import triton_launch
-    from hf_attn_plugins.kernels.triton_tuning import INTERPRETER
+    from hf_attn_plugins.kernels.triton import launch as triton_launch
+    from hf_attn_plugins.kernels.triton.tuning import INTERPRETER
 
     used = []
     takes = triton_launch.takes_tma

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
+from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.kernels import attend
-from hf_attn_plugins.masks import Mask
 from tests.kernels.triton_cases import draw, needs_interpreter, padding
 
 pytestmark = needs_interpreter
@@ -34,14 +34,14 @@ def arguments(**changes):
     ids=["causal", "labels", "dropout and a tensor offset"],
 )
 def test_opcheck(changes):
-    from hf_attn_plugins.kernels.triton_ops import triton_attention
+    from hf_attn_plugins.kernels.triton.ops import triton_attention
 
     inputs = [x.requires_grad_() for x in draw(1, 18, 17)]
     torch.library.opcheck(triton_attention, (*inputs, *arguments(**changes)))
 
 
 def test_opcheck_of_the_backward():
-    from hf_attn_plugins.kernels.triton_ops import triton_attention, triton_attention_backward
+    from hf_attn_plugins.kernels.triton.ops import triton_attention, triton_attention_backward
 
     query, key, value = draw(1, 18, 17)
     out, lse, row_lse = triton_attention(query, key, value, *arguments(right=0, offset=-1))
@@ -69,7 +69,7 @@ def test_compiles_as_one_graph(rows):
 
 def test_dropout_keeps_the_right_share_and_its_gradients_use_the_same_mask():
     """With the identity as value, out shows the kept weights: their mask gives the exact gradients."""
-    from hf_attn_plugins.kernels.triton_ops import triton_attention
+    from hf_attn_plugins.kernels.triton.ops import triton_attention
 
     torch.manual_seed(0)
     keys, p = 64, 0.3
@@ -103,7 +103,7 @@ def test_dropout_keeps_the_right_share_and_its_gradients_use_the_same_mask():
 
 def test_dropout_is_the_same_in_prefill_and_decode_tiles():
     """The mask belongs to (seed, head, row, key): the last rows alone draw it again with their own row numbers."""
-    from hf_attn_plugins.kernels.triton_ops import triton_attention
+    from hf_attn_plugins.kernels.triton.ops import triton_attention
 
     query, key, value = draw(1, 20, 24)
     given = dict(dropout=0.5, seed=torch.tensor(5))
@@ -123,8 +123,8 @@ def test_attend_draws_a_new_dropout_mask_each_call():
 
 def test_importing_the_package_imports_no_triton():
     code = (
-        "import sys, hf_attn_plugins, hf_attn_plugins.kernels, hf_attn_plugins.kernels.triton_attend\n"
-        "found = [name for name in sys.modules if name.startswith('hf_attn_plugins.kernels.triton_')]\n"
-        "assert {name.rpartition('_')[2] for name in found} == {'attend', 'support'}, found\n"
+        "import sys, hf_attn_plugins, hf_attn_plugins.kernels, hf_attn_plugins.kernels.triton.attend\n"
+        "found = [name for name in sys.modules if name.startswith('hf_attn_plugins.kernels.triton.')]\n"
+        "assert {name.rpartition('.')[2] for name in found} == {'attend', 'support'}, found\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

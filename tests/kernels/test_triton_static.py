@@ -11,13 +11,13 @@ import sys
 import pytest
 import torch
 
-from hf_attn_plugins.kernels.triton_support import INSTALLED
+from hf_attn_plugins.kernels.triton.support import INSTALLED
 
 pytestmark = pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")
 
 COMMAND = (
     "import argparse\n"
-    "from hf_attn_plugins.kernels import triton_bench\n"
+    "from hf_attn_plugins.commands.bench import triton as triton_bench\n"
     "parser = argparse.ArgumentParser()\n"
     "triton_bench.add_arguments(parser)\n"
     "raise SystemExit(triton_bench.run(parser.parse_args()))\n"
@@ -88,7 +88,7 @@ def test_forward_compiles_for_amd(tmp_path):
 
 def test_problems_name_what_is_not_met():
     pytest.importorskip("triton")
-    from hf_attn_plugins.kernels.triton_static import Resources, problems
+    from hf_attn_plugins.kernels.triton.static import Resources, problems
 
     fine = Resources("forward", "sm90", "bf16", 64, True, "", 200, 0, 65536, {"HGMMA": 1}, 1, 1.0)
     assert problems([fine]) == []
@@ -100,8 +100,8 @@ def test_problems_name_what_is_not_met():
 
 
 def test_recorded_launches_are_those_of_a_real_call():
-    from hf_attn_plugins.kernels import triton_device
-    from hf_attn_plugins.kernels.triton_static import record
+    from hf_attn_plugins.kernels.triton import device as triton_device
+    from hf_attn_plugins.kernels.triton.static import record
 
     launches = record("sm90", torch.bfloat16, 128, True)
     names = [launch.kernel.__name__ for launch in launches]
@@ -111,8 +111,8 @@ def test_recorded_launches_are_those_of_a_real_call():
 
 FEATURES = """
 import sys, torch
-from hf_attn_plugins.kernels.triton_static import compile_launch, record
-from hf_attn_plugins.kernels.labels import Labels
+from hf_attn_plugins.kernels.triton.static import compile_launch, record
+from hf_attn_plugins.kernels.segment_labels import Labels
 target = sys.argv[1]
 meta = lambda *size, dtype=torch.int32: torch.empty(*size, dtype=dtype, device="meta")
 labels = Labels(meta(1, 16384), meta(1, 16384))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_attn_plugins.kernels.piece import Piece
+from hf_attn_plugins.core.rectangle import Piece
 from hf_attn_plugins.kernels.varlen import attend_varlen, pieces
 from hf_attn_plugins.testing import dense_attention, sharp_inputs
 from tests.kernels.triton_cases import ONE_LAUNCH_EACH, check, count_launches, draw, needs_interpreter

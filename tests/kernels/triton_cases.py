@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_attn_plugins.core.mask import Mask
+from hf_attn_plugins.core.partial import Partial
 from hf_attn_plugins.kernels import attend
-from hf_attn_plugins.kernels.triton_support import INSTALLED, interpreting
-from hf_attn_plugins.masks import Mask
-from hf_attn_plugins.partial import Partial
+from hf_attn_plugins.kernels.triton.support import INSTALLED, interpreting
 from hf_attn_plugins.testing import assert_close_to_reference, dense_attention, sharp_inputs, visibility
 
 LOG2_E = math.log2(math.e)
@@ -162,7 +162,7 @@ def draw(
 
 def count_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels launched from here on, in a list that grows."""
-    from hf_attn_plugins.kernels import triton_launch
+    from hf_attn_plugins.kernels.triton import launch as triton_launch
 
     names: list[str] = []
     plain = triton_launch.launch

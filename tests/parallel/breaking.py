@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 import hf_attn_plugins as hap
-from hf_attn_plugins.parallel import RankError, failure
+from hf_attn_plugins.parallel import RankError
+from hf_attn_plugins.parallel.comm import failure
 from tests.parallel.models import build, prompt
 
 OPTIONS = dict(block_size=5, anchor_size=3, query_size=4)

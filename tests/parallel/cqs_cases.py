@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import hf_attn_plugins as hap
-from hf_attn_plugins.commands import parallel_rank
-from hf_attn_plugins.masks import Mask
+from hf_attn_plugins.commands.bench import parallel_rank
+from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.parallel import Group, cqs_exchange
 from hf_attn_plugins.parallel.cqs_plan import rank_plan
 from hf_attn_plugins.testing import dense_attention, sharp_inputs, visibility

@@ -31,8 +31,8 @@ def measured(
 
 def exchanges(rank: int, size: int) -> dict[str, Any]:
     """Every exchange of a group once, on ragged shards, forward and backward."""
+    from hf_attn_plugins.core.partial import Partial
     from hf_attn_plugins.parallel import Group
-    from hf_attn_plugins.partial import Partial
 
     group = Group.join(20)
     generator = torch.Generator().manual_seed(0)  # the same numbers on all ranks: everyone knows what must arrive

@@ -22,7 +22,7 @@ SERVER.set_forkserver_preload(
         "transformers",
         "accelerate",
         "hf_attn_plugins",
-        "hf_attn_plugins.parallel_session",
+        "hf_attn_plugins.parallel.hf.session",
         "tests.families",
         "tests.parallel.cases",
         "tests.parallel.cqs_cases",

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_attn_plugins.cqs.cost import Shape
+from hf_attn_plugins.core.mask import Mask
+from hf_attn_plugins.cqs.cost import CallShape
 from hf_attn_plugins.kernels import attend
-from hf_attn_plugins.masks import Mask
 from hf_attn_plugins.parallel import cqs_exchange
 from hf_attn_plugins.parallel.cqs_plan import RankPlan, rank_plan
 from hf_attn_plugins.testing import assert_close_to_reference, dense_attention, sharp_inputs, visibility
@@ -133,7 +133,7 @@ def test_low_precision_keeps_the_error_rule(dtype: torch.dtype) -> None:
 def test_bytes_on_the_wire_are_the_plans(ranks: int, workers: int | None, rounds: int) -> None:
     for is_causal, dtype in ((True, torch.float64), (False, torch.bfloat16)):
         plan = rank_plan(45, ranks, workers, None, is_causal, rounds)
-        shape = Shape(4, 2, 6, 5, dtype.itemsize, batch=2)
+        shape = CallShape(4, 2, 6, 5, dtype.itemsize, batch=2)
         _, traffic = sharded(plan, inputs(45, (4, 2), dtype), upstream(45, 4, dtype))
         for rank, counted in enumerate(traffic):
             for what, volume in (

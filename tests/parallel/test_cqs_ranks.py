@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 
-from hf_attn_plugins.commands.bench_parallel import differences
-from hf_attn_plugins.cqs.cost import Shape
+from hf_attn_plugins.commands.bench.parallel import differences
+from hf_attn_plugins.cqs.cost import CallShape
+from hf_attn_plugins.parallel.costs import costs
 from hf_attn_plugins.parallel.cqs_plan import rank_plan
-from hf_attn_plugins.parallel.volumes import costs
 from tests.parallel import cases, cqs_cases
 from tests.parallel.processes import Ranks
 from tests.parallel.processes import ranks as started
 
 pytestmark = pytest.mark.multi_process
 
-SHAPE = Shape(heads=4, kv_heads=2, head_dim=6, head_dim_v=5, itemsize=8, batch=2)
+SHAPE = CallShape(heads=4, kv_heads=2, head_dim=6, head_dim_v=5, itemsize=8, batch=2)
 
 
 # One launch by default; threads stand for other numbers of ranks in test_cqs_exchange.
@@ -167,7 +167,7 @@ def test_bytes_cache_pairs_and_rows_are_those_counted_from_the_plan(ranks: Ranks
     ranks.run(cqs_cases.bench, path=str(path))
     files = [json.loads((tmp_path / f"rank-{r}.json").read_text(encoding="utf-8")) for r in range(ranks.size)]
     for options, *reports in zip(BENCH[name], *files, strict=True):
-        counted = costs(name, 131, ranks.size, Shape(4, 2, 8, 8, 4), **options)
+        counted = costs(name, 131, ranks.size, CallShape(4, 2, 8, 8, 4), **options)
         assert differences(counted, reports, layers=2) == []
         assert all(report["sent"] and report["received"] for report in reports) or name == "cqs_attention"
         reports[0]["pairs"] += 1

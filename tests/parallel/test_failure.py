@@ -8,8 +8,8 @@ import socket
 
 import pytest
 
-from hf_attn_plugins.parallel.group import Group
-from hf_attn_plugins.parallel.launch import place
+from hf_attn_plugins.parallel.comm.group import Group
+from hf_attn_plugins.parallel.comm.launch import place
 from tests.parallel import breaking
 from tests.parallel.processes import environment, ranks
 

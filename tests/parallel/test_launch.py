@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_attn_plugins.parallel.launch import place
+from hf_attn_plugins.parallel.comm.launch import place
 from tests.parallel.processes import free_port
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import pytest
 
-from hf_attn_plugins.parallel.cost import Wire, cheaper_anchor, keys_bytes, merge_bytes
-from hf_attn_plugins.star.cost import Shape
+from hf_attn_plugins.parallel.link import Wire, cheaper_anchor
+from hf_attn_plugins.star.cost import ModelShape
 from tests.parallel import measuring
 from tests.parallel.processes import ranks as started
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 8
+
+
+def merge_bytes(heads, head_dim, out_bytes=2, lse_bytes=4):
+    """Bytes of (out, lse) of one token in one layer: the formula that counted bytes are compared with."""
+    return heads * (head_dim * out_bytes + lse_bytes)
+
+
+def keys_bytes(kv_heads, head_dim, number_bytes=2):
+    """Bytes of keys and values of one token in one layer."""
+    return 2 * kv_heads * head_dim * number_bytes
 
 
 @pytest.fixture(scope="module", params=(1, 3))
@@ -83,10 +93,10 @@ def test_formulas_of_a_real_model():
 
 
 def test_the_anchor_is_recomputed_where_the_wire_is_the_slower_way():
-    llama = Shape(32, 4096, 32, 8, 128, 3 * 4096 * 14336, 2, (None,) * 32)
+    llama = ModelShape(32, 4096, 32, 8, 128, 3 * 4096 * 14336, 2, (None,) * 32)
     fast, slow = Wire.of("cuda", 1), Wire(flops=2e14, bandwidth=1e8, latency=1e-3)
     assert cheaper_anchor(llama, 4096, 4, fast) == "broadcast"
     assert cheaper_anchor(llama, 4096, 4, slow) == "recompute"
     assert cheaper_anchor(llama, 1, 4, slow) == "recompute", "a latency in every layer for a token"
-    tiny = Shape(2, 32, 4, 2, 8, 3 * 32 * 48, 4, (None, None))
+    tiny = ModelShape(2, 32, 4, 2, 8, 3 * 32 * 48, 4, (None, None))
     assert cheaper_anchor(tiny, 8, 2, Wire.of("cpu", 1)) == "recompute"

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_attn_plugins.kernels.bound import Kernel
-from hf_attn_plugins.parallel.dealing import level
+from hf_attn_plugins.kernels.bound_attend import Kernel
+from hf_attn_plugins.parallel.decode import later
 from hf_attn_plugins.parallel.dense import Dense
-from hf_attn_plugins.parallel.later import later
 from hf_attn_plugins.parallel.method import Step
+from hf_attn_plugins.parallel.partition import level
 from hf_attn_plugins.parallel.star import Star
 from hf_attn_plugins.star.plan import plan_for
 from hf_attn_plugins.testing import dense_attention, sharp_inputs
@@ -158,14 +158,14 @@ def test_padding_between_tokens_is_refused():
     ),
 )
 def test_options_are_validated(options, message):
-    from hf_attn_plugins.parallel.methods import method
+    from hf_attn_plugins.parallel.method import method_for as method
 
     with pytest.raises(ValueError, match=message):
         method("star_attention", **options)
 
 
 def test_a_method_that_does_not_exist_is_told():
-    from hf_attn_plugins.parallel.methods import method
+    from hf_attn_plugins.parallel.method import method_for as method
 
     with pytest.raises(ValueError, match="'sdpa' does not run on several ranks: choose one of star_attention"):
         method("sdpa")

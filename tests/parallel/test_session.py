@@ -11,9 +11,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 
 import hf_attn_plugins as hap
 from hf_attn_plugins.parallel import Group
-from hf_attn_plugins.parallel.launch import say_once
-from hf_attn_plugins.parallel.methods import method
-from hf_attn_plugins.parallel_session import _session
+from hf_attn_plugins.parallel.comm.launch import say_once
+from hf_attn_plugins.parallel.hf.session import _session
+from hf_attn_plugins.parallel.method import method_for as method
 from tests import families
 from tests.parallel.models import build, prompt
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_attn_plugins.parallel.traffic import Traffic
-from hf_attn_plugins.partial import Partial
+from hf_attn_plugins.core.partial import Partial
+from hf_attn_plugins.parallel.comm.traffic import Traffic
 
 
 class Board:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from hf_attn_plugins import cli
-from hf_attn_plugins.commands import bench_star
-from hf_attn_plugins.commands.passkey import passkey, score
+from hf_attn_plugins.commands.bench import star as bench_star
+from hf_attn_plugins.commands.bench.passkey import passkey, score
 
 from .families import tiny
 

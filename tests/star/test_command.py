@@ -74,18 +74,18 @@ def test_a_model_adds_its_cost(capsys: pytest.CaptureFixture, tmp_path: Path) ->
     [(32, 8, 8, 0.72, 1.17), (128, 32, 32, 0.92, 1.36), (128, 8, 8, 1.37, 2.40), (1024, 32, 32, 4.73, 7.37)],
 )
 def test_gains_computed_by_hand(length: int, block: int, anchor: int, recomputed: float, reused: float) -> None:
-    price = cost.cost(Plan(length * 1024, block * 1024, anchor * 1024), cost.Shape.of(LLAMA_8B))
+    price = cost.cost(Plan(length * 1024, block * 1024, anchor * 1024), cost.ModelShape.of(LLAMA_8B))
     assert price.dense / price.recomputed == pytest.approx(recomputed, abs=0.006)
     assert price.gain == pytest.approx(reused, abs=0.006)
 
 
 def test_sliding_layers_cost_their_window() -> None:
-    sliding = cost.Shape.of(LLAMA_8B | {"sliding_window": 1024})
+    sliding = cost.ModelShape.of(LLAMA_8B | {"sliding_window": 1024})
     assert sliding.attention_flops(10**12, 8192) == 32 * 4 * 4096 * (1024 * 8192 - 1024 * 1023 // 2)
-    off = cost.Shape.of(LLAMA_8B | {"sliding_window": 1024, "use_sliding_window": False})
+    off = cost.ModelShape.of(LLAMA_8B | {"sliding_window": 1024, "use_sliding_window": False})
     assert off.windows == (None,) * 32
     with pytest.raises(ValueError, match="not a decoder"):
-        cost.Shape.of({})
+        cost.ModelShape.of({})
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_warnings(plan: Plan, word: str) -> None:
 
 def test_no_warning_where_nothing_is_wrong() -> None:
     plan = Plan(32768, 8192, 2048, 256)
-    price = cost.cost(plan, cost.Shape.of(LLAMA_8B))
+    price = cost.cost(plan, cost.ModelShape.of(LLAMA_8B))
     assert cost.warnings(plan, price.gain) == []
     assert any("small" in warning for warning in cost.warnings(plan, 1.02))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from hf_attn_plugins import star
-from hf_attn_plugins.star.cache import layers_of
+from hf_attn_plugins.star.hf.cache import layers_of
 from hf_attn_plugins.star.plan import Plan
 
 from .families import FAMILIES, MOVING, exact, oracle, recomputed, rope_held_at, tiny, tokens

@@ -9,8 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, pipeline
 
+from hf_attn_plugins.star.hf.pipeline import TASK, register_pipeline, split_prompts
 from hf_attn_plugins.star.plan import Plan
-from hf_attn_plugins.star_pipeline import TASK, register_pipeline, split_prompts
 
 from .families import oracle, tiny
 

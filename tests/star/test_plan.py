@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_attn_plugins.options import StarOptions
+from hf_attn_plugins.star.options import StarOptions
 from hf_attn_plugins.star.plan import DENSE_BELOW, Plan, plan_for
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from hf_attn_plugins import star
-from hf_attn_plugins.star.cache import layers_of
+from hf_attn_plugins.star.hf.cache import layers_of
 
 from .families import tiny, tokens
 

@@ -1,0 +1,59 @@
+"""Fair timing and its tables: alternatives interleaved in one run, medians, results written with their hardware."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_attn_plugins.bench.hardware import describe
+
+
+def medians(alternatives: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each alternative, one warm-up each, then `repeats` rounds in which every one runs once."""
+    for run in alternatives.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in alternatives}
+    for _ in range(repeats):
+        for name, run in alternatives.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def write_table(folder: Path, name: str, title: str, rows: Sequence[Mapping[str, Any]], notes: str = "") -> Path:
+    """Write rows as `name`.md and `name`.json into `folder`, with hardware and versions; returns the Markdown file.
+
+    Raises:
+        ValueError: no rows.
+    """
+    if not rows:
+        raise ValueError(f"nothing was measured for {name}: choose at least one case.")
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = describe()
+    (folder / f"{name}.json").write_text(
+        json.dumps({"title": title, "hardware": facts, "rows": list(rows)}, indent=1) + "\n", encoding="utf-8"
+    )
+    where = (
+        f"{facts['processor']}, {facts['threads']} threads, "
+        f"bfloat16 products: {'yes' if facts['bf16_products'] else 'no'}; "
+        f"Python {facts['python']}, torch {facts['torch']}, transformers {facts['transformers']}."
+    )
+    page = [f"# {title}", "", where, "", *markdown_table(rows), ""]
+    if notes:
+        page += [notes, ""]
+    path = folder / f"{name}.md"
+    path.write_text("\n".join(page), encoding="utf-8")
+    return path
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Rows of equal keys as the lines of a Markdown table; floats get three significant digits."""
+    heads = list(rows[0])
+    cell = lambda value: f"{value:.3g}" if isinstance(value, float) else str(value)  # noqa: E731
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    return lines + ["| " + " | ".join(cell(row[head]) for head in heads) + " |" for row in rows]

@@ -1,0 +1,1 @@
+"""`hf-attn bench`: one file a verb."""

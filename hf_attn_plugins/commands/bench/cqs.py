@@ -1,0 +1,216 @@
+"""What the division buys and costs on this machine: memory and time of one worker against the whole, measured."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_attn_plugins.bench.hardware import describe
+from hf_attn_plugins.bench.peak_memory import PeakMemory
+from hf_attn_plugins.bench.timing import write_table
+from hf_attn_plugins.core.mask import Mask
+from hf_attn_plugins.cqs.scheduler import plan
+from hf_attn_plugins.cqs.tiler import Tiler
+from hf_attn_plugins.cqs.tokens import Tokens
+from hf_attn_plugins.cqs.worker_share import Leaf
+from hf_attn_plugins.cqs.workers import WorkerResult, work
+from hf_attn_plugins.kernels.attend import attend
+
+HEADS, KV_HEADS, HEAD_DIM = 2, 1, 64
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+NAME, TITLE = "cqs", "CQS attention: one worker against the whole"
+NOTES = f"""\
+{HEADS}:{KV_HEADS} heads, head_dim {HEAD_DIM}; every number is measured unless it is called computed.
+`L / N` is the longest worker's share of the tokens. Memory is the peak of one process above its start, in MiB, inputs
+and results included, for the worker with the most work and for the whole sequence: `scores` with textbook attention,
+which holds all scores (a worker those of one range of rows at a time), `linear` with `kernels.attend`.
+`longest / whole` is the slowest worker's seconds over those of `attend` on everything, `all + tiler / whole` the
+seconds of all workers one after another and of the merge: what the division costs on a single device (medians of
+ratios, the whole timed again beside every number of workers). `cells` counts (query, key) pairs handed to the kernel
+over N^2, diagonal blocks of causal attention in full; `dense cells` what a kernel computes that masks banned blocks
+instead of skipping them (computed, m^2 / W). `balance` is the largest worker's pairs over the mean (computed).
+
+The paper (one A100, float16, textbook scores, all workers on one device) publishes peak memory of 0.563, 0.184, 0.251
+and 0.038 of the whole for 4, 7, 8 and 31 workers, which is (L / N)^2: each of its workers holds all its scores, banned
+ones included. Skipping banned blocks and going range by range makes `scores` above smaller than that. With a
+linear-memory kernel what remains is about L / N, the share of the tokens: the advantage over an undivided
+FlashAttention-style kernel is much smaller than over textbook attention. The paper's time ratios were taken without
+waiting for the device and cannot be compared; a worker cannot take less than its share of the pairs, 1 / W."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 4, 7, 8, 13, 31])
+    parser.add_argument("--masks", nargs="+", choices=["full", "causal"], default=["full", "causal"])
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--scores-up-to", type=int, default=32768, help="longest case measured with a score matrix, too"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("benchmarks/results"),
+        help="folder for cqs.md and cqs.json; other cases there stay",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure, print row by row, write the table.
+
+    Raises:
+        ValueError: a length, a number of workers or of repeats below 1.
+    """
+    if min([*arguments.lengths, *arguments.workers, arguments.repeats]) < 1:
+        raise ValueError("lengths, workers and repeats must be at least 1.")
+    rows = _kept(arguments.out)
+    for dtype, length, mask in itertools.product(arguments.dtypes, arguments.lengths, arguments.masks):
+        causal = mask == "causal"
+        for row in measure(length, arguments.workers, causal, arguments.repeats, arguments.scores_up_to, dtype):
+            print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+            rows[_case(row)] = row
+            # After every row: a run that is cut short keeps what it has measured.
+            path = write_table(arguments.out, NAME, TITLE, [rows[case] for case in sorted(rows)], NOTES)
+    print("written to", path)
+
+
+@torch.no_grad()
+def measure(
+    tokens: int, worker_counts: list[int], is_causal: bool, repeats: int, scores_up_to: int, dtype: str = "float32"
+) -> Iterator[dict[str, Any]]:
+    """One row per number of workers."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(1, heads, tokens, HEAD_DIM, generator=generator).to(DTYPES[dtype])
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    ]
+    leaves = {count: list(plan(tokens, count).leaves()) for count in worker_counts}
+    attend(*inputs, is_causal=is_causal)  # warms up
+    measured = tokens <= scores_up_to
+    whole_linear = _peak(lambda x: attend(x[0], x[1], x[2], is_causal=is_causal), inputs)
+    whole_scores = _peak(lambda x: _textbook(x[0], x[1], x[2], is_causal), inputs) if measured else None
+    for count, shares in leaves.items():
+        most = max(shares, key=lambda leaf: leaf.cells(is_causal))
+        material = _material(inputs, most)
+        linear = _peak(partial(_work, most, is_causal), material)
+        scores = _peak(partial(_textbook_worker, most, is_causal), material) if measured else None
+        cells = [leaf.cells(is_causal) for leaf in shares]
+        handed = sum(_size(p.rows) * sum(map(_size, p.keys)) for leaf in shares for p in leaf.pieces(is_causal))
+        longest, together = _times(inputs, shares, is_causal, repeats)
+        yield {
+            "dtype": dtype,
+            "tokens": tokens,
+            "mask": "causal" if is_causal else "full",
+            "workers": count,
+            "L / N": max(leaf.length for leaf in shares) / tokens,
+            **_memory("scores", scores, whole_scores),
+            **_memory("linear", linear, whole_linear),
+            "longest / whole": longest,
+            "all + tiler / whole": together,
+            "cells": handed / tokens**2,
+            "dense cells": sum(leaf.length**2 for leaf in shares) / tokens**2,
+            "balance": max(cells) / statistics.mean(cells),
+        }
+
+
+def _times(inputs: list[Tensor], leaves: list[Leaf], is_causal: bool, repeats: int) -> tuple[float, float]:
+    """The slowest worker's, and all workers' and the Tiler's, seconds over those of the whole: medians of ratios.
+
+    The whole is timed right before the workers of every round, so that a machine that slows down slows both.
+    """
+    single: list[list[float]] = []
+    together: list[float] = []
+    for _ in range(repeats):
+        whole, _result = _timed(lambda: attend(inputs[0], inputs[1], inputs[2], is_causal=is_causal))
+        tiler, each = Tiler(leaves, inputs[0], HEAD_DIM), []
+        for leaf in leaves:
+            seconds, result = _timed(partial(_work, leaf, is_causal, _material(inputs, leaf)))
+            each.append(seconds / whole)
+            tiler.add(result)
+        merging, _result = _timed(tiler.result)
+        single.append(each)
+        together.append(sum(each) + merging / whole)
+    return max(map(statistics.median, zip(*single, strict=True))), statistics.median(together)
+
+
+def _work(leaf: Leaf, is_causal: bool, material: list[Tensor]) -> WorkerResult:
+    query, key, value = (Tokens(x, leaf.ranges) for x in material)
+    return work(leaf, query, key, value, mask=Mask(causal=is_causal))
+
+
+def _material(inputs: list[Tensor], leaf: Leaf) -> list[Tensor]:
+    return [Tokens(x).take(leaf.ranges).contiguous() for x in inputs]
+
+
+def _textbook(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
+    scores = query @ key.repeat_interleave(HEADS // KV_HEADS, 1).mT
+    scores *= HEAD_DIM**-0.5
+    if is_causal:
+        # Row by row: a mask of that size would be measured along with the scores.
+        for row in range(scores.shape[-2]):
+            scores[..., row, row + 1 + scores.shape[-1] - scores.shape[-2] :] = -torch.inf
+    scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+    scores.div_(scores.sum(-1, keepdim=True))
+    return scores @ value.repeat_interleave(HEADS // KV_HEADS, 1)
+
+
+def _textbook_worker(leaf: Leaf, is_causal: bool, material: list[Tensor]) -> list[Tensor]:
+    query, key, value = (Tokens(x, leaf.ranges) for x in material)
+    return [
+        _textbook(query.take((piece.rows,)), key.take(piece.keys), value.take(piece.keys), piece.causal)
+        for piece in leaf.pieces(is_causal)
+    ]
+
+
+def _peak(function: Callable[[list[Tensor]], Any], inputs: list[Tensor]) -> float | None:
+    """MiB at the peak of making the inputs and running the function on them; None where it cannot be measured."""
+    with PeakMemory(inputs[0].device) as memory:
+        result = function([x.clone() for x in inputs])
+    del result
+    return None if memory.bytes is None else memory.bytes / 2**20
+
+
+def _memory(name: str, worker: float | None, whole: float | None) -> dict[str, Any]:
+    known = worker is not None and whole is not None
+    return {
+        f"{name} MiB": worker if known else "",
+        f"{name} whole MiB": whole if known else "",
+        f"{name} ratio": worker / whole if known else "",  # type: ignore[operator]
+    }
+
+
+def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result
+
+
+def _size(span: tuple[int, int]) -> int:
+    return span[1] - span[0]
+
+
+def _case(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What names a row, in the order of the table: float32 before bfloat16, full before causal."""
+    return row["dtype"] != "float32", row["tokens"], row["mask"] == "causal", row["workers"]
+
+
+def _kept(folder: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Rows measured before on the same hardware with the same versions, so that a table can be made in several runs."""
+    path = folder / f"{NAME}.json"
+    if not path.is_file():
+        return {}
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if record["hardware"] != describe():
+        return {}
+    return {_case(row): row for row in record["rows"]}

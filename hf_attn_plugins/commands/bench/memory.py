@@ -1,0 +1,72 @@
+"""`hf-attn bench memory`: peak memory of one attention call over the length, with and without backward."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_attn_plugins.bench.peak_memory import PeakMemory
+from hf_attn_plugins.bench.timing import write_table
+from hf_attn_plugins.kernels.attend import attend
+from hf_attn_plugins.kernels.cpu_fused import build as fused
+
+KERNELS = ("cpu_fused", "cpu_tiled", "aten")
+HEADS, HEAD_DIM, MIB = 8, 64, 2**20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384])
+    parser.add_argument("--rows", type=int, default=512, help="query rows; the keys grow")
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results"), help="folder for memory.md and memory.json"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure and write the table."""
+    if min([*arguments.lengths, arguments.rows]) < 1:
+        raise ValueError("lengths and rows must be at least 1.")
+    rows = []
+    for length in arguments.lengths:
+        for kernel in KERNELS if fused.unavailable() is None else KERNELS[1:]:
+            row: dict[str, Any] = {"keys": length, "rows": arguments.rows, "kernel": kernel}
+            row["scores alone, MiB"] = HEADS * arguments.rows * length * 2 / MIB
+            row["forward, MiB"] = _peak(
+                arguments.rows, length, lambda q, k, v, name=kernel: _ours(q, k, v, name), False
+            )
+            row["with backward, MiB"] = _peak(
+                arguments.rows, length, lambda q, k, v, name=kernel: _ours(q, k, v, name), True
+            )
+            row["SDPA with backward, MiB"] = _peak(arguments.rows, length, F.scaled_dot_product_attention, True)
+            rows.append(row)
+            print("  ".join(f"{k} {v:.1f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+    notes = (
+        f"bfloat16, {HEADS} heads, head_dim {HEAD_DIM}, full attention; peak above the inputs. `scores alone` is what "
+        "the score matrix would take in bfloat16. cpu_fused holds a copy of the values and, with backward, of queries, "
+        "keys and gradients in turn. cpu_tiled holds one tile of scores, copies of keys and values and, with backward, "
+        "float32 gradients of keys and values. All of it is linear in the keys."
+    )
+    print("written to", write_table(arguments.out, "memory", "Peak memory of one attention call", rows, notes))
+
+
+def _ours(query: Tensor, key: Tensor, value: Tensor, kernel: str) -> Tensor:
+    return attend(query, key, value, kernel=kernel).out
+
+
+def _peak(rows: int, keys: int, function: Callable[..., Tensor], backward: bool) -> float:
+    query = torch.randn(1, HEADS, rows, HEAD_DIM).to(torch.bfloat16).requires_grad_(backward)
+    key, value = (torch.randn(1, HEADS, keys, HEAD_DIM).to(torch.bfloat16).requires_grad_(backward) for _ in range(2))
+    with PeakMemory(query.device) as memory:
+        out = function(query, key, value)
+        if backward:
+            out.sum().backward()
+    if memory.bytes is None:
+        raise ValueError("this system does not tell a process's peak memory: use Linux, or a CUDA device.")
+    return memory.bytes / MIB

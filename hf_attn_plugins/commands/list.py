@@ -1,0 +1,52 @@
+"""`hf-attn list`: the plugin table, for the terminal, as Markdown (the README's) or as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from hf_attn_plugins.plugins import PLUGINS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--json", action="store_true", help="print the table as JSON")
+    group.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the table."""
+    if arguments.json:
+        print(json.dumps([plugin.as_dict() for plugin in PLUGINS.values()], indent=2))
+    elif arguments.markdown:
+        print(markdown())
+    else:
+        from rich.console import Console
+        from rich.table import Column, Table
+
+        table = Table(
+            Column("name", no_wrap=True), "what it does", "exact", Column("options", overflow="fold"), "source"
+        )
+        for row in _rows():
+            table.add_row(*row)
+        Console().print(table)
+
+
+def markdown() -> str:
+    """The table as it stands in the README."""
+    head = ["| `attn_implementation=` | what it does | exact? | options | source |", "|---|---|---|---|---|"]
+    return "\n".join(head + [f"| `{row[0]}` | " + " | ".join(row[1:]) + " |" for row in _rows()])
+
+
+def _rows() -> list[list[str]]:
+    return [
+        [
+            plugin.name,
+            plugin.summary,
+            "yes" if plugin.exact else "approximate, by design",
+            ", ".join(plugin.options_type().names()),
+            plugin.source,
+        ]
+        for plugin in PLUGINS.values()
+    ]

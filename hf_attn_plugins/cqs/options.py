@@ -1,0 +1,34 @@
+"""Options of `cqs_attention`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hf_attn_plugins.core.options import Options
+from hf_attn_plugins.cqs import difference_covers
+
+
+@dataclass(frozen=True)
+class CQSOptions(Options):
+    """Options of `cqs_attention`.
+
+    Attributes:
+        workers: number of workers W, or None to choose it from the length (`cqs.scheduler.default_workers`).
+        interest_set: difference cover of Z_W for these workers, or None for the smallest known; needs `workers`.
+        min_length: prefills shorter than this, and all decoding, go straight to tiled attention.
+        kernel: a kernel by name (see `kernels.KERNELS`), or None to choose by device, dtype and shape.
+    """
+
+    workers: int | None = None
+    interest_set: tuple[int, ...] | None = None
+    min_length: int = 1024
+    kernel: str | None = None
+
+    def __post_init__(self) -> None:
+        self._positive("workers", "min_length")
+        self._check_kernel(self.kernel)
+        if self.interest_set is not None:
+            if self.workers is None:
+                raise ValueError(f"interest_set={self.interest_set} needs workers, the number it is a cover for.")
+            # A list when it comes from a config file; a tuple can be hashed, which lets plans be kept.
+            object.__setattr__(self, "interest_set", difference_covers.check(self.interest_set, self.workers))

@@ -1,0 +1,44 @@
+"""The shares of workers as rectangles of the score matrix, which a GPU does in one launch. Integers only."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable
+
+from hf_attn_plugins.core.rectangle import Piece
+from hf_attn_plugins.cqs.scheduler import Plan
+from hf_attn_plugins.cqs.worker_share import Leaf, Range, joined
+
+
+def pieces(leaves: Iterable[Leaf], is_causal: bool = False) -> list[Piece]:
+    """The cells that some workers keep, all of a plan's or any of them, each cell in one rectangle.
+
+    Rows are cut wherever a worker's ranges begin or end; the keys that the workers keep for the same rows are joined
+    into runs. A whole plan comes to one run a group of tokens, so that no tile is visited more often than dense
+    attention visits it. Causal rectangles reach above the diagonal: the mask binds them.
+
+    Example: the leaves of `plan(8, 2)`, causal: rows 0 .. 4 see keys 0 .. 4, rows 4 .. 8 see keys 0 .. 8.
+    """
+    kept: dict[Range, list[Range]] = defaultdict(list)
+    for leaf in leaves:
+        for piece in leaf.pieces(is_causal):
+            kept[piece.rows] += piece.keys
+    cuts = sorted({end for rows in kept for end in rows})
+    place = {position: index for index, position in enumerate(cuts)}
+    keys: list[list[Range]] = [[] for _ in cuts[1:]]
+    for (begin, end), runs in kept.items():
+        for index in range(place[begin], place[end]):
+            keys[index] += runs
+    return [
+        Piece(begin, end, *run, True)
+        for (begin, end), runs in zip(itertools.pairwise(cuts), keys, strict=True)
+        for run in joined(sorted(runs))
+    ]
+
+
+@functools.lru_cache(maxsize=32)  # every layer of a model asks for the same plan
+def of_plan(plan: Plan, is_causal: bool) -> list[Piece]:
+    """`pieces` of all leaves of a plan."""
+    return pieces(plan.leaves(), is_causal)

@@ -1,0 +1,218 @@
+"""`compare`: how far a plugin's predictions are from another backend's on the same tokens, and at what cost."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_attn_plugins.bench.peak_memory import PeakMemory
+from hf_attn_plugins.hf.configure import use
+
+CHUNK = 256  # positions whose logits exist at a time, for each of the two backends
+
+
+@dataclass(frozen=True)
+class Run:
+    """One backend's side: median seconds of a prefill, tokens/s, peak memory in bytes above the start, perplexity."""
+
+    name: str
+    options: dict[str, Any]
+    seconds: float
+    tokens_per_second: float
+    peak_bytes: int | None
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Agreement of next-token distributions over all positions of a text.
+
+    Attributes:
+        kl_*: KL(baseline || plugin) in nats per position: mean, median, 99.9th percentile, maximum.
+        top1: share of positions where both predict the same token.
+        max_probability_difference, rms_probability_difference: over all positions and tokens.
+        perplexity_ratio: plugin's perplexity over the baseline's, on the same tokens.
+        speedup: baseline's seconds over the plugin's.
+    """
+
+    tokens: int
+    kl_mean: float
+    kl_median: float
+    kl_p999: float
+    kl_max: float
+    top1: float
+    max_probability_difference: float
+    rms_probability_difference: float
+    perplexity_ratio: float
+    speedup: float
+    baseline: Run
+    plugin: Run
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as JSON-ready values."""
+        return dataclasses.asdict(self)
+
+
+def compare(
+    model: nn.Module,
+    input_ids: Tensor,
+    name: str,
+    *,
+    baseline: str = "sdpa",
+    attention_mask: Tensor | None = None,
+    repeats: int = 2,
+    progress: Callable[[str, int, int], None] | None = None,
+    **options: Any,
+) -> Agreement:
+    """Prefill the same tokens with two attention backends and compare their predictions at every position.
+
+    Only hidden states of whole runs are kept; logits are formed in chunks of positions, for both backends at once.
+
+    Args:
+        model: a causal language model.
+        input_ids: (B, T) token ids with T >= 2, on the model's device.
+        name, options: the plugin under test and its options.
+        baseline: the implementation to compare with.
+        attention_mask: (B, T), 1 for real tokens; padded positions are left out of every figure.
+        repeats: timed prefills of each backend, interleaved; the median counts.
+        progress: called with (what, done, total).
+
+    Returns:
+        `Agreement`.
+
+    Raises:
+        ValueError: fewer than two tokens, an unknown plugin or option, or a model the plugin cannot be used with.
+    """
+    if input_ids.ndim != 2 or input_ids.shape[1] < 2:
+        raise ValueError(f"input_ids must be (batch, tokens) with at least 2 tokens, got {tuple(input_ids.shape)}.")
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats}: at least 1 is needed.")
+    progress = progress or (lambda *_: None)
+    sides = [(baseline, {}), (name, options)]
+    seconds: list[list[float]] = [[], []]
+    peaks: list[int | None] = [None, None]
+    hidden: list[Any] = [None, None]
+    with torch.inference_mode(), evaluating(model):
+        for side, chosen in sides:  # one short run each: lazy set-up is not attention's cost
+            with use(model, side, **chosen):
+                model(input_ids[:, : min(256, input_ids.shape[1])], use_cache=False, logits_to_keep=1)
+        for repeat in range(repeats):
+            for which, (side, chosen) in enumerate(sides):
+                progress(f"prefill with {side}", 2 * repeat + which, 2 * repeats)
+                hidden[which] = None
+                with use(model, side, **chosen), PeakMemory(input_ids.device) as memory:
+                    start = time.perf_counter()
+                    hidden[which] = backbone(model)(input_ids, attention_mask=attention_mask, use_cache=False)
+                    synchronize(input_ids.device)
+                    seconds[which].append(time.perf_counter() - start)
+                if peaks[which] is None:
+                    peaks[which] = memory.bytes
+        sums = _Statistics()
+        length = input_ids.shape[1]
+        for start in range(0, length, CHUNK):
+            progress("comparing logits", start, length)
+            end = min(start + CHUNK, length)
+            logits = [logits_at(model, input_ids, output, start, end) for output in hidden]
+            sums.add(logits[0], logits[1], input_ids, attention_mask, start, end)
+    progress("comparing logits", length, length)
+    medians = [statistics.median(s) for s in seconds]
+    runs = [
+        Run(side, dict(chosen), t, input_ids.numel() / t, peak, perplexity)
+        for (side, chosen), t, peak, perplexity in zip(sides, medians, peaks, sums.perplexities(), strict=True)
+    ]
+    return Agreement(
+        tokens=input_ids.numel(),
+        **sums.figures(),
+        perplexity_ratio=runs[1].perplexity / runs[0].perplexity,
+        speedup=medians[0] / medians[1],
+        baseline=runs[0],
+        plugin=runs[1],
+    )
+
+
+class _Statistics:
+    """Figures gathered chunk by chunk, in float64."""
+
+    def __init__(self) -> None:
+        self.kl: list[Tensor] = []
+        self.same: list[Tensor] = []
+        self.squares, self.elements, self.largest = 0.0, 0, 0.0
+        self.nll, self.predicted = [0.0, 0.0], 0
+
+    def add(self, base: Tensor, other: Tensor, ids: Tensor, mask: Tensor | None, start: int, end: int) -> None:
+        real = torch.ones_like(ids[:, start:end], dtype=torch.bool) if mask is None else mask[:, start:end].bool()
+        p, q = (x.double().log_softmax(-1) for x in (base, other))
+        self.kl.append((p.exp() * (p - q)).sum(-1)[real].clamp_min(0))
+        self.same.append((p.argmax(-1) == q.argmax(-1))[real])
+        difference = (p.exp() - q.exp()).abs()[real]
+        self.squares += float(difference.square().sum())
+        self.elements += difference.numel()
+        self.largest = max(self.largest, float(difference.max()) if difference.numel() else 0.0)
+        targets = ids[:, start + 1 : end + 1]
+        count = targets.shape[1]
+        counted = real[:, :count] if mask is None else real[:, :count] & mask[:, start + 1 : end + 1].bool()
+        self.predicted += int(counted.sum())
+        for i, logp in enumerate((p, q)):
+            picked = logp[:, :count].gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+            self.nll[i] -= float(picked[counted].sum())
+
+    def figures(self) -> dict[str, float]:
+        kl = torch.cat(self.kl)
+        return {
+            "kl_mean": float(kl.mean()),
+            "kl_median": float(kl.median()),
+            "kl_p999": float(torch.quantile(kl, 0.999)),
+            "kl_max": float(kl.max()),
+            "top1": float(torch.cat(self.same).double().mean()),
+            "max_probability_difference": self.largest,
+            "rms_probability_difference": (self.squares / max(1, self.elements)) ** 0.5,
+        }
+
+    def perplexities(self) -> list[float]:
+        return [float(torch.tensor(nll / max(1, self.predicted)).exp()) for nll in self.nll]
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The model without its head, whose output holds the last hidden states."""
+    base = getattr(model, "base_model", model)
+    if base is model or not hasattr(model, "lm_head"):
+        raise ValueError(f"{type(model).__name__} has no language-model head to compare: load a model for causal LM.")
+    return base
+
+
+def logits_at(model: nn.Module, ids: Tensor, output: Any, start: int, end: int) -> Tensor:
+    """Logits of positions start..end from finished hidden states, by the model's own head and its scalings."""
+    base = backbone(model)
+    part = dataclasses.replace(output, last_hidden_state=output.last_hidden_state[:, start:end])
+    original = base.forward
+    base.forward = lambda *_, **__: part  # type: ignore[method-assign]
+    try:
+        return model(ids[:, start:end], use_cache=False).logits
+    finally:
+        del base.forward
+        assert base.forward == original
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode for a while."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

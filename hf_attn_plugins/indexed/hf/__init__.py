@@ -1,0 +1,1 @@
+"""Indexed attention as a Transformers model and its config."""

@@ -1,0 +1,1 @@
+"""PyTorch's own fused attention operators: `attend.py` is the entry, `ops.py` wraps the operators."""

@@ -1,0 +1,50 @@
+"""`cpu_tiled`: attention by tiles in plain PyTorch, forward (`forward.py`) and backward (`backward.py`) together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_attn_plugins.core.mask import Mask
+from hf_attn_plugins.core.partial import Partial
+from hf_attn_plugins.kernels.cpu.backward import backward
+from hf_attn_plugins.kernels.cpu.forward import forward
+from hf_attn_plugins.kernels.cpu.tiling import SHORT
+
+
+def cpu_tiled(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, softcap: float | None, dropout: float
+) -> Partial:
+    """See `kernels.attend`. Memory besides inputs, output and copies of key and value: `SCORES` numbers."""
+    if torch.compiler.is_compiling():
+        from hf_attn_plugins.kernels.cpu_ops import tiled_op
+
+        return tiled_op(query, key, value, mask, scale, softcap, dropout)
+    if len(query) > 1 and query.shape[2] < SHORT and mask.only_positions():
+        # Rows of the batch with one mask are further heads: fewer, larger products.
+        q, k, v = (x.reshape(1, x.shape[0] * x.shape[1], *x.shape[2:]) for x in (query, key, value))
+        out, lse = cpu_tiled(q, k, v, mask, scale, softcap, dropout)
+        return Partial(out.view(*query.shape[:3], value.shape[-1]), lse.view(query.shape[:3]))
+    seed = int(torch.randint(2**62, ())) if dropout else 0
+    return Partial(*_Tiled.apply(query, key, value, mask.bias, mask, scale, softcap, dropout, seed))
+
+
+class _Tiled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *options: Any) -> Any:
+        ctx.set_materialize_grads(False)
+        out, lse = forward(query, key, value, *options)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.options = options
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_out, grad_lse = grads
+        query, key, value, out, lse = ctx.saved_tensors
+        mask, scale, softcap, dropout, seed = ctx.options
+        needs_bias = ctx.needs_input_grad[3]
+        inputs = (query, key, value, out, lse, mask, scale, softcap, dropout, seed, needs_bias)
+        return (*backward(grad_out, grad_lse, *inputs), *[None] * 5)

@@ -1,0 +1,204 @@
+"""Backward of the tiles in plain PyTorch: weights are recomputed from the saved lse, one tile at a time.
+
+With P = exp(S - lse), delta = sum(grad_out * out) - grad_lse and dP = grad_out value^T:
+grad_value = P^T grad_out, dS = P * (dP - delta), grad_query = dS key, grad_key = dS^T query (arXiv 2307.08691, section
+3.1.2; the lse's own gradient enters delta). Dropout multiplies P in grad_value and dP before delta is taken off.
+As in the forward pass, the fast path folds -lse and -delta into the products as extra columns.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_attn_plugins.core.mask import Mask
+from hf_attn_plugins.core.partial import lse_dtype
+from hf_attn_plugins.kernels.cpu.masks import Edges, dropout_generator, keep_mask
+from hf_attn_plugins.kernels.cpu.tile_map import KeyTile, TileMap
+from hf_attn_plugins.kernels.cpu.tiling import LOG2_E, chunks, is_fast, key_blocks
+
+HUGE = 1e30  # stands for the lse of rows without keys: exp(score - HUGE) = 0, and HUGE * 0 is not NaN as inf * 0 is
+
+
+def backward(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Mask,
+    scale: float,
+    softcap: float | None,
+    dropout: float,
+    seed: int,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of query, key, value and (where asked for) of a float `mask.bias`, in their dtypes."""
+    wide = lse_dtype(query)
+    grads = [torch.zeros_like(x, dtype=wide, memory_format=torch.contiguous_format) for x in (query, key, value)]
+    grad_bias = None
+    if needs_bias:
+        assert mask.bias is not None
+        grad_bias = torch.zeros((1,) * (4 - mask.bias.ndim) + mask.bias.shape, dtype=wide, device=mask.bias.device)
+    if out.numel() and key.shape[2]:
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        delta = (grad_out.to(wide) * out.to(wide)).sum(-1)
+        if grad_lse is not None:
+            delta -= grad_lse
+        loop_of: Any = _FastTiles if is_fast(query, mask, softcap) else _Tiles
+        for b, heads, kv_heads, tiles in chunks(query, key, mask):
+            loop = loop_of(
+                query[b, heads], key[b, kv_heads], value[b, kv_heads], grad_out[b, heads], lse[b, heads],
+                delta[b, heads], tiles, scale, softcap, heads,
+            )  # fmt: skip
+            loop.grads = (grads[0][b, heads], grads[1][b, kv_heads], grads[2][b, kv_heads])
+            loop.grad_bias = None if grad_bias is None else grad_bias[b if grad_bias.shape[0] > 1 else 0]
+            for index in range(len(tiles.row_tiles)):
+                for tile in tiles.keys_of(index):
+                    generator = dropout_generator(seed, b, heads, index, tile) if dropout else None
+                    loop.add(index, tile, dropout, generator)
+    if grad_bias is not None and mask.bias is not None:
+        grad_bias = grad_bias.reshape(mask.bias.shape).to(mask.bias.dtype)
+    return (*(g.to(x.dtype) for g, x in zip(grads, (query, key, value), strict=True)), grad_bias)  # type: ignore[return-value]
+
+
+class _Tiles:
+    """One chunk of heads, in float32 or float64: weights and score gradients of one tile after the other."""
+
+    grads: tuple[Tensor, Tensor, Tensor]
+    grad_bias: Tensor | None
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        grad_out: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        tiles: TileMap,
+        scale: float,
+        softcap: float | None,
+        heads: slice,
+    ) -> None:
+        self.query, self.key, self.value, self.grad_out, self.delta = query, key, value, grad_out, delta
+        self.lse = lse.masked_fill(lse == -torch.inf, HUGE)
+        self.tiles, self.scale, self.softcap, self.heads = tiles, scale, softcap, heads
+        self.kv_heads, self.groups = key.shape[0], query.shape[0] // key.shape[0]
+        self.wide = lse_dtype(query)
+        self.edges = Edges(tiles, heads, self.groups, self.wide)
+        most_rows, most_keys = self.groups * tiles.row_tile, tiles.key_tile
+        most_parts = max(most_rows, most_keys) * max(query.shape[-1], value.shape[-1])
+        # Fresh memory for every product would cost page faults.
+        self.buffers = [query.new_empty(self.kv_heads * size) for size in (most_rows * most_keys,) * 2 + (most_parts,)]
+        self.wide_part = self.buffers[2].to(self.wide)
+
+    def product(self, slot: int, left: Tensor, right: Tensor) -> Tensor:
+        """A batched product in buffer `slot`: 0 and 1 for scores and their gradients, 2 for a part of a gradient."""
+        size = (*left.shape[:2], right.shape[2])
+        return torch.bmm(left, right, out=self.buffers[slot][: math.prod(size)].view(size))
+
+    def part(self, left: Tensor, right: Tensor) -> Tensor:
+        """A product as a part of a gradient, in `self.wide`."""
+        product = self.product(2, left, right)
+        return self.wide_part[: product.numel()].view(product.shape).copy_(product)
+
+    def rows(self, tensor: Tensor, index: int) -> Tensor:
+        """The rows of one row tile, (kv heads, groups * rows, ...)."""
+        t0, t1 = self.tiles.row_tiles[index]
+        return tensor[:, t0:t1].reshape(self.kv_heads, -1, *tensor.shape[2:])
+
+    def add(self, index: int, tile: KeyTile, dropout: float, generator: torch.Generator | None) -> None:
+        """Add the contribution of one tile to the gradients."""
+        weights, grad_scores, grad_out = self.weights_and_grad(index, tile, dropout, generator)
+        (t0, t1), keys = self.tiles.row_tiles[index], slice(tile.begin, tile.end)
+        grad_query, grad_key, grad_value = self.grads
+        grad_value[:, keys].add_(self.part(weights.mT, grad_out))
+        of_rows = self.part(grad_scores, self.key[:, keys])
+        grad_query[:, t0:t1].add_(of_rows.view(-1, t1 - t0, of_rows.shape[-1]), alpha=self.scale)
+        grad_key[:, keys].add_(self.part(grad_scores.mT, self.rows(self.query, index)), alpha=self.scale)
+
+    def weights_and_grad(
+        self, index: int, tile: KeyTile, dropout: float, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(P with dropout, gradient of the scaled scores, grad_out) in the dtype of the inputs."""
+        t0, t1 = self.tiles.row_tiles[index]
+        query, grad_out, keys = (
+            self.rows(self.query, index),
+            self.rows(self.grad_out, index),
+            slice(tile.begin, tile.end),
+        )
+        scores = self.product(0, query, self.key[:, keys].mT).to(self.wide).mul_(self.scale)
+        slope = None
+        if self.softcap is not None:
+            capped = scores.div_(self.softcap).tanh_()
+            slope = 1 - capped * capped
+            scores = capped * self.softcap
+        view = scores.view(self.kv_heads, self.groups, t1 - t0, -1)
+        self.edges.add_to(view, t0, t1, tile)
+        weights = scores.sub_(self.rows(self.lse, index).unsqueeze(-1)).exp_()
+        grad_weights = self.product(1, grad_out, self.value[:, keys].mT).to(self.wide)
+        kept = weights
+        if dropout:
+            assert generator is not None
+            keep = keep_mask(weights, dropout, generator)
+            kept, grad_weights = weights * keep, grad_weights.mul_(keep)
+        grad_scores = grad_weights.sub_(self.rows(self.delta, index).unsqueeze(-1)).mul_(weights)
+        if self.grad_bias is not None:
+            self._add_bias(grad_scores.view(view.shape), t0, t1, tile)
+        if slope is not None:
+            grad_scores = grad_scores.mul_(slope)
+        return kept.to(query.dtype), grad_scores.to(query.dtype), grad_out
+
+    def _add_bias(self, grad_scores: Tensor, t0: int, t1: int, tile: KeyTile) -> None:
+        assert self.grad_bias is not None
+        part = grad_scores.flatten(0, 1)
+        target = self.grad_bias if self.grad_bias.shape[0] == 1 else self.grad_bias[self.heads]
+        target = target[:, t0:t1] if target.shape[1] > 1 else target
+        target = target[..., tile.begin : tile.end] if target.shape[2] > 1 else target
+        target += part.sum_to_size(target.shape)
+
+
+class _FastTiles(_Tiles):
+    """The same for bfloat16: -lse and -delta are columns of the products, split in three to keep their digits."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        dtype = self.query.dtype
+        self.edges = Edges(self.tiles, self.heads, self.groups, dtype)
+        log2_lse = (self.lse * LOG2_E).clamp_max(HUGE)
+        self.query_columns = torch.cat([self.query * (self.scale * LOG2_E), _split(-log2_lse, dtype)], -1)
+        self.grad_columns = torch.cat([self.grad_out, _split(-self.delta, dtype)], -1)
+        self.key_columns, self.value_columns = (key_blocks(x, self.tiles, 3) for x in (self.key, self.value))
+
+    def weights_and_grad(
+        self, index: int, tile: KeyTile, dropout: float, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        t0, t1 = self.tiles.row_tiles[index]
+        block, width = tile.begin // self.tiles.key_tile, tile.end - tile.begin
+        scores = self.product(0, self.rows(self.query_columns, index), self.key_columns[block][:, :width].mT)
+        view = scores.view(self.kv_heads, self.groups, t1 - t0, -1)
+        self.edges.exp2_(view, t0, t1, tile)
+        weights = scores
+        columns, grad_out = self.rows(self.grad_columns, index), self.rows(self.grad_out, index)
+        if not dropout:
+            grad_scores = self.product(1, columns, self.value_columns[block][:, :width].mT).mul_(weights)
+            return weights, grad_scores, grad_out
+        assert generator is not None
+        keep = keep_mask(weights, dropout, generator)
+        grad_weights = self.product(1, grad_out, self.value[:, tile.begin : tile.end].mT).mul_(keep)
+        grad_scores = grad_weights.sub_(self.rows(self.delta, index).unsqueeze(-1)).mul_(weights)
+        return weights * keep, grad_scores, grad_out
+
+
+def _split(column: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float32 column as three columns of `dtype` whose sum it is, to nearly float32's digits."""
+    high = column.to(dtype)
+    middle = (column - high.to(column.dtype)).to(dtype)
+    low = (column - high.to(column.dtype) - middle.to(column.dtype)).to(dtype)
+    return torch.stack([high, middle, low], -1)

@@ -1,0 +1,52 @@
+"""How one call is cut into tiles: chunks of heads, sizes of row and key tiles, contiguous blocks of keys."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hf_attn_plugins.core.mask import Mask
+from hf_attn_plugins.kernels.cpu.tile_map import TileMap
+
+LOG2_E = math.log2(math.e)
+ROW_TILE, KEY_TILE = 512, 512  # rows of one product (all heads of a group together), keys of one tile
+SHORT, LONG = 2048, 8192  # causal calls: keys from which on key tiles have full size, rows for row tiles
+SCORES = 2**22  # scores held at a time, over all heads of a chunk (8 MiB in bfloat16)
+
+
+def chunks(query: Tensor, key: Tensor, mask: Mask) -> list[tuple[int, slice, slice, TileMap]]:
+    """Split a call into (batch index, query heads, key heads, tiles) so that a chunk's scores fit `SCORES`."""
+    batch, heads, rows, _ = query.shape
+    kv_heads, num_keys = key.shape[1:3]
+    groups = heads // kv_heads
+    # Half of a diagonal tile is wasted: smaller ones pay until a sequence has many others, or heads fill their rows.
+    small = mask.causal and (rows < LONG or groups > 1)
+    row_tile = max(1, min(rows, ROW_TILE // 2 if small else ROW_TILE))
+    key_tile = max(1, min(num_keys, KEY_TILE // 2 if mask.causal and num_keys < SHORT else KEY_TILE))
+    at_once = max(1, min(kv_heads, SCORES // (groups * row_tile * key_tile)))
+    work = []
+    for b in range(batch):
+        tiles = TileMap(mask.slice_batch(b), rows, num_keys, row_tile, key_tile)
+        for h in range(0, kv_heads, at_once):
+            end = min(h + at_once, kv_heads)
+            work.append((b, slice(h * groups, end * groups), slice(h, end), tiles))
+    return work
+
+
+def is_fast(query: Tensor, mask: Mask, softcap: float | None) -> bool:
+    """Whether scores may stay in bfloat16: nothing has to be done to them but exponentiation."""
+    has_float_bias = mask.bias is not None and mask.bias.is_floating_point()
+    return query.dtype == torch.bfloat16 and softcap is None and not has_float_bias
+
+
+def key_blocks(tensor: Tensor, tiles: TileMap, columns: int) -> list[Tensor]:
+    """One contiguous (heads, keys, D + columns) block a key tile, 1 in the added columns.
+
+    Batched products copy strided inputs, tile by tile; transposed ones they take as they are.
+    """
+    if not columns:
+        return [tensor[:, s:e].contiguous() for s, e in tiles.key_tiles]
+    ones = tensor.new_ones(tensor.shape[0], tiles.key_tile, columns)
+    return [torch.cat([tensor[:, s:e], ones[:, : e - s]], 2) for s, e in tiles.key_tiles]

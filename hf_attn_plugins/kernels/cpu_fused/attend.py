@@ -1,0 +1,56 @@
+"""Attention for CPUs with AVX512-BF16, fused in C: what `kernels.cpu` does in plain PyTorch, without its traffic.
+
+Scores, weights and their sums never leave a core's nearest cache, so little is left to do but the products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_attn_plugins.core.mask import Mask
+from hf_attn_plugins.core.partial import Partial
+from hf_attn_plugins.kernels.cpu_fused.build import unavailable
+from hf_attn_plugins.kernels.cpu_fused.call import FEW_ROWS, backward, forward, unsupported
+
+__all__ = ["FEW_ROWS", "cpu_fused", "unavailable", "unsupported"]
+
+
+def cpu_fused(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, softcap: float | None, dropout: float
+) -> Partial:
+    """See `kernels.attend`. Memory besides inputs and output: a copy of value (backward: of all but out)."""
+    reason = unsupported(query, key, value, mask, softcap, dropout)
+    if reason is not None:
+        raise NotImplementedError(f"kernel 'cpu_fused' cannot do {reason}: use kernel=None, or 'cpu_tiled'.")
+    if torch.compiler.is_compiling():
+        from hf_attn_plugins.kernels.cpu_ops import tiled_op
+
+        return tiled_op(query, key, value, mask, scale, None, 0.0, fused=True)
+    if isinstance(mask.offset, Tensor):
+        mask = mask.replace(offset=int(mask.offset))  # a static cache counts on before backward runs
+    return Partial(*_Fused.apply(query, key, value, mask, scale))
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Any:
+        ctx.set_materialize_grads(False)
+        out, lse = forward(query, key, value, mask, scale)
+        ctx.save_for_backward(query, key, value, out, lse, mask.key_padding, mask.query_segments, mask.key_segments)
+        ctx.mask, ctx.scale = mask.replace(key_padding=None, query_segments=None, key_segments=None), scale
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "create_graph=True asks for gradients of gradients, which kernel 'cpu_fused' does not have: use "
+                "kernel='reference'."
+            )
+        grad_out, grad_lse = grads
+        query, key, value, out, lse, padding, query_segments, key_segments = ctx.saved_tensors
+        mask = ctx.mask.replace(key_padding=padding, query_segments=query_segments, key_segments=key_segments)
+        return (*backward(grad_out, grad_lse, query, key, value, out, lse, mask, ctx.scale), None, None)

@@ -1,0 +1,171 @@
+"""One call of the compiled kernels: what they can do, and tensors and mask as the C struct that they read."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int32, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from hf_attn_plugins.core.mask import Mask
+from hf_attn_plugins.core.partial import Partial
+from hf_attn_plugins.kernels.cpu_fused.build import library, unavailable
+from hf_attn_plugins.kernels.segment_labels import key_bounds, make_labels, row_bounds
+
+LANES, STEP, TILE, MAX_DIM = 64, 6, 96, 256  # as in tile.h
+CHUNK, MAX_ROWS = 512, 256  # as in decode.c
+FEW_ROWS = 32  # below, keys are held and split between threads: half of the lanes would be empty otherwise
+FAR = 2**40  # a window without a bound
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = [("data", c_void_p), ("batch", c_int64), ("head", c_int64), ("token", c_int64)]
+
+
+class _Call(ctypes.Structure):
+    """`Call` of tile.h, field by field."""
+
+    _fields_ = [
+        *((name, _Tensor) for name in ("query", "key", "value", "out")),
+        *((name, _Tensor) for name in ("grad_out", "grad_query", "grad_key", "grad_value")),
+        *((name, c_void_p) for name in ("lse", "grad_lse", "delta")),
+        *((name, c_int64) for name in ("batch", "heads", "kv_heads", "num_rows", "num_keys", "dim", "dim_v")),
+        *((name, c_int64) for name in ("start", "back", "ahead", "prefix")),
+        *((name, c_void_p) for name in ("row_labels", "key_labels")),
+        *((name, c_int64) for name in ("row_labels_batch", "key_labels_batch")),
+        *((name, c_void_p) for name in ("row_bounds", "key_bounds")),
+        *((name, c_int64) for name in ("row_bounds_batch", "key_bounds_batch")),
+        ("pairs", c_void_p),
+        ("partials", c_void_p),
+        ("scale", c_float),
+        ("threads", c_int32),
+    ]
+
+
+def unsupported(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float
+) -> str | None:
+    """None when the compiled kernels can do this call, else the reason why they cannot."""
+    if query.device.type != "cpu" or query.dtype != torch.bfloat16:
+        return f"{query.dtype} on {query.device.type}: they are for bfloat16 on CPUs"
+    if any(dim % 16 or not 16 <= dim <= MAX_DIM for dim in (query.shape[-1], value.shape[-1])):
+        return f"head_dim {query.shape[-1]} and {value.shape[-1]}: multiples of 16 up to {MAX_DIM} are needed"
+    if softcap is not None or dropout:
+        return "softcap" if softcap is not None else "dropout"
+    if mask.bias is not None or mask.predicate is not None:
+        return "a mask tensor or a predicate in the mask"
+    return unavailable()
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
+    """out (B, Hq, T, Dv), laid out token by token as models want it next, and lse (B, Hq, T)."""
+    out, lse = Partial.unfilled(query, value.shape[-1])
+    if not key.shape[2]:
+        return out.zero_(), lse.fill_(-torch.inf)
+    if not out.numel():
+        return out, lse
+    query, key, value = (_rows(x) for x in (query, key, value))
+    rows = query.shape[2] * (query.shape[1] // key.shape[1])
+    few = query.shape[2] < FEW_ROWS and rows <= MAX_ROWS
+    call, _kept = _call(query, key, value, mask, scale, out=out, keys_too=few)
+    call.lse = lse.data_ptr()
+    if few:
+        chunks = -(-key.shape[2] // CHUNK)
+        partials = lse.new_empty(key.shape[:2].numel() * chunks * rows * (value.shape[-1] + 2))
+        call.partials = partials.data_ptr()
+        library().hap_decode(ctypes.byref(call))
+    else:
+        pairs = query.new_empty(key.shape[:2].numel() * _padded(key.shape[2]) * value.shape[-1])
+        call.pairs = pairs.data_ptr()
+        library().hap_forward(ctypes.byref(call))
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Mask,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, contiguous."""
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
+    if not (out.numel() and key.shape[2]):
+        for grad in grads:
+            grad.zero_()
+        return grads[0], grads[1], grads[2]
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    query, key, value, grad_out, out = (_rows(x) for x in (query, key, value, grad_out, out))
+    lse = lse.contiguous()
+    padded_rows, padded_keys = _padded(query.shape[2]), _padded(key.shape[2])
+    size = max(
+        key.shape[:2].numel() * padded_keys * key.shape[-1],
+        query.shape[:2].numel() * padded_rows * (query.shape[-1] + value.shape[-1]),
+    )
+    pairs, delta = query.new_empty(size), torch.empty_like(lse)
+    call, _kept = _call(query, key, value, mask, scale, out=out, grad_out=grad_out, keys_too=True)
+    call.grad_query, call.grad_key, call.grad_value = (_tensor(x) for x in grads)
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    call.grad_lse = None if grad_lse is None else grad_lse.data_ptr()
+    call.lse, call.delta, call.pairs = lse.data_ptr(), delta.data_ptr(), pairs.data_ptr()
+    library().hap_backward(ctypes.byref(call))
+    return grads[0], grads[1], grads[2]
+
+
+def _call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask,
+    scale: float,
+    *,
+    out: Tensor,
+    grad_out: Tensor | None = None,
+    keys_too: bool = False,
+) -> tuple[_Call, list[Tensor | None]]:
+    """The struct, and tensors that have to live as long as it is used."""
+    (batch, heads, rows, dim), (kv_heads, num_keys) = query.shape, key.shape[1:3]
+    left, right = mask.window
+    call = _Call(_tensor(query), _tensor(key), _tensor(value), _tensor(out))
+    if grad_out is not None:
+        call.grad_out = _tensor(grad_out)
+    call.batch, call.heads, call.kv_heads, call.num_rows, call.num_keys = batch, heads, kv_heads, rows, num_keys
+    call.dim, call.dim_v, call.scale, call.threads = dim, value.shape[-1], scale, torch.get_num_threads()
+    call.start, call.prefix = mask.start(rows, num_keys), mask.prefix
+    call.back = FAR if left is None else left
+    call.ahead = 0 if mask.causal else FAR if right is None else right
+    labels = make_labels(mask.key_padding, mask.query_segments, mask.key_segments)
+    if labels is None:
+        return call, []
+    for what, tensor, count in (("segments", labels.rows, rows), ("padding or segments", labels.keys, num_keys)):
+        if tensor is not None and (tensor.shape[0] not in (1, batch) or tensor.shape[1:] != (count,)):
+            raise ValueError(
+                f"the mask's {what} must be (1 or {batch}, {count}) for these tensors, got {tuple(tensor.shape)}."
+            )
+    of_rows = row_bounds(labels, rows, LANES)
+    of_keys = key_bounds(labels, rows, LANES) if keys_too else None
+    kept = [labels.rows, labels.keys, of_rows, of_keys]
+    for name, tensor in zip(("row_labels", "key_labels", "row_bounds", "key_bounds"), kept, strict=True):
+        if tensor is not None:
+            setattr(call, name, tensor.data_ptr())
+            setattr(call, f"{name}_batch", tensor.stride(0) if tensor.shape[0] > 1 else 0)
+    return call, kept
+
+
+def _tensor(tensor: Tensor) -> _Tensor:
+    return _Tensor(tensor.data_ptr(), *tensor.stride()[:3])
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor with its elements side by side, as it is where they are."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _padded(rows: int) -> int:
+    """`padded_rows` of tile.h."""
+    return -(-(rows + STEP) // TILE) * TILE

@@ -1,0 +1,179 @@
+/* Few queries against many keys, as in decoding: split-KV. Threads take CHUNK keys each, the results are merged.
+ *
+ * Here the keys are held, so that each is read once for all queries of all heads that share it. Weights then lie along
+ * the lanes, and their product with the values runs over pairs of keys with the columns of value in the lanes. */
+#include "visibility.h"
+
+#define CHUNK 512 /* keys of one thread's turn, whatever the number of threads: the same sums every time */
+#define MAX_ROWS 256
+
+/* What one chunk found: top and total (in base 2) and the weighted sum of values for every row. */
+typedef struct {
+    float *top, *total, *sums;
+} Found;
+
+typedef struct {
+    _Alignas(64) int32_t held[MAX_DIM / 2 * LANES];
+    _Alignas(64) bf16 weights[MAX_ROWS][LANES];
+    _Alignas(64) bf16 queries[MAX_ROWS * MAX_DIM]; /* the rows of all heads that share the keys, head by head */
+} Block;
+
+/* Rows of queries that a key head has: those of all heads that share it. */
+static int64_t shared_rows(const Call *call) { return call->heads / call->kv_heads * call->num_rows; }
+
+static Found found_of(const Call *call, int64_t item) {
+    const int64_t rows = shared_rows(call);
+    float *start = call->partials + item * rows * (call->dim_v + 2);
+    return (Found){start, start + rows, start + 2 * rows};
+}
+
+/* Ask for rows that the block after this one reads: the products before it take as long as memory does. */
+static void prefetch(Rows rows, int64_t first, int64_t dim) {
+    for (int64_t row = first; row < smaller(first + LANES, rows.count); row++)
+        for (int64_t column = 0; column < dim; column += 32)
+            _mm_prefetch((const void *)(rows.data + row * rows.stride + column), _MM_HINT_T0);
+}
+
+/* Weights of LANES keys from `first` on for all rows; sums so far fade where a row's largest score grows. */
+static void weigh(const Call *call, Block *block, Found found, const Sight *sight, Rows keys, int64_t first,
+                  int64_t end) {
+    const int64_t rows = shared_rows(call);
+    const Rows queries = {block->queries, call->dim, rows};
+    const __m512 scale = _mm512_set1_ps(call->scale / LN_2), nothing = _mm512_set1_ps(-INFINITY);
+    hold_rows(keys, first, call->dim, block->held);
+    for (int64_t row = 0; row < rows; row += STEP) {
+        __m512 scores[STEP][VECTORS];
+        multiply(block->held, queries, row, call->dim, scores);
+        for (int j = 0; j < STEP && row + j < rows; j++) {
+            __m512 most = nothing, sum = _mm512_setzero_ps(), weight[VECTORS];
+            for (int v = 0; v < VECTORS; v++) {
+                const int64_t lanes = smaller(larger(end - first - 16 * v, 0), 16);
+                const __mmask16 mask = seen(sight, v, (row + j) % call->num_rows) & ((1u << lanes) - 1);
+                weight[v] = _mm512_mask_mul_ps(nothing, mask, scores[j][v], scale);
+                most = _mm512_max_ps(most, weight[v]);
+            }
+            const float before = found.top[row + j], top = fmaxf(before, _mm512_reduce_max_ps(most));
+            if (top > before) {
+                const __m512 fade = exp2_of(_mm512_set1_ps(before == -INFINITY ? -1e30f : before - top));
+                float *sums = found.sums + (row + j) * call->dim_v;
+                for (int64_t column = 0; column < call->dim_v; column += 16)
+                    _mm512_storeu_ps(sums + column, _mm512_mul_ps(_mm512_loadu_ps(sums + column), fade));
+                found.total[row + j] *= _mm512_cvtss_f32(fade);
+                found.top[row + j] = top;
+            }
+            const __m512 shift = _mm512_set1_ps(top == -INFINITY ? 0 : top);
+            for (int v = 0; v < VECTORS; v++) {
+                const __mmask16 mask = _mm512_cmp_ps_mask(weight[v], nothing, _CMP_NEQ_UQ);
+                weight[v] = _mm512_maskz_mov_ps(mask, exp2_of(_mm512_sub_ps(weight[v], shift)));
+                sum = _mm512_add_ps(sum, weight[v]);
+            }
+            found.total[row + j] += _mm512_reduce_add_ps(sum);
+            for (int v = 0; v < VECTORS; v += 2)
+                _mm512_store_si512(block->weights[row + j] + 16 * v,
+                                   (__m512i)_mm512_cvtne2ps_pbh(weight[v + 1], weight[v]));
+        }
+    }
+}
+
+/* found.sums[row][column] += weights[row][key] * value[key][column], over LANES keys. */
+static void add_values(const Call *call, Block *block, Found found, Rows values, int64_t first) {
+    const int64_t rows = shared_rows(call);
+    for (int64_t row = 0; row < rows; row += STEP)
+        for (int64_t column = 0; column < call->dim_v; column += 16 * VECTORS) {
+            const int vectors = (int)smaller(VECTORS, (call->dim_v - column) / 16);
+            float *at[STEP];
+            __m512 sum[STEP][VECTORS];
+            for (int j = 0; j < STEP; j++)
+                at[j] = found.sums + smaller(row + j, rows - 1) * call->dim_v + column;
+            for (int j = 0; j < STEP; j++)
+                for (int v = 0; v < VECTORS; v++)
+                    sum[j][v] = _mm512_setzero_ps();
+            for (int key = 0; key < LANES; key += 2) {
+                const bf16 *even = values.data + smaller(first + key, values.count - 1) * values.stride + column;
+                const bf16 *odd = values.data + smaller(first + key + 1, values.count - 1) * values.stride + column;
+                __m512bh pair[VECTORS];
+                for (int v = 0; v < VECTORS; v++) {
+                    const __mmask16 mask = v < vectors ? 0xffff : 0;
+                    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, even + 16 * v));
+                    const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, odd + 16 * v));
+                    pair[v] = (__m512bh)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+                }
+                for (int j = 0; j < STEP; j++) {
+                    int32_t both;
+                    memcpy(&both, block->weights[smaller(row + j, rows - 1)] + key, sizeof both);
+                    for (int v = 0; v < VECTORS; v++)
+                        sum[j][v] = _mm512_dpbf16_ps(sum[j][v], (__m512bh)_mm512_set1_epi32(both), pair[v]);
+                }
+            }
+            for (int j = 0; j < STEP && row + j < rows; j++)
+                for (int v = 0; v < vectors; v++)
+                    _mm512_storeu_ps(at[j] + 16 * v, _mm512_add_ps(_mm512_loadu_ps(at[j] + 16 * v), sum[j][v]));
+        }
+}
+
+static void decode_chunk(const Call *call, Block *block, int64_t b, int64_t kv_head, int64_t first, Found found) {
+    const int64_t groups = call->heads / call->kv_heads, rows = shared_rows(call);
+    const Rows keys = rows_of(&call->key, b, kv_head, call->num_keys);
+    const Rows values = rows_of(&call->value, b, kv_head, call->num_keys);
+    const int64_t end = smaller(first + CHUNK, call->num_keys);
+    memset(found.total, 0, sizeof(float) * rows * (1 + call->dim_v));
+    for (int64_t row = 0; row < rows; row++) {
+        const Rows queries = rows_of(&call->query, b, kv_head * groups + row / call->num_rows, call->num_rows);
+        const bf16 *query = queries.data + row % call->num_rows * queries.stride;
+        memcpy(block->queries + row * call->dim, query, sizeof(bf16) * call->dim);
+        found.top[row] = -INFINITY;
+    }
+    for (int64_t key = first; key < end; key += LANES) {
+        const Sight sight = rows_seeing(call, b, key);
+        if (sight.begin >= sight.end)
+            continue;
+        prefetch(values, key, call->dim_v);
+        weigh(call, block, found, &sight, keys, key, end);
+        prefetch(keys, key + LANES, call->dim);
+        add_values(call, block, found, values, key);
+    }
+}
+
+/* One row of a head from all chunks: M = max top, weights 2**(top - M), as in `partial.merge`. */
+static void merge_row(const Call *call, int64_t b, int64_t h, int64_t t, int64_t chunks) {
+    const int64_t groups = call->heads / call->kv_heads, row = h % groups * call->num_rows + t;
+    const int64_t item = (b * call->kv_heads + h / groups) * chunks;
+    float sums[MAX_DIM] = {0}, top = -INFINITY, total = 0;
+    for (int64_t chunk = 0; chunk < chunks; chunk++)
+        top = fmaxf(top, found_of(call, item + chunk).top[row]);
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        const Found found = found_of(call, item + chunk);
+        if (found.total[row] == 0)
+            continue;
+        /* A row of NaN has a total and no top: it stays NaN. */
+        const float weight = top == -INFINITY ? 1 : exp2f(found.top[row] - top);
+        total += weight * found.total[row];
+        for (int64_t column = 0; column < call->dim_v; column++)
+            sums[column] += weight * found.sums[row * call->dim_v + column];
+    }
+    const __m512 factor = _mm512_set1_ps(total == 0 ? 0 : 1 / total);
+    bf16 *out = call->out.data + b * call->out.batch + h * call->out.head + t * call->out.token;
+    for (int64_t column = 0; column < call->dim_v; column += 16) {
+        const __m512 values = _mm512_mul_ps(_mm512_loadu_ps(sums + column), factor);
+        _mm256_storeu_si256((void *)(out + column), (__m256i)_mm512_cvtneps_pbh(values));
+    }
+    call->lse[(b * call->heads + h) * call->num_rows + t] = total == 0 ? -INFINITY : (top + log2f(total)) * LN_2;
+}
+
+/* out and lse of a call whose key heads have at most MAX_ROWS rows of queries. `partials`: (batch, key heads, chunks,
+ * rows, dim_v + 2) float32. */
+void hap_decode(const Call *call) {
+    const int64_t chunks = (call->num_keys + CHUNK - 1) / CHUNK;
+#pragma omp parallel num_threads(call->threads)
+    {
+        Block block;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t item = 0; item < call->batch * call->kv_heads * chunks; item++)
+            decode_chunk(call, &block, item / chunks / call->kv_heads, item / chunks % call->kv_heads,
+                         item % chunks * CHUNK, found_of(call, item));
+#pragma omp for
+        for (int64_t row = 0; row < call->batch * call->heads * call->num_rows; row++)
+            merge_row(call, row / call->num_rows / call->heads, row / call->num_rows % call->heads,
+                      row % call->num_rows, chunks);
+    }
+}

@@ -1,0 +1,1 @@
+"""Triton kernels: read attend, ops, launch, forward, program, tiles in this order."""

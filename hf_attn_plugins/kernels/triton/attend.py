@@ -1,0 +1,66 @@
+"""The kernel called "triton": FlashAttention on NVIDIA (sm_80 and newer) and AMD GPUs, or in Triton's interpreter."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_attn_plugins.core.mask import Mask
+from hf_attn_plugins.core.partial import Partial
+from hf_attn_plugins.core.rectangle import Piece
+from hf_attn_plugins.kernels.segment_labels import make_labels
+from hf_attn_plugins.kernels.triton.support import supported
+
+__all__ = ["run", "supported", "triton"]
+
+
+def triton(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, softcap: float | None, dropout: float
+) -> Partial:
+    """See `kernels.attend`. Memory besides inputs and outputs: float32 partials when decoding, row sums in backward.
+
+    Raises:
+        NotImplementedError: for what `supported` names.
+    """
+    reason = supported(query, key, value, mask, softcap, dropout)
+    if reason is not None:
+        raise NotImplementedError(f"kernel 'triton' cannot do {reason}: use kernel=None to choose another.")
+    return run(query, key, value, mask, scale, softcap, dropout, [])
+
+
+def run(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, softcap: float | None, dropout: float,
+    plan: list[list[Piece]],
+) -> Partial:  # fmt: skip
+    """The call as operator arguments; `plan` is empty for all pairs, or holds pieces per row of the batch."""
+    from hf_attn_plugins.kernels.triton.ops import triton_attention
+    from hf_attn_plugins.kernels.triton.plan import flat
+
+    rows, num_keys = query.shape[2], key.shape[2]
+    if scale <= 0:  # the kernels take the maximum before they scale
+        query, scale = (-query, -scale) if scale < 0 else (query * 0, 1.0)
+    left, right = mask.window
+    if mask.causal:
+        right = 0 if right is None else min(right, 0)
+    if mask.prefix and (left is not None or right is not None):
+        plan = plan or [[Piece(0, rows, 0, num_keys, True)]]
+        plan = [[part for piece in pieces for part in _beside_prefix(piece, mask.prefix)] for pieces in plan]
+    labels = make_labels(mask.key_padding, mask.query_segments, mask.key_segments)
+    bias = None if mask.bias is None else mask.bias.detach().expand(*query.shape[:3], num_keys)
+    tensor_offset = isinstance(mask.offset, Tensor)
+    out, lse, _ = triton_attention(
+        query, key, value, labels and labels.rows, labels and labels.keys, bias,
+        mask.offset if tensor_offset else None,
+        torch.randint(2**62, (), device=query.device) if dropout else None,
+        scale, softcap, left, right, 0 if tensor_offset else (num_keys - rows if mask.offset is None else mask.offset),
+        dropout, flat(plan),
+    )  # fmt: skip
+    return Partial(out, lse)
+
+
+def _beside_prefix(piece: Piece, prefix: int) -> list[Piece]:
+    """A banded piece as its part in the prefix, which every row sees, and the rest."""
+    cut = min(max(piece.key_begin, prefix), piece.key_end)
+    if not piece.banded or cut == piece.key_begin:
+        return [piece]
+    return [piece._replace(key_end=cut, banded=False), piece._replace(key_begin=cut)]

@@ -1,0 +1,242 @@
+"""From tensors to launches: grids, strides and constants of the Triton kernels."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_attn_plugins.kernels.segment_labels import Labels, key_bounds, row_bounds
+from hf_attn_plugins.kernels.triton import backward as triton_backward
+from hf_attn_plugins.kernels.triton import decode as triton_decode
+from hf_attn_plugins.kernels.triton import dkdv as triton_dkdv
+from hf_attn_plugins.kernels.triton import dq as triton_dq
+from hf_attn_plugins.kernels.triton import forward as triton_forward
+from hf_attn_plugins.kernels.triton.device import architecture, launch, multiprocessors, on_device, precision, takes_tma
+from hf_attn_plugins.kernels.triton.plan import tables
+from hf_attn_plugins.kernels.triton.tuning import Config, configuration
+
+MAX_DECODE_ROWS = 16
+MAX_DECODE_LANES = 128  # query rows times the heads that share a key head
+MAX_SPLITS = 64
+
+override: dict[str, Config] = {}  # kind -> configuration: what tuning tries
+
+
+class Call(NamedTuple):
+    """What one call computes, besides its query, key and value.
+
+    Attributes:
+        left, right: a row at position p sees keys p - left .. p + right; None for no bound.
+        offset: position of row 0 on the key axis, an int or a 0-dim integer tensor.
+        labels: padding and segments; bias: (B, H, T, S) with strides of 0 where it broadcasts; seed: of dropout.
+        pieces: a plan as `triton_plan.flat` writes it; empty for one piece of everything.
+    """
+
+    scale: float
+    softcap: float | None
+    left: int | None
+    right: int | None
+    offset: int | Tensor
+    labels: Labels | None
+    bias: Tensor | None
+    dropout: float
+    seed: Tensor | None
+    pieces: tuple[int, ...]
+
+
+def empty(*size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory for the kernels to fill (tests fill it with NaN first)."""
+    return torch.empty(*size, dtype=dtype, device=device)
+
+
+def token_major(batch: int, heads: int, tokens: int, dim: int, like: Tensor) -> Tensor:
+    """(B, H, T, D), laid out as (B, T, H, D): what the output projection reads is then contiguous."""
+    return empty(batch, tokens, heads, dim, dtype=like.dtype, device=like.device).transpose(1, 2)
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """out (B, Hq, T, Dv), lse (B, Hq, T), and the lse as the backward wants it (`triton_tiles.store_lse`)."""
+    if _without_bfloat16(query):
+        out, lse, row_lse = forward(query.float(), key.float(), value.float(), call)
+        return out.to(query.dtype), lse, row_lse
+    batch, heads, rows, _ = query.shape
+    out = token_major(batch, heads, rows, value.shape[-1], query)
+    lse, row_lse = (empty(batch, heads, rows, dtype=torch.float32, device=query.device) for _ in range(2))
+    if not lse.numel():
+        return out, lse, row_lse
+    groups = heads // key.shape[1]
+    decoding = rows <= MAX_DECODE_ROWS and rows * groups <= MAX_DECODE_LANES and not call.pieces
+    with on_device(query):
+        (_decode if decoding else _prefill)(query, key, value, call, out, lse, row_lse)
+    return out, lse, row_lse
+
+
+def _prefill(query: Tensor, key: Tensor, value: Tensor, call: Call, out: Tensor, *lses: Tensor) -> None:
+    config = _config("forward", query, value, call)
+    batch, heads, rows, _ = query.shape
+    bounds, plan, num_pieces = _row_side(call, rows, config.block_m, query.device)
+    grid = (-(-rows // config.block_m) * batch * heads,)
+    launch(
+        triton_forward.forward_kernel, grid,
+        query, key, value, out, *lses, *_side_tensors(call, bounds, plan, query),
+        *query.stride(), *key.stride(), *value.stride(), *out.stride(),
+        *_label_strides(call), *_stride2(bounds), *_stride2(plan), *_bias_strides(call),
+        rows, key.shape[2], heads, heads // key.shape[1], num_pieces, *_scalars(call),
+        **_constants(query, value, call), HAS_PLAN=bool(call.pieces), TMA=config.tma and takes_tma(key, value),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+def _decode(query: Tensor, key: Tensor, value: Tensor, call: Call, out: Tensor, *lses: Tensor) -> None:
+    config = _config("decode", query, value, call)
+    batch, heads, rows, _ = query.shape
+    groups, num_keys = heads // key.shape[1], key.shape[2]
+    tasks = batch * key.shape[1]
+    splits = max(
+        1, min(-(-2 * multiprocessors(query.device) // tasks), -(-num_keys // (2 * config.block_n)), MAX_SPLITS)
+    )
+    parts = (batch, heads, rows, splits)
+    part_out = empty(*parts, value.shape[-1], dtype=torch.float32, device=query.device)
+    part_lse = empty(*parts, dtype=torch.float32, device=query.device)
+    bounds = None if call.labels is None else row_bounds(call.labels, rows, rows)
+    constants = _constants(query, value, call)
+    launch(
+        triton_decode.decode_kernel, (splits * tasks,),
+        query, key, value, part_out, part_lse, *_label_tensors(call), bounds, call.bias, *_offset_seed(call),
+        *query.stride(), *key.stride(), *value.stride(), *_label_strides(call), _stride2(bounds)[0],
+        *_bias_strides(call), rows, num_keys, heads, groups, splits, *_scalars(call),
+        **constants, BLOCK_M=max(16, _power(rows * groups)), BLOCK_N=config.block_n,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    launch(
+        triton_decode.merge_kernel, (batch * heads * rows,),
+        part_out, part_lse, out, *lses, *out.stride(), rows, heads, splits,
+        HEAD_DIM_V=constants["HEAD_DIM_V"], BLOCK_DV=constants["BLOCK_DV"], BLOCK_SPLITS=_power(splits), num_warps=4,
+    )  # fmt: skip
+
+
+def backward(
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, row_lse: Tensor,
+    call: Call,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of query, key and value."""
+    if _without_bfloat16(query):
+        wide = (query.float(), key.float(), value.float(), out.float())
+        d_query, d_key, d_value = backward(grad_out.float(), grad_lse, *wide, row_lse, call)
+        return d_query.to(query.dtype), d_key.to(query.dtype), d_value.to(query.dtype)
+    batch, heads, rows, head_dim = query.shape
+    kv_heads, num_keys, head_dim_v = value.shape[1:]
+    d_query = token_major(batch, heads, rows, head_dim, query)
+    d_key = token_major(batch, kv_heads, num_keys, head_dim, key)
+    d_value = token_major(batch, kv_heads, num_keys, head_dim_v, value)
+    if not rows or not batch:
+        return d_query, d_key.zero_(), d_value.zero_()
+    delta = empty(batch, heads, rows, dtype=torch.float32, device=query.device)
+    constants = _constants(query, value, call)
+    groups = heads // kv_heads
+    with on_device(query):
+        launch(
+            triton_backward.delta_kernel, (-(-rows // 64) * batch * heads,),
+            out, grad_out, None if grad_lse is None else grad_lse.contiguous(), delta, *out.stride(),
+            *grad_out.stride(), rows, heads, HAS_GRAD_LSE=grad_lse is not None, HEAD_DIM_V=head_dim_v,
+            BLOCK_DV=constants["BLOCK_DV"], BLOCK_M=64, num_warps=4,
+        )  # fmt: skip
+        config = _config("dq", query, value, call)
+        bounds, plan, num_pieces = _row_side(call, rows, config.block_m, query.device)
+        launch(
+            triton_dq.dq_kernel, (-(-rows // config.block_m) * batch * heads,),
+            query, key, value, grad_out, row_lse, delta, d_query, *_side_tensors(call, bounds, plan, query),
+            *query.stride(), *key.stride(), *value.stride(), *grad_out.stride(), *d_query.stride(),
+            *_label_strides(call), *_stride2(bounds), *_stride2(plan), *_bias_strides(call),
+            rows, num_keys, heads, groups, num_pieces, *_scalars(call), **constants, HAS_PLAN=bool(call.pieces),
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+        if not num_keys:
+            return d_query, d_key, d_value
+        config = _config("dkdv", query, value, call)
+        bounds = None if call.labels is None else key_bounds(call.labels, rows, config.block_n)
+        plan, num_pieces = tables(call.pieces, num_keys, config.block_n, True, query.device)
+        launch(
+            triton_dkdv.dkdv_kernel, (-(-num_keys // config.block_n) * batch * kv_heads,),
+            query, key, value, grad_out, row_lse, delta, d_key, d_value, *_side_tensors(call, bounds, plan, query),
+            *query.stride(), *key.stride(), *value.stride(), *grad_out.stride(), *d_key.stride(), *d_value.stride(),
+            *_label_strides(call), *_stride2(bounds), *_stride2(plan), *_bias_strides(call),
+            rows, num_keys, heads, groups, num_pieces, *_scalars(call), **constants, HAS_PLAN=bool(call.pieces),
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return d_query, d_key, d_value
+
+
+def _row_side(call: Call, rows: int, tile: int, device: torch.device) -> tuple[Tensor | None, Tensor | None, int]:
+    bounds = None if call.labels is None else row_bounds(call.labels, rows, tile)
+    return bounds, *tables(call.pieces, rows, tile, False, device)
+
+
+def _side_tensors(call: Call, bounds: Tensor | None, plan: Tensor | None, query: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_label_tensors(call), bounds, plan, call.bias, *_offset_seed(call))
+
+
+def _label_tensors(call: Call) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if call.labels is None else (call.labels.rows, call.labels.keys)
+
+
+def _offset_seed(call: Call) -> tuple[Tensor | None, Tensor | None]:
+    return (call.offset if isinstance(call.offset, Tensor) else None), call.seed
+
+
+def _label_strides(call: Call) -> tuple[int, int]:
+    return tuple(_stride2(x)[0] for x in _label_tensors(call))  # type: ignore[return-value]
+
+
+def _bias_strides(call: Call) -> tuple[int, ...]:
+    return (0, 0, 0, 0) if call.bias is None else call.bias.stride()
+
+
+def _stride2(tensor: Tensor | None) -> tuple[int, int]:
+    """Strides over batch (0 where all rows of the batch share the tensor) and over the next dimension."""
+    if tensor is None:
+        return 0, 0
+    return (0 if tensor.shape[0] == 1 else tensor.stride(0)), tensor.stride(1)
+
+
+def _scalars(call: Call) -> tuple[float, ...]:
+    offset = 0 if isinstance(call.offset, Tensor) else call.offset
+    return offset, call.left or 0, call.right or 0, call.scale, call.softcap or 1.0, call.dropout
+
+
+def _constants(query: Tensor, value: Tensor, call: Call) -> dict[str, Any]:
+    labels = call.labels
+    head_dim, head_dim_v = query.shape[-1], value.shape[-1]
+    return {
+        "HAS_LEFT": call.left is not None,
+        "HAS_RIGHT": call.right is not None,
+        "HAS_OFFSET": isinstance(call.offset, Tensor),
+        "LABELS": 0 if labels is None else (1 if labels.rows is None else 2),
+        "BIAS": 0 if call.bias is None else (2 if call.bias.dtype == torch.bool else 1),
+        "HAS_SOFTCAP": call.softcap is not None,
+        "HAS_DROPOUT": call.dropout > 0,
+        "HEAD_DIM": head_dim,
+        "HEAD_DIM_V": head_dim_v,
+        "BLOCK_D": max(16, _power(head_dim)),
+        "BLOCK_DV": max(16, _power(head_dim_v)),
+        "PRECISION": precision(query.dtype, architecture(query.device)),
+    }
+
+
+def _config(kind: str, query: Tensor, value: Tensor, call: Call) -> Config:
+    head_dim = max(query.shape[-1], value.shape[-1])
+    return override.get(kind) or configuration(
+        architecture(query.device), kind, query.dtype, head_dim, call.right is not None
+    )
+
+
+def _without_bfloat16(tensor: Tensor) -> bool:
+    """Triton's interpreter multiplies the bits of bfloat16 tiles as integers: give it float32 instead."""
+    return tensor.dtype == torch.bfloat16 and architecture(tensor.device) == "interpreter"
+
+
+def _power(number: int) -> int:
+    """The smallest power of two that is not smaller."""
+    return 1 << max(0, number - 1).bit_length()

@@ -1,0 +1,1 @@
+"""Ranks and how they talk: group, launch, failure, traffic, collectives."""

@@ -1,0 +1,1 @@
+"""Context parallelism with a model: session, forward hooks, sharded cache, training."""

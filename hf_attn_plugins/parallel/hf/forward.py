@@ -1,0 +1,234 @@
+"""A model's forward inside `context_parallel`: inputs cut to this rank's slots, hidden states put together again.
+
+Two pairs of hooks do it. Those of the decoder give it its slots, their true positions and a sharded cache, and hand on
+the hidden states that the head needs; those of the whole model say which these are and make the logits one. In training
+nothing is put together: head and loss, too, see this rank's tokens only.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from hf_attn_plugins.hf.compat import NAMES, cache_keyword, set_returned_cache
+from hf_attn_plugins.parallel.comm.consistency import agree, digest, same_random_state
+from hf_attn_plugins.parallel.comm.group import Group
+from hf_attn_plugins.parallel.hf.cache import ShardedCache
+from hf_attn_plugins.parallel.hf.training import ShardedLoss
+from hf_attn_plugins.parallel.method import Layout, Method, Step
+from hf_attn_plugins.star.hf.model import decoder, follows_length, frozen_rope
+
+HARMLESS = {"return_dict", "cache_position", "logits_to_keep", "labels", "num_items_in_batch", "output_attentions"}
+OWN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", *NAMES, "use_cache"}
+
+
+class Forward:
+    """The hooks, and what they pass to each other within one forward.
+
+    Attributes:
+        step: the forward under way.
+        prefill_tokens: slots that this rank's last sharded prompt had, padding and repeated tokens included.
+        merged_rows: rows that all layers together have merged over the ranks.
+        cache: the cache of the last forward.
+        columns: (B, T) long, the places in the prompt of the last forward's rows on this rank, -1 for padding.
+    """
+
+    def __init__(self, model: nn.Module, group: Group, method: Method) -> None:
+        self.model, self.group, self.method = model, group, method
+        self.decoder = decoder(model)
+        self.signature, self.cache_keyword = inspect.signature(self.decoder.forward), cache_keyword(self.decoder)
+        self.step: Step | None = None
+        self.cache: ShardedCache | None = None
+        self.prefill_tokens = self.merged_rows = 0
+        self._keep: int | None = None  # last columns whose hidden states are wanted, None for all
+        self._one = False  # whether logits are made the same on every rank
+        self._use_cache = True
+        self._trains = False  # whether this forward's hidden states stay sharded
+        self._loss: ShardedLoss | None = None
+        self.columns: Tensor | None = None
+        self._layout: Layout | None = None
+        self._count = 0
+        self._rope: Any = None
+        self.handles: list[Any] = []
+
+    def attach(self) -> None:
+        pre, post = {"with_kwargs": True, "prepend": False}, {"with_kwargs": True}
+        if self.decoder is not self.model:
+            self.handles.append(self.model.register_forward_pre_hook(self._before_model, **pre))
+            self.handles.append(self.model.register_forward_hook(self._after_model, **post))
+        self.handles.append(self.decoder.register_forward_pre_hook(self._before, **pre))
+        self.handles.append(self.decoder.register_forward_hook(self._after, **post))
+        # A second one that also runs when the decoder raised: nothing of a broken forward is left behind.
+        self.handles.append(self.decoder.register_forward_hook(self._close, always_call=True))
+
+    def detach(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    def _before_model(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        labels = kwargs.get("labels")
+        self._trains, self._loss = self._learns(labels is not None), None
+        if self._trains and labels is not None:
+            self._loss = ShardedLoss(model, labels, kwargs.get("num_items_in_batch"))
+            kwargs = {name: x for name, x in kwargs.items() if name not in ("labels", "num_items_in_batch")}
+        keep = kwargs.get("logits_to_keep")
+        self._one = isinstance(keep, int) and keep > 0
+        self._keep = keep if self._one and kwargs.get("labels") is None else None
+        return args, kwargs
+
+    def _learns(self, with_labels: bool) -> bool:
+        return self.method.trains and torch.is_grad_enabled() and (self.model.training or with_labels)
+
+    def _after_model(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if self._one and getattr(output, "logits", None) is not None:
+            output.logits = self.group.broadcast(output.logits, 0, what="logits")
+        self._one, self._keep = False, None
+        if self._loss is not None:
+            assert self._layout is not None
+            begin = sum(self._layout.loads[: self.group.rank])
+            output.loss = self._loss(output.logits, range(begin, begin + output.logits.shape[1]), self.group)
+            self._loss = None
+        return output
+
+    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        given = self._arguments(args, kwargs)
+        if self.model.training and torch.is_grad_enabled() and not self.method.trains:
+            raise NotImplementedError(
+                f"{type(self.method).__name__} does not train on several ranks: use cqs_attention, or model.eval()."
+            )
+        if self.decoder is self.model:
+            self._trains = self._learns(False)
+        tokens = given.pop("input_ids", None)
+        embedded = given.pop("inputs_embeds", None)
+        name, inputs = ("input_ids", tokens) if tokens is not None else ("inputs_embeds", embedded)
+        if inputs is None:
+            raise ValueError("the model was called without input_ids and inputs_embeds: pass one of them.")
+        self._count = inputs.shape[1]
+        self._use_cache = given.pop("use_cache", None) is not False
+        cache = self.cache = self._cache_of(given.pop(self.cache_keyword, None))
+        first, mask, positions = cache.length, given.pop("attention_mask", None), given.pop("position_ids", None)
+        real = self._real(mask, inputs, first)
+        if positions is None:
+            positions = torch.arange(first, first + self._count, device=inputs.device).unsqueeze(0)
+        elif mask is None and first == 0 and bool((positions.diff(dim=1) != 1).any()):
+            raise NotImplementedError(
+                "position_ids that start anew mean packed texts, which context_parallel does not cut into shards: give "
+                "every text a row of its own."
+            )
+        positions = positions.expand(len(inputs), -1)
+        if follows_length(self.model):  # ranks see different positions, their frequencies must not differ
+            self._rope = frozen_rope(self.model, int(positions.max()) + 1)
+            self._rope.__enter__()
+        if first == 0 or self._count > 1:
+            given_here = {"first": first, name: digest(inputs), "mask": digest(real), "positions": digest(positions)}
+            agree(self.group, given_here, what="inputs")
+        layout = None
+        if first == 0:
+            same_random_state(self.group)
+            layout = self.method.deal(real.cpu(), self.group.rank, self.group.size)
+        if self._trains and layout is None:
+            raise ValueError(
+                f"{self._count} tokens after {first} are not cut into shards for {self.group.size} ranks, and only "
+                "shards are trained: give every rank and worker a token at least, and no cache."
+            )
+        self.step, self._layout = cache.begin(real, layout), layout
+        self.columns = self.step.columns
+        if layout is not None:
+            self.prefill_tokens = layout.columns.shape[1]
+            inputs, positions = _take(inputs, self.step.columns), _take(positions, self.step.columns)
+        return (), {
+            **given,
+            name: inputs,
+            "position_ids": positions,
+            # Without a cache and a mask Transformers would look for packed texts in the positions of padding.
+            "attention_mask": torch.ones_like(self.step.columns) if self._trains else None,
+            self.cache_keyword: None if self._trains else cache,
+            "use_cache": not self._trains,
+        }
+
+    def _after(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        assert self.step is not None and self.cache is not None
+        layout = self.step.layout
+        if layout is not None and not self._trains:
+            output.last_hidden_state = self._together(output.last_hidden_state, layout)
+        self.cache.finish(self._count)
+        set_returned_cache(output, self.cache if self._use_cache and not self._trains else None)
+        return output
+
+    def _close(self, *_: Any) -> None:
+        self.step = None
+        if self._rope is not None:
+            self._rope.__exit__(None, None, None)
+            self._rope = None
+
+    def _together(self, hidden: Tensor, layout: Layout) -> Tensor:
+        """(B, n, H): the hidden states of the last n columns (all when None are named), on every rank."""
+        count = self._count
+        first = count - (count if self._keep is None else min(self._keep, count))
+        reported = layout.reported.to(hidden.device)
+        columns = layout.columns.to(hidden.device)[:, reported]
+        row, slot = (columns >= first).nonzero(as_tuple=True)
+        found = hidden.new_zeros(len(hidden), count - first, hidden.shape[2])
+        found[row, columns[row, slot] - first] = hidden[row, reported[slot]]
+        return self.group.collect(found, what="hidden states")
+
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        given: dict[str, Any] = {}
+        for name, value in self.signature.bind_partial(*args, **kwargs).arguments.items():
+            if self.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+                given.update(value)
+            else:
+                given[name] = value
+        for name, value in given.items():
+            if name in OWN or value is None or name in HARMLESS:
+                continue
+            if isinstance(value, Tensor) or (name.startswith("output_") and value):
+                raise NotImplementedError(
+                    f"context_parallel does not know how to cut {name!r} into shards: leave it out, or run this call "
+                    "outside of it."
+                )
+        return given
+
+    def _cache_of(self, past: Any) -> ShardedCache:
+        if isinstance(past, ShardedCache):
+            if (past.group.rank, past.group.size) != (self.group.rank, self.group.size):
+                raise ValueError(
+                    f"this cache has its shards on {past.group.size} ranks, and this launch has {self.group.size}."
+                )
+            past.group = self.group
+            return past
+        if past is None or (
+            isinstance(past, DynamicCache) and past.get_seq_length() == 0 and type(past) is DynamicCache
+        ):
+            return ShardedCache(self.group)
+        raise ValueError(
+            f"context_parallel keeps keys in a cache of its own and got a {type(past).__name__} of "
+            f"{past.get_seq_length()} tokens: pass no cache (and no cache_implementation), or one it returned."
+        )
+
+    def _real(self, mask: Any, inputs: Tensor, first: int) -> Tensor:
+        batch, count = inputs.shape[:2]
+        if mask is None:
+            return torch.ones(batch, count, dtype=torch.bool, device=inputs.device)
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] != first + count:
+            shape = tuple(mask.shape) if hasattr(mask, "shape") else type(mask).__name__
+            raise ValueError(
+                f"context_parallel takes an attention mask of shape (batch, {first + count}), for every token so far, "
+                f"got {shape}."
+            )
+        return mask[:, first:].bool()
+
+
+def _take(tensor: Tensor, columns: Tensor) -> Tensor:
+    """(B, T, ...) of the columns (B, T), anything where they are -1."""
+    index = columns.clamp_min(0).to(tensor.device)
+    if tensor.ndim == 2:
+        return tensor.gather(1, index)
+    return tensor.gather(1, index.unsqueeze(-1).expand(-1, -1, tensor.shape[2]))

@@ -1,0 +1,233 @@
+"""`context_parallel`: one long prompt on all processes of an `accelerate launch`."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from hf_attn_plugins._version import __version__
+from hf_attn_plugins.core.mask import Mask
+from hf_attn_plugins.core.options import Options
+from hf_attn_plugins.core.partial import Partial
+from hf_attn_plugins.hf.check import check
+from hf_attn_plugins.hf.configure import use
+from hf_attn_plugins.hf.register import installed
+from hf_attn_plugins.hf.structured_mask import StructuredMask, _parse
+from hf_attn_plugins.kernels.bound_attend import Kernel
+from hf_attn_plugins.parallel.comm.consistency import agree
+from hf_attn_plugins.parallel.comm.group import Group
+from hf_attn_plugins.parallel.comm.traffic import Traffic
+from hf_attn_plugins.parallel.decode import later
+from hf_attn_plugins.parallel.hf.forward import Forward
+from hf_attn_plugins.parallel.hf.training import sum_gradients
+from hf_attn_plugins.parallel.method import Method, Step, method_for
+from hf_attn_plugins.plugins import Plugin, plugin
+from hf_attn_plugins.star.hf.model import check_model, fingerprint, text_config
+
+_NUMBERS = itertools.count()
+
+
+@dataclass(frozen=True, eq=False)
+class StepMask(Mask):
+    """A mask with the forward it was made in."""
+
+    step: Step | None = None
+
+
+class Session:
+    """What `context_parallel` hands out.
+
+    Attributes:
+        group: the ranks, `group.rank` and `group.size`.
+        method: the plan over them.
+    """
+
+    def __init__(self, model: nn.Module, group: Group, method: Method) -> None:
+        self.group, self.method = group, method
+        self.forward = Forward(model, group, method)
+        self.name = f"context_parallel_{next(_NUMBERS)}"
+
+    @property
+    def rank(self) -> int:
+        return self.group.rank
+
+    @property
+    def size(self) -> int:
+        return self.group.size
+
+    def traffic(self) -> Traffic:
+        """Bytes that this rank has sent and received so far, by kind of exchange."""
+        return self.group.traffic
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values that this rank holds of the last cache."""
+        return self.forward.cache.bytes if self.forward.cache is not None else 0
+
+    @property
+    def columns(self) -> Tensor | None:
+        """(B, T): the places in the prompt of the tokens that this rank's last forward was about, -1 for padding.
+
+        In training the logits are of these tokens only.
+        """
+        return self.forward.columns
+
+    def sum_gradients(self) -> None:
+        """Add up every parameter's gradients over all ranks: after the last backward pass of a step, on every rank.
+
+        The loss of a sharded forward is the whole one, its gradient on a rank that of the rank's own tokens. Once
+        summed, gradients are the same on every rank, to clip and to step with.
+        """
+        sum_gradients(self.forward.model, self.group)
+
+    @property
+    def loads(self) -> list[int]:
+        """Keys of each row of the batch that every rank holds of the last cache; empty in one process."""
+        return list(self.forward.cache.loads) if self.forward.cache is not None else []
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Tokens of each row of the last prompt that this rank computed, those that others computed too included."""
+        return self.forward.prefill_tokens
+
+    def summary(self) -> str:
+        """What this rank computed, holds and sent, as lines to print."""
+        merge = self.traffic()["merge"]
+        lines = [
+            f"rank {self.rank} of {self.size}: {self.prefill_tokens} tokens of the last prompt computed, "
+            f"{self.cache_bytes} bytes of keys and values held",
+            str(self.traffic()),
+        ]
+        if merge.calls and self.forward.merged_rows:
+            each = merge.sent / (self.size - 1) / self.forward.merged_rows
+            lines.append(f"merge: {each:g} bytes per token and layer, from each rank to each other one")
+        return "\n".join(lines)
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Mask,
+        *,
+        scale: float,
+        softcap: float | None,
+        dropout: float,
+        options: Options,
+    ) -> Partial:
+        """What the layers call: a sharded prompt goes to the method, everything later is alike for all of them."""
+        # A layer that gradient checkpointing runs again, after its forward, finds that forward's step in its mask.
+        step = mask.step if isinstance(mask, StepMask) else self.forward.step
+        if step is None:
+            raise RuntimeError("attention was called outside of the model's own forward: call the model itself.")
+        kernel = Kernel(scale, softcap, dropout, getattr(self.method, "kernel", None))
+        run = later if step.layout is None else self.method.attention
+        self.forward.merged_rows += len(query) * (query.shape[2] if step.layout is None else step.layout.merged)
+        return run(query, key, value, mask.window, step, kernel, self.group)
+
+    def mask(
+        self,
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        q_offset: int | Tensor = 0,
+        kv_offset: int = 0,
+        mask_function: Any = None,
+        attention_mask: Tensor | None = None,
+        config: Any = None,
+        **_: Any,
+    ) -> StructuredMask:
+        """Of the model's mask only the window is new here: padding and places are the step's."""
+        found = (
+            _parse(mask_function, q_length, kv_length, kv_offset) if mask_function is not None else Mask(causal=True)
+        )
+        if found is None or not found.only_positions():
+            raise NotImplementedError(
+                f"{type(config).__name__} builds a mask that is neither causal nor a sliding window, which "
+                "context_parallel cannot cut into shards: run this model in one process."
+            )
+        whole = StepMask(causal=found.causal, window=found.window, prefix=found.prefix, step=self.forward.step)
+        return StructuredMask(whole, (batch_size, 1, q_length, kv_length))
+
+
+@contextlib.contextmanager
+def context_parallel(model: nn.Module, name: str, *, timeout: float = 60.0, **options: Any) -> Iterator[Session]:
+    """Run a model's long prompts on all processes of this launch, each holding a part of the keys and values.
+
+    Every rank opens it with the same model and options and calls `model(...)` or `model.generate(...)` with the same
+    inputs; every rank gets the same tokens. Outside of `accelerate launch` it is `hap.use` in one process. On exit the
+    model is as before.
+
+    Args:
+        model: a causal decoder on this process's device, the same weights everywhere.
+        name: "cqs_attention", "star_attention" or "tiled_attention".
+        timeout: seconds that a rank waits for the others in one exchange before it names the one that is missing.
+        **options: of the method: those of the plugin, and for star_attention `anchor` ("auto", "recompute" or
+            "broadcast"), for cqs_attention `rounds` (see `parallel.cqs.CQS`).
+
+    With cqs_attention a model also trains: in training mode `model(**batch, labels=labels).loss` is the whole loss,
+    and between `loss.backward()` and the optimizer's step `cp.sum_gradients()` adds up what every rank found.
+
+    Raises:
+        ValueError: an unknown name or option, or ranks that differ in model, options or library versions.
+        NotImplementedError: a model whose context is not made of causal keys and values.
+        parallel.RankError: later, where another rank fails or does not answer; it names the rank.
+    """
+    method = method_for(name, **options)
+    check(model, name).raise_if_refused()
+    group = Group.join(timeout)
+    error: BaseException | None = None
+    try:
+        if group.size == 1:
+            with use(model, name, **_plugin_options(name, options)):
+                yield Session(model, group, method)
+        else:
+            with _session(model, group, method, {"method": name, "options": options}) as session:
+                yield session
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        group.leave(error)
+
+
+@contextlib.contextmanager
+def _session(model: nn.Module, group: Group, method: Method, asked: dict[str, Any]) -> Iterator[Session]:
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "hf_attn_plugins": __version__,
+    }
+    _check_device(model, group)
+    agree(group, {**asked, "model": fingerprint(model), **versions, "size": group.size}, what="set-up")
+    check_model(model)
+    method = method.settle(text_config(model).to_dict(), group)
+    session = Session(model, group, method)
+    row = Plugin(session.name, "one session of context_parallel", True, "", session.attention, Options)
+    with installed(row, session.mask):
+        try:
+            with use(model, session.name):
+                session.forward.attach()
+                yield session
+        finally:
+            session.forward.detach()
+
+
+def _check_device(model: nn.Module, group: Group) -> None:
+    here = {parameter.device.type for parameter in model.parameters()}
+    if group.device.type not in here and group.device.type != "mps":
+        raise ValueError(
+            f"Accelerate gives rank {group.rank} the device {group.device} and its model is on "
+            f"{', '.join(sorted(here))}: move it there first, model.to(accelerate.PartialState().device)."
+        )
+
+
+def _plugin_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key in plugin(name).options_type().names()}

@@ -1,0 +1,1 @@
+"""Star Attention with a model: encode a context once, ask many questions, save and load."""

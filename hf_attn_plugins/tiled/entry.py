@@ -1,0 +1,25 @@
+"""`tiled_attention`: the plan is one rectangle, the whole score matrix; a kernel does the rest."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hf_attn_plugins.core.mask import Mask
+from hf_attn_plugins.core.partial import Partial
+from hf_attn_plugins.kernels.attend import attend
+from hf_attn_plugins.tiled.options import TiledOptions
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask,
+    *,
+    scale: float,
+    softcap: float | None,
+    dropout: float,
+    options: TiledOptions,
+) -> Partial:
+    """Exact attention by the kernel that `options.kernel` names or `kernels.choose` picks; see `kernels.attend`."""
+    return attend(query, key, value, mask=mask, scale=scale, softcap=softcap, dropout=dropout, kernel=options.kernel)

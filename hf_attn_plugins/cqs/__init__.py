@@ -6,8 +6,9 @@ one share, `Tiler` merges the shares; `attention` does all three. Source: IEEE A
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from hf_attn_plugins.core.lazy import lazy
 from hf_attn_plugins.cqs.difference_covers import interest_set
 from hf_attn_plugins.cqs.scheduler import Plan, plan
 from hf_attn_plugins.cqs.worker_share import Leaf, Piece
@@ -19,13 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Leaf", "Piece", "Plan", "Tiler", "attention", "interest_set", "plan", "work"]
 
-_WITH_TORCH = {"attention": "forkjoin", "Tiler": "tiler", "work": "workers"}
-
-
-def __getattr__(name: str) -> Any:
-    """Import what needs PyTorch on first use: planning does not."""
-    if name not in _WITH_TORCH:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(f"{__name__}.{_WITH_TORCH[name]}"), name)
+# What needs PyTorch is imported on first use: planning does not.
+_WITH_TORCH = {"attention": "run_plan", "Tiler": "tiler", "work": "workers"}
+__getattr__, __dir__ = lazy(__name__, {name: f"{__name__}.{module}:{name}" for name, module in _WITH_TORCH.items()})

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from hf_attn_plugins.hf.compat import class_source
 from hf_attn_plugins.plugins import plugin
 
 SEMANTICS_REFUSED = ("block_indices=", "indices=")
@@ -80,7 +79,7 @@ def _verdict(module: nn.Module, name: str) -> tuple[str, str] | None:
     if not _is_attention(module):
         return None
     kind: Any = type(module)
-    source = _source(kind)
+    source = class_source(kind)
     if "ALL_ATTENTION_FUNCTIONS" not in source and "attention_interface" not in source:
         return "refused", "computes attention itself and never asks the registry"
     sparse = next((word[:-1] for word in SEMANTICS_REFUSED if word in source), None)
@@ -98,7 +97,7 @@ def _is_attention(module: nn.Module) -> bool:
     if "attention" not in type(module).__name__.lower():
         return False
     kind: Any = type(module)
-    source = _source(kind)
+    source = class_source(kind)
     if "ALL_ATTENTION_FUNCTIONS" in source or "attention_interface" in source:
         return True
     return "softmax" in source or "scaled_dot_product_attention" in source
@@ -108,9 +107,6 @@ def _has_attention(model: nn.Module) -> bool:
     return any(_is_attention(module) for module in model.modules())
 
 
-@functools.cache
-def _source(cls: Any) -> str:
-    try:
-        return inspect.getsource(cls)
-    except (OSError, TypeError):
-        return ""
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """Every module of a model that projects and attends itself."""
+    return [module for module in model.modules() if _is_attention(module)]

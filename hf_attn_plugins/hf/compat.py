@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import sys
+from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 NAMES = ("cache", "past_key_values")
@@ -42,3 +46,111 @@ def forget_attention(name: str) -> None:
 
     AttentionInterface._global_mapping.pop(name, None)
     AttentionMaskInterface._global_mapping.pop(name, None)
+
+
+def is_causal_function(function: Any) -> bool:
+    """Whether a mask function is Transformers' plain causal one (`masking_utils.causal_mask_function`)."""
+    from transformers import masking_utils
+
+    return function is masking_utils.causal_mask_function
+
+
+def is_bidirectional_function(function: Any) -> bool:
+    """Whether a mask function is Transformers' plain full one (`masking_utils.bidirectional_mask_function`)."""
+    from transformers import masking_utils
+
+    return function is masking_utils.bidirectional_mask_function
+
+
+def closure_of(function: Any) -> tuple[str, dict[str, Any]] | None:
+    """(maker, cells) of a closure from Transformers' masking utilities; None for any other function.
+
+    Reads `__qualname__` ("and_masks.<locals>.and_mask") and the cells by `co_freevars`: these closures have no public
+    names. A Transformers that renames them gets the slower, equally exact predicate.
+    """
+    closure, code = getattr(function, "__closure__", None), getattr(function, "__code__", None)
+    if closure is None or code is None or not function.__module__.startswith("transformers."):
+        return None
+    cells = dict(zip(code.co_freevars, (cell.cell_contents for cell in closure), strict=True))
+    return function.__qualname__.split(".")[0], cells
+
+
+@torch.compiler.assume_constant_result
+def makes_blocks(config_module: str) -> bool:
+    """Whether the models of a config's module give the mask makers blocks that see each other both ways.
+
+    Asked by source (`block_sequence_ids`), since a traced mask function does not tell.
+    """
+    source = _modeling_source(config_module)
+    return source is None or "block_sequence_ids" in source
+
+
+@functools.cache
+def _modeling_source(config_module: str) -> str | None:
+    modeling = modeling_of(config_module)
+    try:
+        return None if modeling is None else inspect.getsource(modeling)
+    except OSError:
+        return None
+
+
+def modeling_of(config_module: str) -> ModuleType | None:
+    """The imported module with the models of a config's module, by Transformers' naming; None where there is none."""
+    package, _, module = config_module.rpartition(".")
+    return sys.modules.get(f"{package}.{module.replace('configuration_', 'modeling_', 1)}")
+
+
+@functools.cache
+def refuse_models_that_never_ask(config_module: str) -> None:
+    """Raise ValueError for a model whose modeling file never mentions `ALL_ATTENTION_FUNCTIONS`."""
+    modeling = modeling_of(config_module)
+    if modeling is not None and not hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
+        raise ValueError(
+            f"models of {modeling.__name__} compute attention themselves and never ask Transformers' attention "
+            'registry, so no plugin can take effect: load this model with attn_implementation="eager" or "sdpa".'
+        )
+
+
+def stored_options(config: Any, name: str) -> dict[str, Any]:
+    """The options of plugin `name` as they stand in a config's `hf_attn_plugins`, {} where it holds none.
+
+    Raises:
+        ValueError: `hf_attn_plugins`, or the plugin's entry, is no mapping.
+    """
+    stored = getattr(config, "hf_attn_plugins", None)
+    if not stored:
+        return {}
+    own = stored.get(name, {}) if isinstance(stored, dict) else None
+    if not isinstance(own, dict):
+        raise ValueError(
+            f"hf_attn_plugins in this model's config must be {{plugin: {{option: value}}}}, got {stored!r}: mend "
+            "config.json, or set model.config.hf_attn_plugins = {}."
+        )
+    return own
+
+
+def own_backend(model: Any) -> str:
+    """The attention a model would be loaded with by default: "sdpa", or "eager" where its class has no sdpa."""
+    for kind in type(model).__mro__:
+        if "_supports_sdpa" in vars(kind):
+            return "sdpa" if vars(kind)["_supports_sdpa"] else "eager"
+    modeling = sys.modules.get(type(model).__module__)
+    kinds = (
+        [k for k in vars(modeling).values() if isinstance(k, type) and "_supports_sdpa" in vars(k)] if modeling else []
+    )
+    return "eager" if any(vars(kind)["_supports_sdpa"] is False for kind in kinds) else "sdpa"
+
+
+@torch.compiler.assume_constant_result
+def names_keyword(module_class: Any, keyword: str) -> bool:
+    """Whether an attention class passes `keyword=` by name, so that it means something to this family."""
+    return f"{keyword}=" in class_source(module_class).replace(f"{keyword} =", f"{keyword}=")
+
+
+@functools.cache
+def class_source(cls: Any) -> str:
+    """The source of a class, "" where there is none."""
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):
+        return ""

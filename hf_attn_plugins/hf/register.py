@@ -104,12 +104,12 @@ def install(plugin: Plugin, mask_function: Callable[..., Any] | None = None) -> 
     """Register a plugin's attention function and a mask function (the structured one when None) under its name."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    from hf_attn_plugins.hf import structured_mask
     from hf_attn_plugins.hf.interface import attention_function
+    from hf_attn_plugins.hf.mask_function import mask_function as structured
 
     # Both under one name: without a mask function Transformers hands over None and padding is lost silently.
     AttentionInterface.register(plugin.name, attention_function(plugin))
-    AttentionMaskInterface.register(plugin.name, mask_function or structured_mask.mask_function)
+    AttentionMaskInterface.register(plugin.name, mask_function or structured)
 
 
 def remove(name: str) -> None:

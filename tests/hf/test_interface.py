@@ -291,7 +291,7 @@ def test_compile_fullgraph(plugin, name):
 
 def test_save_and_reload(plugin, tmp_path):
     model = build("llama")
-    option = next(iter(hap.registry.plugin(plugin).options_type().__dataclass_fields__))
+    option = next(iter(hap.PLUGINS[plugin].options_type().__dataclass_fields__))
     value = {"kernel": "cpu_tiled", "workers": 3}[option]
     hap.configure(model, plugin, **{option: value})
     model.save_pretrained(tmp_path)

@@ -180,7 +180,7 @@ def test_masks_of_the_wrong_shape_are_refused():
     model = build("llama")
     from hf_attn_plugins.core.mask import Mask
     from hf_attn_plugins.hf.interface import attention_function
-    from hf_attn_plugins.hf.structured_mask import StructuredMask
+    from hf_attn_plugins.hf.structured_mask import Structure, StructuredMask
     from hf_attn_plugins.plugins import plugin
 
     forward = attention_function(plugin("tiled_attention"))
@@ -189,19 +189,19 @@ def test_masks_of_the_wrong_shape_are_refused():
     with pytest.raises(ValueError, match="4-d"):
         forward(model, x, x, x, torch.ones(5, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match="behind the mask's back"):
-        forward(model, x, x, x, StructuredMask(Mask(causal=True), (1, 1, 5, 6)))
+        forward(model, x, x, x, StructuredMask(Structure(Mask(causal=True), (1, 1, 5, 6))))
 
 
 def test_cutting_a_structured_mask():
     from hf_attn_plugins.core.mask import Mask
-    from hf_attn_plugins.hf.structured_mask import StructuredMask
+    from hf_attn_plugins.hf.structured_mask import Structure, StructuredMask
 
-    mask = StructuredMask(Mask(causal=True), (1, 1, 6, 9))
+    mask = StructuredMask(Structure(Mask(causal=True), (1, 1, 6, 9)))
     last = mask[:, :, -2:]
-    assert last.shape == (1, 1, 2, 9) and last.mask.start(2, 9) == 3 + 4
-    with pytest.raises(NotImplementedError, match="sdpa"):
-        mask[..., :3]
-    assert mask.to("cpu").mask.causal and "StructuredMask" in repr(mask)
+    assert last.shape == (1, 1, 2, 9) and last.structure.mask.start(2, 9) == 3 + 4
+    cut = mask[..., :3]  # any other cut is made of numbers
+    assert type(cut) is torch.Tensor and cut.tolist() == [[[[k <= q + 3 for k in range(3)] for q in range(6)]]]
+    assert mask.to("cpu").structure.mask.causal and "StructuredMask" in repr(mask)
 
 
 def test_compare_an_exact_plugin():

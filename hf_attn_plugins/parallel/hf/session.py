@@ -18,8 +18,9 @@ from hf_attn_plugins.core.options import Options
 from hf_attn_plugins.core.partial import Partial
 from hf_attn_plugins.hf.check import check
 from hf_attn_plugins.hf.configure import use
+from hf_attn_plugins.hf.recognise import Place, recognise
 from hf_attn_plugins.hf.register import installed
-from hf_attn_plugins.hf.structured_mask import StructuredMask, _parse
+from hf_attn_plugins.hf.structured_mask import Structure, StructuredMask
 from hf_attn_plugins.kernels.bound_attend import Kernel
 from hf_attn_plugins.parallel.comm.consistency import agree
 from hf_attn_plugins.parallel.comm.group import Group
@@ -145,16 +146,15 @@ class Session:
         **_: Any,
     ) -> StructuredMask:
         """Of the model's mask only the window is new here: padding and places are the step's."""
-        found = (
-            _parse(mask_function, q_length, kv_length, kv_offset) if mask_function is not None else Mask(causal=True)
-        )
-        if found is None or not found.only_positions():
+        place = Place(batch_size, q_length, kv_length, q_offset, kv_offset, False)
+        found = recognise(mask_function, place).mask if mask_function is not None else Mask(causal=True)
+        if not found.only_positions():
             raise NotImplementedError(
                 f"{type(config).__name__} builds a mask that is neither causal nor a sliding window, which "
                 "context_parallel cannot cut into shards: run this model in one process."
             )
         whole = StepMask(causal=found.causal, window=found.window, prefix=found.prefix, step=self.forward.step)
-        return StructuredMask(whole, (batch_size, 1, q_length, kv_length))
+        return StructuredMask(Structure(whole, (batch_size, 1, q_length, kv_length), True, ("causal",)))
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_attn_plugins.core.mask import Mask, window_of
 from hf_attn_plugins.hf import compat
-from hf_attn_plugins.hf.structured_mask import Structure, structure_of
+from hf_attn_plugins.hf.structured_mask import structure_of
 
 REFUSED = {
     "indices": "top-k sparse attention",
@@ -65,7 +65,7 @@ def refuse_unknown(name: str, module: nn.Module, kwargs: Mapping[str, Any]) -> N
 def one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast queries and keys may arrive in float32 and values in bfloat16."""
     device = query.device.type
-    if torch.is_autocast_enabled(device):
+    if not query.is_meta and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     elif query.dtype == key.dtype == value.dtype:
         return query, key, value
@@ -86,22 +86,26 @@ def seen_by(
 
     Args:
         attention_mask: what our mask function made, a user's 4-d bool or float tensor, or None.
-        is_causal: the call's own word; the module's where it is None.
+        is_causal: the call's own word; the module's where it is None. A plan is for causal self-attention only, so
+            False makes the call exact whatever its mask.
         sliding_window: of the layer, for calls without a mask.
 
     Raises:
-        ValueError: a mask of another dtype or width, or one that contradicts `is_causal`.
+        ValueError: a mask of another dtype or width.
     """
     rows, keys = query.shape[2], key.shape[2]
     said = getattr(module, "is_causal", None) if is_causal is None else is_causal
     structure = structure_of(attention_mask)
     if structure is not None:
         if structure.shape[2:] == (rows, keys):
-            _agree(module, structure, said, is_causal is not None)
-            mask = structure.mask
+            mask, names = structure.mask, structure.recognised
             if isinstance(mask.offset, Tensor) and not torch.compiler.is_compiling():
                 mask = mask.replace(offset=int(mask.offset))
-            return Seen(mask, structure.is_causal, structure.recognised)
+            if said is not None and structure.skippable and rows > 1 and mask.causal != bool(said):
+                # `sdpa` gets no mask here and follows `is_causal`, and so do we.
+                mask, names = mask.replace(causal=bool(said)), ("causal" if said else "full",)
+            causal = mask.causal or structure.is_causal
+            return Seen(mask, causal and said is not False, names)
         # The mask was made for other lengths than the layer has. `sdpa` gets no mask where one is not needed, and a
         # tensor that broadcasts otherwise.
         widths = structure.shape[2:]
@@ -119,18 +123,6 @@ def seen_by(
     window = window_of(sliding_window)
     names = ("causal",) if sliding_window is None else ("causal", f"window {sliding_window}")
     return Seen(Mask(causal=True, window=window), True, names)
-
-
-def _agree(module: nn.Module, structure: Structure, said: bool | None, by_call: bool) -> None:
-    """Raise ValueError where `sdpa` would follow `is_causal` because the mask could be left out, and they differ."""
-    if said is None or not structure.skippable or structure.shape[2] < 2 or structure.mask.causal == bool(said):
-        return
-    who = "the call's is_causal" if by_call else f"{type(module).__name__}.is_causal"
-    kind = "causal" if structure.mask.causal else "not causal"
-    raise ValueError(
-        f"{who} is {bool(said)} and the model's mask is {kind}: they must agree. Set config.is_causal={bool(said)}, "
-        "which decides both, instead of the module's attribute."
-    )
 
 
 def _checked(mask: Any, query: Tensor, keys: int) -> Tensor:

@@ -129,16 +129,26 @@ def stored_options(config: Any, name: str) -> dict[str, Any]:
     return own
 
 
-def own_backend(model: Any) -> str:
-    """The attention a model would be loaded with by default: "sdpa", or "eager" where its class has no sdpa."""
-    for kind in type(model).__mro__:
-        if "_supports_sdpa" in vars(kind):
-            return "sdpa" if vars(kind)["_supports_sdpa"] else "eager"
-    modeling = sys.modules.get(type(model).__module__)
-    kinds = (
-        [k for k in vars(modeling).values() if isinstance(k, type) and "_supports_sdpa" in vars(k)] if modeling else []
-    )
-    return "eager" if any(vars(kind)["_supports_sdpa"] is False for kind in kinds) else "sdpa"
+def own_backend(module: Any) -> str:
+    """The attention that a model, or the model of an attention module, has by default: "sdpa", or "eager"."""
+    if hasattr(type(module), "_supports_sdpa"):
+        return "sdpa" if type(module)._supports_sdpa else "eager"
+    return _backend_in(sys.modules.get(type(module).__module__))
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def own_backend_of(config_module: str) -> str:
+    """The same for the models of a config's module."""
+    return _backend_in(modeling_of(config_module))
+
+
+def _backend_in(modeling: ModuleType | None) -> str:
+    """ "eager" where no model of a file supports sdpa (`_supports_sdpa`), else "sdpa"."""
+    here = getattr(modeling, "__name__", None)
+    kinds = [kind for kind in vars(modeling or sys).values() if getattr(kind, "__module__", None) == here]
+    said = [kind._supports_sdpa for kind in kinds if hasattr(kind, "_supports_sdpa")]
+    return "eager" if said and not any(said) else "sdpa"
 
 
 @torch.compiler.assume_constant_result

@@ -10,23 +10,8 @@ from typing import Any
 from torch import nn
 
 from hf_attn_plugins.hf.check import check
+from hf_attn_plugins.hf.configs import configs_of
 from hf_attn_plugins.plugins import PLUGINS, plugin
-
-
-def configs_of(model: nn.Module) -> list[Any]:
-    """Every distinct config in a model, sub-configs of composite models included."""
-    seen: dict[int, Any] = {}
-
-    def visit(config: Any) -> None:
-        if config is None or id(config) in seen or not hasattr(config, "_attn_implementation_internal"):
-            return
-        seen[id(config)] = config
-        for name in getattr(config, "sub_configs", {}):
-            visit(getattr(config, name, None))
-
-    for module in model.modules():
-        visit(getattr(module, "config", None))
-    return list(seen.values())
 
 
 def configure(model: nn.Module, name: str, **options: Any) -> None:

@@ -101,7 +101,7 @@ def forward(
 
     Raises:
         NotImplementedError: a keyword that would change the result and that the plugin cannot honour.
-        ValueError: a mask of another dtype or shape, or one that contradicts `is_causal`.
+        ValueError: a mask of another dtype or shape.
     """
     call_arguments.refuse_unknown(method.name, module, kwargs)
     if kwargs.get("output_attentions") and not torch.compiler.is_compiling():
@@ -150,7 +150,8 @@ def run(
     """The method's attention, and a word to the trace that is open on this module, if there is one."""
     config = getattr(module, "config", None)
     trace = recorder.on(module)
-    if torch.compiler.is_compiling() and chosen.has_own_plan and chosen.name in PLUGINS:
+    hidden = chosen.has_own_plan or torch.compiler.is_exporting()  # an exported graph may be for any length
+    if torch.compiler.is_compiling() and hidden and chosen.name in PLUGINS:
         stored = compat.stored_options(config, chosen.name)
         return planned(chosen.name, stored, query, key, value, seen.mask, recorder.tag(trace, module, seen), **numbers)
     options = chosen.options(config)
@@ -160,6 +161,8 @@ def run(
             torch.compiler.is_compiling(),
         )  # fmt: skip
         recorder.note(trace, module, method, chosen, facts, options, seen)
+    if query.is_meta:
+        return Partial.unfilled(query, value.shape[-1])
     return chosen.attention(query, key, value, seen.mask, options=options, **numbers)
 
 

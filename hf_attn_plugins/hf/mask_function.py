@@ -28,6 +28,7 @@ def mask_function(
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
     device: Any = None,
+    dtype: torch.dtype = torch.float32,
     **rest: Any,
 ) -> StructuredMask | TracedMask:
     """The plugins' entry in Transformers' mask registry; arguments as in `transformers.masking_utils.sdpa_mask`.
@@ -68,7 +69,8 @@ def mask_function(
         recognised=read.names,
         skippable=_skippable(read, padding, q_length, kv_length, allow_is_causal_skip, rest),
     )
-    return travelling(structure, device)
+    floats = config is not None and compat.own_backend_of(type(config).__module__) == "eager"
+    return travelling(structure, device, dtype if floats else torch.bool)
 
 
 def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int, tracing: bool) -> Tensor | None:

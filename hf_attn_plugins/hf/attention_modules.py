@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -31,6 +32,13 @@ def asks_registry(module: nn.Module) -> bool:
     """Whether a module looks its attention function up in Transformers' registry."""
     source = class_source(_kind(module))
     return any(word in source for word in ASKS)
+
+
+def takes_mask(module: nn.Module) -> bool:
+    """Whether a module that attends by itself is handed the model's mask; a pooling head is not."""
+    if isinstance(module, nn.MultiheadAttention):
+        return False
+    return any("mask" in name or name == "kwargs" for name in inspect.signature(module.forward).parameters)
 
 
 def sparse_keyword(module: nn.Module) -> str | None:

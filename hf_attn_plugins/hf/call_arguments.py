@@ -174,14 +174,22 @@ def biased(seen: Seen, extra: Tensor | None) -> Seen:
     return seen._replace(mask=seen.mask.replace(bias=bias), recognised=(*seen.recognised, "position bias"))
 
 
-def sink_of(s_aux: Tensor | None, sinks: Tensor | None, heads: int, name: str) -> Tensor | None:
-    """Learned sink logits (Hq,) in float32; None where the call has none."""
+def sink_of(s_aux: Tensor | None, sinks: Tensor | None, query: Tensor, name: str) -> Tensor | None:
+    """Learned sink logits in float32 that broadcast to (B, Hq, Q); None where the call has none.
+
+    Raises:
+        NotImplementedError: they are neither (Hq,), one per head, nor broadcast to (B, Hq, Q, 1), one per query.
+    """
     given = s_aux if s_aux is not None else sinks
     if given is None:
         return None
-    if given.shape != (heads,):
-        raise NotImplementedError(
-            f"{name} takes sink logits of shape ({heads},), one per head, got {tuple(given.shape)} as "
-            f'`{"s_aux" if s_aux is not None else "sinks"}`: load this model with attn_implementation="eager".'
-        )
-    return given.float()
+    batch, heads, rows, _ = query.shape
+    if given.shape == (heads,):
+        return given.float().view(1, -1, 1)
+    if given.ndim == 4 and all(n in (1, m) for n, m in zip(given.shape, (batch, heads, rows, 1), strict=True)):
+        return given.float().squeeze(-1)
+    raise NotImplementedError(
+        f"{name} takes sink logits of shape ({heads},), one per head, or {(batch, heads, rows, 1)}, one per query, got "
+        f"{tuple(given.shape)} as `{'s_aux' if s_aux is not None else 'sinks'}`: load this model with "
+        'attn_implementation="eager".'
+    )

@@ -14,7 +14,13 @@ from torch import nn
 
 from hf_attn_plugins.core.decision import Decision
 from hf_attn_plugins.hf import compat
-from hf_attn_plugins.hf.attention_modules import asks_registry, attention_modules, is_attention, sparse_keyword
+from hf_attn_plugins.hf.attention_modules import (
+    asks_registry,
+    attention_modules,
+    is_attention,
+    sparse_keyword,
+    takes_mask,
+)
 from hf_attn_plugins.hf.dry_run import DryRun, dry_run
 from hf_attn_plugins.plugins import Plugin, plugin
 
@@ -108,7 +114,7 @@ def _read(module: nn.Module, row: Plugin) -> tuple[str, str] | None:
     if not is_attention(module):
         return None
     if not asks_registry(module):
-        if isinstance(module, nn.MultiheadAttention):
+        if not takes_mask(module):
             return "left as it is", "attends by itself, no mask of the model's reaches it"
         return "refused", f"computes attention itself and never asks the registry; {_use(module)}"
     sparse = sparse_keyword(module)

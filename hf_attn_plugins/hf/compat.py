@@ -100,11 +100,18 @@ def modeling_of(config_module: str) -> ModuleType | None:
     return sys.modules.get(f"{package}.{module.replace('configuration_', 'modeling_', 1)}")
 
 
+def _asks(modeling: ModuleType) -> bool:
+    """Whether a modeling file asks the registry, itself or by a model that it imports (DPR is made of BERT)."""
+    kinds = (kind for kind in vars(modeling).values() if isinstance(kind, type) and issubclass(kind, nn.Module))
+    files = [modeling, *(sys.modules.get(kind.__module__) for kind in kinds)]
+    return any(hasattr(file, "ALL_ATTENTION_FUNCTIONS") for file in files)
+
+
 @functools.cache
 def refuse_models_that_never_ask(config_module: str) -> None:
-    """Raise ValueError for a model whose modeling file never mentions `ALL_ATTENTION_FUNCTIONS`."""
+    """Raise ValueError for a model whose modeling files never mention `ALL_ATTENTION_FUNCTIONS`."""
     modeling = modeling_of(config_module)
-    if modeling is not None and not hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
+    if modeling is not None and not _asks(modeling):
         raise ValueError(
             f"models of {modeling.__name__} compute attention themselves and never ask Transformers' attention "
             'registry, so no plugin can take effect: load this model with attn_implementation="eager" or "sdpa".'
@@ -136,7 +143,6 @@ def own_backend(module: Any) -> str:
     return _backend_in(sys.modules.get(type(module).__module__))
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
 def own_backend_of(config_module: str) -> str:
     """The same for the models of a config's module."""

@@ -112,7 +112,7 @@ def forward(
     seen = call_arguments.seen_by(module, query, key, attention_mask, is_causal, sliding_window)
     seen = call_arguments.packed(seen, query, key, cu_seq_lens_q, seq_idx)
     seen = call_arguments.biased(seen, position_bias)
-    sink = call_arguments.sink_of(s_aux, sinks, query.shape[1], method.name)
+    sink = call_arguments.sink_of(s_aux, sinks, query, method.name)
     if not seen.is_causal and not seen.recognised and not method.exact and query.shape[2] > 1:
         _say_once(
             f"{method.name}: the attention mask is a tensor, which no plan can be read from; these calls run dense. "
@@ -133,7 +133,7 @@ def forward(
         dropout=dropout,
     )
     if sink is not None:
-        out = (out * torch.sigmoid(lse - sink.view(1, -1, 1)).unsqueeze(-1)).to(out.dtype)
+        out = (out * torch.sigmoid(lse - sink).unsqueeze(-1)).to(out.dtype)
     return out.transpose(1, 2).contiguous(), None
 
 

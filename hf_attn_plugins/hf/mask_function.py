@@ -69,7 +69,7 @@ def mask_function(
         recognised=read.names,
         skippable=_skippable(read, padding, q_length, kv_length, allow_is_causal_skip, rest),
     )
-    floats = config is not None and compat.own_backend_of(type(config).__module__) == "eager"
+    floats = config is not None and not tracing and compat.own_backend_of(type(config).__module__) == "eager"
     return travelling(structure, device, dtype if floats else torch.bool)
 
 

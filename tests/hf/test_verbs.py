@@ -154,7 +154,7 @@ def call(model, **extra):
         {"indices": torch.zeros(1, 5, 2, dtype=torch.long)},
         {"block_indices": torch.zeros(1, 5, 2, dtype=torch.long)},
         {"cache": object()},  # no cache of a model's own: a paged one
-        {"sinks": torch.zeros(1, 4, 1, 1)},
+        {"sinks": torch.zeros(1, 4, 3, 1)},
         {"alibi_slopes": torch.zeros(4)},
     ],
     ids=lambda extra: next(iter(extra)),

@@ -1,29 +1,7 @@
-"""By what name a model takes and returns its cache: `cache` from Transformers 5.24 on, `past_key_values` before."""
+"""By what name a model takes and returns its cache: moved to `hf/compat.py`."""
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
+from hf_attn_plugins.hf.compat import NAMES, cache_keyword, returned_cache, set_returned_cache
 
-from torch import nn
-
-NAMES = ("cache", "past_key_values")
-
-
-def cache_keyword(model: nn.Module) -> str:
-    """The keyword of `model.forward` (and of its `generate`) for the cache."""
-    return NAMES[0] if NAMES[0] in inspect.signature(model.forward).parameters else NAMES[1]
-
-
-def returned_cache(output: Any) -> Any:
-    """The cache in a model's output."""
-    return getattr(output, _attribute(output))
-
-
-def set_returned_cache(output: Any, cache: Any) -> None:
-    """Put another cache (or None) into a model's output."""
-    setattr(output, _attribute(output), cache)
-
-
-def _attribute(output: Any) -> str:
-    return NAMES[0] if hasattr(output, NAMES[0]) else NAMES[1]
+__all__ = ["NAMES", "cache_keyword", "returned_cache", "set_returned_cache"]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_attn_plugins.hf.compat import forget_attention
 from hf_attn_plugins.masks import Mask, window_of
 from hf_attn_plugins.options import Options
 from hf_attn_plugins.partial import Partial
@@ -60,8 +61,7 @@ def registered(
     try:
         yield
     finally:
-        AttentionInterface._global_mapping.pop(name, None)
-        AttentionMaskInterface._global_mapping.pop(name, None)
+        forget_attention(name)
         _METHODS.pop(name, None)
 
 

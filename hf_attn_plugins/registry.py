@@ -110,15 +110,23 @@ def unregister() -> None:
     for module, _ in REGISTRATIONS:
         forget(module)
     if MODELING in sys.modules:
-        from transformers import AttentionInterface, AttentionMaskInterface
+        from hf_attn_plugins.hf.compat import forget_attention
 
         for name in PLUGINS:
-            AttentionInterface._global_mapping.pop(name, None)
-            AttentionMaskInterface._global_mapping.pop(name, None)
+            forget_attention(name)
 
 
 def register_attention() -> None:
-    """Register every plugin's attention function and the mask function, under one name each."""
+    """Register every plugin's attention function and the mask function, under one name each.
+
+    Raises:
+        ImportError: Transformers is older than this package supports.
+    """
+    import transformers
+
+    from hf_attn_plugins.hf.compat import refuse_old
+
+    refuse_old(transformers.__version__)  # first: older versions lack what is imported next
     from transformers import AttentionInterface, AttentionMaskInterface
 
     from hf_attn_plugins.interface import attention_function

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from hf_attn_plugins.hf.compat import mask_parts, plain_masks, query_range
 from hf_attn_plugins.masks import Mask
 
 
@@ -80,17 +81,20 @@ class StructuredMask(BlockMask):
 
 def mask_function(
     batch_size: int,
-    q_length: int,
-    kv_length: int,
+    q_length: int | None = None,
+    kv_length: int = 0,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Tensor] | None = None,
     attention_mask: Tensor | None = None,
     config: Any = None,
     use_vmap: bool = False,
+    cache_position: Tensor | None = None,
     **_: Any,
 ) -> StructuredMask:
     """The plugins' entry in Transformers' mask registry; arguments as in `transformers.masking_utils.sdpa_mask`.
+
+    All are given by keyword. Which of them describe the queries depends on the version: see `compat.query_range`.
 
     Raises:
         ValueError: the config's model never asks the attention registry, so that a plugin could not take effect.
@@ -98,8 +102,7 @@ def mask_function(
     compiling = torch.compiler.is_compiling()
     if config is not None and not compiling:
         _refuse_models_that_never_ask(type(config).__module__)
-    if isinstance(q_offset, Tensor):
-        q_offset = q_offset.clone()  # a static cache advances its own counter in place before attention runs
+    q_length, q_offset = query_range(q_length, q_offset, cache_position, kv_length, kv_offset)
     mask = _parse(mask_function, q_length, kv_length, kv_offset) if mask_function is not None else Mask(causal=True)
     if mask is None:
         mask = Mask(predicate=_shifted(mask_function, kv_offset, use_vmap))  # type: ignore[arg-type]
@@ -123,19 +126,17 @@ def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int, comp
 def _parse(function: Callable[..., Tensor], q_length: int, kv_length: int, kv_offset: int) -> Mask | None:
     """Recognise the functions that Transformers composes masks from; None for any other.
 
-    They are closures without public names, so they are told apart by their qualified name and read by the names of
-    their cells; a future Transformers that renames them gets the slower, equally exact predicate.
+    A future Transformers that renames its closures gets the slower, equally exact predicate.
     """
-    from transformers import masking_utils
-
-    if function is masking_utils.causal_mask_function:
+    causal, bidirectional = plain_masks()
+    if function is causal:
         return Mask(causal=True)
-    if function is masking_utils.bidirectional_mask_function:
+    if function is bidirectional:
         return Mask()
-    cells = _cells(function)
-    if cells is None:
+    parts_of = None if torch.compiler.is_compiling() else mask_parts(function)  # tracing cannot inspect closures
+    if parts_of is None:
         return None
-    maker = function.__qualname__.split(".")[0]
+    maker, cells = parts_of
     if maker == "and_masks":
         parts = [_parse(part, q_length, kv_length, kv_offset) for part in cells.get("mask_functions", ())]
         return _intersect(parts)
@@ -151,15 +152,6 @@ def _parse(function: Callable[..., Tensor], q_length: int, kv_length: int, kv_of
         # Inside a packed sequence positions count up by one, so distances are those of the indices.
         return inner if inner is not None and inner.only_positions() else None
     return None
-
-
-def _cells(function: Callable[..., Any]) -> dict[str, Any] | None:
-    if torch.compiler.is_compiling():  # closures cannot be inspected while tracing
-        return None
-    closure, code = getattr(function, "__closure__", None), getattr(function, "__code__", None)
-    if closure is None or code is None or not function.__module__.startswith("transformers."):
-        return None
-    return dict(zip(code.co_freevars, (cell.cell_contents for cell in closure), strict=True))
 
 
 def _intersect(parts: list[Mask | None]) -> Mask | None:

@@ -1,0 +1,1 @@
+"""What everything stands on: partial results and their merge, masks, rectangles, the base of options."""

@@ -32,8 +32,8 @@ def gone(what: str, purpose: str, package: str, tested: str) -> NotImplementedEr
     """The error for a private name that an upgrade of `package` took away."""
     version = getattr(__import__(package), "__version__", "of this version")
     return NotImplementedError(
-        f"{package} {version} has no {what}, which hf_attn_plugins needs to {purpose}: install {package}=={tested}.* or "
-        "a newer hf_attn_plugins."
+        f"{package} {version} has no {what}, which hf_attn_plugins needs to {purpose}: "
+        f"install {package}=={tested}.* or a newer hf_attn_plugins."
     )
 
 
@@ -60,7 +60,7 @@ def rng_state_of_flash(rest: tuple[Any, ...] | list[Any]) -> tuple[Any, ...]:
     return tuple(rest[:6])
 
 
-def with_globals(function: FunctionType, **replaced: Any) -> FunctionType:
+def with_globals(function: Any, **replaced: Any) -> FunctionType:
     """A copy of a Python function that sees other values for some of its global names.
 
     `nn.MultiheadAttention` calls SDPA by a global name, which no mode and no hook sees.

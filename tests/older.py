@@ -40,5 +40,11 @@ def needs_registry(model: nn.Module, plugin: str) -> None:
 def needs_common_masks(model: nn.Module) -> None:
     """Skip where an older version's model builds its mask itself, so that no plugin can recognise it."""
     source = inspect.getsource(sys.modules[type(model).__module__])
-    if OLDER and "masking_utils" not in source:
+    if OLDER and "create_causal_mask" not in source:
         pytest.skip(f"{type(model).__name__} builds its own mask in Transformers {transformers.__version__}")
+
+
+def needs_choice_in_config() -> None:
+    """Skip where a load does not follow `attn_implementation` in config.json, so that `set-attention` is refused."""
+    if VERSION < (5, 4):
+        pytest.skip(f"Transformers {transformers.__version__} does not read attn_implementation from config.json")

@@ -26,12 +26,22 @@ NAMES = ("cache", "past_key_values")
 
 def refuse_old(version: str) -> None:
     """Raise ImportError for a Transformers older than the floor; asked when the plugins are registered."""
-    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
-    if numbers < FLOOR:
+    if _numbers(version) < FLOOR:
         raise ImportError(
             f"hf_attn_plugins needs transformers>={'.'.join(map(str, FLOOR))}, found {version}: "
             "upgrade it with `pip install -U transformers`."
         )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
+def config_carries_attention() -> bool:
+    """Whether a load follows `attn_implementation` in config.json: from 5.4 on; before, it is overwritten with None."""
+    import transformers
+
+    return _numbers(transformers.__version__) >= (5, 4)
 
 
 def query_range(

@@ -27,7 +27,7 @@ OPTIONS = {
 
 
 def patch(*arguments: object) -> None:
-    if arguments[0] == "set-attention":
+    if arguments[:1] == ("set-attention",):
         needs_choice_in_config()
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)

@@ -101,6 +101,13 @@ def _verify(folder: Path, name: str, parts: list[str], options: dict[str, Any]) 
     import torch
     from transformers import AutoConfig, AutoModel
 
+    from hf_attn_plugins.hf.compat import config_carries_attention
+
+    if not config_carries_attention():
+        raise ValueError(
+            "this version of Transformers does not read attn_implementation from config.json (5.4 and later do): "
+            f"upgrade it, or load the model with attn_implementation={name!r}."
+        )
     register()
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):

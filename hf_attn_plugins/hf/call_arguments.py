@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_attn_plugins.core.mask import Mask, window_of
-from hf_attn_plugins.hf import compat
+from hf_attn_plugins.hf import families
 from hf_attn_plugins.hf.structured_mask import structure_of
 
 REFUSED = {
@@ -53,12 +53,12 @@ def refuse_unknown(name: str, module: nn.Module, kwargs: Mapping[str, Any]) -> N
         if key in REFUSED:
             raise NotImplementedError(
                 f"{name} does not support `{key}` ({REFUSED[key]}): load this model with "
-                f'attn_implementation="{compat.own_backend(module)}".'
+                f'attn_implementation="{families.own_backend(module)}".'
             )
-        if isinstance(value, Tensor) and (value.is_floating_point() or compat.names_keyword(type(module), key)):
+        if isinstance(value, Tensor) and (value.is_floating_point() or families.names_keyword(type(module), key)):
             raise NotImplementedError(
                 f"{name} does not know the tensor argument `{key}` and will not drop it: load this model with "
-                f'attn_implementation="{compat.own_backend(module)}".'
+                f'attn_implementation="{families.own_backend(module)}".'
             )
 
 
@@ -113,7 +113,7 @@ def seen_by(
             raise ValueError(
                 f"the attention mask is for {widths} (queries, keys), the layer has {(rows, keys)}: this model changes "
                 "its keys behind the mask's back; load it with "
-                f'attn_implementation="{compat.own_backend(module)}".'
+                f'attn_implementation="{families.own_backend(module)}".'
             )
         attention_mask = None if structure.skippable else structure.tensor(query.device)
     if attention_mask is not None:

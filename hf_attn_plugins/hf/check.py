@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from hf_attn_plugins.core.decision import Decision
-from hf_attn_plugins.hf import compat
+from hf_attn_plugins.hf import families
 from hf_attn_plugins.hf.attention_modules import (
     asks_registry,
     attention_modules,
@@ -155,4 +155,4 @@ def _notes(model: nn.Module, row: Plugin, ran: DryRun, length: int | None) -> li
 
 
 def _use(module: Any) -> str:
-    return f'load it with attn_implementation="{compat.own_backend(module)}"'
+    return f'load it with attn_implementation="{families.own_backend(module)}"'

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hf_attn_plugins.core.decision import CallFacts, Decision
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial
-from hf_attn_plugins.hf import call_arguments, compat, recorder
+from hf_attn_plugins.hf import call_arguments, families, recorder
 from hf_attn_plugins.hf.planned_op import planned
 from hf_attn_plugins.plugins import EXACT, PLUGINS, Plugin, plugin
 
@@ -45,7 +45,7 @@ class Method:
 
     def options(self, config: Any) -> Any:
         """This method's options as stored in a config, defaults where it holds none."""
-        return self.options_type(**compat.stored_options(config, self.name))
+        return self.options_type(**families.stored_options(config, self.name))
 
     def decision(self, call: CallFacts, options: Any) -> Decision:
         """What this method does with a call; a method without a `decide` of its own is named by its short name."""
@@ -152,7 +152,7 @@ def run(
     trace = recorder.on(module)
     hidden = chosen.has_own_plan or torch.compiler.is_exporting()  # an exported graph may be for any length
     if torch.compiler.is_compiling() and hidden and chosen.name in PLUGINS:
-        stored = compat.stored_options(config, chosen.name)
+        stored = families.stored_options(config, chosen.name)
         return planned(chosen.name, stored, query, key, value, seen.mask, recorder.tag(trace, module, seen), **numbers)
     options = chosen.options(config)
     if trace is not None:

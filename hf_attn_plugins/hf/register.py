@@ -95,7 +95,16 @@ def installed(plugin: Plugin, mask_function: Callable[..., Any]) -> Iterator[Non
 
 
 def register_attention() -> None:
-    """Install every plugin of the table."""
+    """Install every plugin of the table.
+
+    Raises:
+        ImportError: Transformers is older than this package supports.
+    """
+    import transformers
+
+    from hf_attn_plugins.hf.compat import refuse_old
+
+    refuse_old(transformers.__version__)  # first: older versions lack what is imported next
     for plugin in PLUGINS.values():
         install(plugin)
 

@@ -14,6 +14,7 @@ from hf_attn_plugins.patches import RECIPES, command
 
 from hf_attn_plugins.checkpoint import write
 from hf_attn_plugins.checkpoint.source import open_source
+from tests.older import needs_choice_in_config
 from tests.patches.families import checkpoint, fingerprint
 
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
@@ -25,6 +26,8 @@ OPTIONS = {
 
 
 def patch(*arguments: object) -> None:
+    if arguments[:1] == ("set-attention",):
+        needs_choice_in_config()
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     command.run(parser.parse_args([str(a) for a in arguments]))

@@ -26,7 +26,8 @@ from hf_attn_plugins.parallel.traffic import Traffic
 from hf_attn_plugins.parallel_forward import Forward
 from hf_attn_plugins.parallel_training import sum_gradients
 from hf_attn_plugins.partial import Partial
-from hf_attn_plugins.star.model import check_model, fingerprint, text_config
+from hf_attn_plugins.star.fingerprint import fingerprint
+from hf_attn_plugins.star.model import check_model, text_config
 from hf_attn_plugins.structure import StructuredMask, _parse
 from hf_attn_plugins.support import check
 from hf_attn_plugins.switch import use
@@ -206,7 +207,7 @@ def _session(model: nn.Module, group: Group, method: Method, asked: dict[str, An
         "hf_attn_plugins": hf_attn_plugins.__version__,
     }
     _check_device(model, group)
-    agree(group, {**asked, "model": fingerprint(model), **versions, "size": group.size}, what="set-up")
+    agree(group, {**asked, "model": fingerprint(model, whole=True), **versions, "size": group.size}, what="set-up")
     check_model(model)
     if isinstance(method, Star):
         method = method.settle(text_config(model).to_dict(), group)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hf_attn_plugins.checkpoint.json_files import digest, read_json
+from hf_attn_plugins.files import digest, read_json
 
 RECORD = "hf_attn_patches.json"
 KEPT = "hf_attn_patches"  # folder of the originals, one folder a patch

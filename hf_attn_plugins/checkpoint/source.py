@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_attn_plugins.checkpoint.json_files import as_json, check_config, digest, read_json
+from hf_attn_plugins.checkpoint.config import as_json, check_config
 from hf_attn_plugins.checkpoint.record import KEPT, patches_of
+from hf_attn_plugins.files import digest, read_json
 from hf_attn_plugins.staging import is_staging
 
 CONFIG = "config.json"

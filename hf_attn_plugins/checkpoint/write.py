@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_attn_plugins.checkpoint.json_files import as_json, digest, naming, read_json
+from hf_attn_plugins.checkpoint.config import as_json, naming
 from hf_attn_plugins.checkpoint.record import KEPT, RECORD, interrupted, patches_of
 from hf_attn_plugins.checkpoint.source import CONFIG, Source, need_space, open_source
+from hf_attn_plugins.files import digest, read_json
 from hf_attn_plugins.staging import exclusive, put, staged_folder, sweep
 
 logger = logging.getLogger("hf_attn_plugins")

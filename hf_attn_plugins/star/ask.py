@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from hf_attn_plugins.cache_name import NAMES, cache_keyword
 from hf_attn_plugins.star.cache import as_ids, branch, record_of
-from hf_attn_plugins.star.model import dense, fingerprint, frozen_rope, windows
+from hf_attn_plugins.star.fingerprint import fingerprint
+from hf_attn_plugins.star.model import dense, frozen_rope, windows
 
 
 def ask(

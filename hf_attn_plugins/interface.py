@@ -66,9 +66,23 @@ def registered(
 
 
 def options_of(config: Any, name: str) -> Options:
-    """The options of plugin `name` stored in a config, defaults where it holds none."""
-    stored: Mapping[str, Any] = getattr(config, "hf_attn_plugins", None) or {}
-    return _METHODS[name][1](**stored.get(name, {}))
+    """The options of plugin `name` stored in a config, defaults where it holds none.
+
+    Raises:
+        ValueError: what is stored is no mapping, or holds an unknown option or a value out of its range.
+    """
+    kind = _METHODS[name][1]
+    stored: Any = getattr(config, "hf_attn_plugins", None)
+    if kind is _no_options:
+        return kind()
+    if stored is None:
+        return kind()
+    if not isinstance(stored, Mapping):
+        raise ValueError(
+            f"hf_attn_plugins in the config ({type(config).__name__}) is {str(stored)[:80]!r}: a mapping of plugin "
+            "names to options is needed; correct config.json, or remove it there."
+        )
+    return kind.of(stored.get(name), f"hf_attn_plugins[{name!r}] in the config ({type(config).__name__})")  # type: ignore[attr-defined]
 
 
 def attention_function(name: str, method: Callable[..., Partial] | None = None) -> Callable[..., tuple[Tensor, None]]:

@@ -65,7 +65,7 @@ def plan(source: Source, arguments: argparse.Namespace) -> Patch:
         config["attn_implementation"] = chosen.name
     # A plugin reads its options from the config of the module it runs in, which in a composite model is a part's.
     for holder in [config[part] for part in parts] or [config, *_parts(config).values()]:
-        holder["hf_attn_plugins"] = {**holder.get("hf_attn_plugins", {}), chosen.name: options}
+        holder["hf_attn_plugins"] = {**(holder.get("hf_attn_plugins") or {}), chosen.name: options}
     where = f"in {', '.join(parts)}" if parts else "everywhere"
     notes = [
         f"attention: {chosen.name} {where}, {'options ' + json.dumps(options) if options else 'default options'}.",
@@ -102,7 +102,7 @@ def _verify(folder: Path, name: str, parts: list[str], options: dict[str, Any]) 
     import hf_attn_plugins
 
     hf_attn_plugins.register()
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModel.from_config(config)
     targets = [getattr(model.config, part) for part in parts] or [model.config]

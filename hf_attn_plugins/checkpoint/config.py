@@ -78,7 +78,7 @@ def naming(folder: Path, stage: Path | None = None) -> Iterator[None]:
         if stage is not None:
             text = text.replace(str(stage), str(folder))
         if not isinstance(error, (ValueError, OSError, NotImplementedError)):
-            text = f"Transformers cannot use this checkpoint ({type(error).__name__}: {text[:400]})"
+            text = f"the config does not describe a model that can be used ({type(error).__name__}: {text[:400]})"
         if str(folder) not in text:
             text = f"{folder}: {text}"
         raise (FileNotFoundError if isinstance(error, FileNotFoundError) else OSError if isinstance(error, OSError)

@@ -70,6 +70,7 @@ def plan(source: Source, arguments: argparse.Namespace) -> Patch:
     notes = [
         f"attention: {chosen.name} {where}, {'options ' + json.dumps(options) if options else 'default options'}.",
         "Needs `import hf_attn_plugins` before from_pretrained; an explicit attn_implementation= there still wins.",
+        "save_pretrained keeps the options but, as for every name, not attn_implementation: patch what is saved again.",
     ]
     if not chosen.exact:
         notes.append(f"{chosen.name} approximates by design: outputs differ from full attention.")

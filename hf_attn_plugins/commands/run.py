@@ -7,12 +7,15 @@ For programs that take an attention name but know nothing of this package, such 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import os
 import runpy
 import shutil
 import sys
+import traceback
 import types
+from collections.abc import Callable
 
 import hf_attn_plugins
 
@@ -57,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
             path = _script(words[0])
             sys.argv = [words[0] if os.path.isfile(words[0]) else path, *words[1:]]
             sys.path.insert(0, os.path.dirname(os.path.realpath(path)))
-            runpy.run_path(path, run_name="__main__")
+            _as_main(lambda: runpy.run_path(path, run_name="__main__"))
     except SystemExit as stop:
         if stop.code is None or isinstance(stop.code, int):
             return stop.code or 0
@@ -85,20 +88,37 @@ def _module_or_code(words: list[str]) -> None:
     sys.argv = [flag, *rest[1:]]
     if flag == "-m":
         sys.path.insert(0, os.getcwd())
-        try:
-            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
-        except ImportError as error:
-            if error.name is None or not (rest[0] + ".").startswith(error.name + "."):
-                raise
-            raise ValueError(f"no module {rest[0]!r} to run in {os.getcwd()} or among the installed ones.") from error
+        if _missing(rest[0]):
+            raise ValueError(f"no module {rest[0]!r} to run in {os.getcwd()} or among the installed ones.")
+        _as_main(lambda: runpy.run_module(rest[0], run_name="__main__", alter_sys=True))
         return
     sys.path.insert(0, "")
     main, ours = types.ModuleType("__main__"), sys.modules["__main__"]
     sys.modules["__main__"] = main  # pickle looks the code's own classes up there
     try:
-        exec(compile(rest[0], "<string>", "exec"), main.__dict__)
+        _as_main(lambda: exec(compile(rest[0], "<string>", "exec"), main.__dict__))
     finally:
         sys.modules["__main__"] = ours
+
+
+def _as_main(work: Callable[[], object]) -> None:
+    """Run the program; an error of its own ends in its traceback and status 1, not in a line of ours."""
+    try:
+        work()
+    except Exception:
+        traceback.print_exc()
+        raise SystemExit(1) from None
+
+
+def _missing(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is None
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module + ".").startswith(error.name + "."):
+            return True
+        raise
+    except ValueError:  # a module without a spec, such as __main__
+        return False
 
 
 def _script(word: str) -> str:

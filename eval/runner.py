@@ -7,6 +7,7 @@ import gc
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from hf_attn_plugins.core import interrupt
 from hf_attn_plugins.hf.compare import evaluating
 from hf_attn_plugins.hf.configure import use
 from hf_attn_plugins.parallel.hf.session import context_parallel
@@ -87,6 +88,7 @@ class Runner:
             stack.enter_context(evaluating(self.model))
             stack.enter_context(_frozen())
             for unit in self.units:
+                interrupt.check()
                 asked = self.tasks[unit.task]
                 name = asked.sample_id(unit.length, unit.number)
                 progress(f"{asked.title} {unit.length}", passed, total)
@@ -143,6 +145,7 @@ class Runner:
             item = asked.item(unit.length, unit.number)
             self._check_length(item)
         except Exception as error:
+            interrupt.check()
             name, text = asked.sample_id(unit.length, unit.number), _one_line(error)
             failed = [KINDS[asked.kind](name, each.label, error=text) for each in attn]
             return Sample(name, asked.title, asked.suite, unit.length, 0, metric=asked.metric), failed
@@ -161,6 +164,7 @@ class Runner:
     def _ask(self, asked: Task, item: Item, unit: Unit, attn: list[Attention]) -> Iterator[Prediction]:
         base: measure.Hidden | None = None
         for each in attn:
+            interrupt.check()
             try:
                 if asked.kind == "generation":
                     yield self._generation(item, each)
@@ -172,6 +176,7 @@ class Runner:
                     base = base or self._hidden(item, self._baseline())
                     yield self._agreement(item, each, base)
             except Exception as error:  # one failing sample must not end a run of hours
+                interrupt.check()  # Ctrl-C is no failing sample, whatever error it came out as
                 self._forget()
                 yield KINDS[asked.kind](item.sample.sample, each.label, error=_one_line(error))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -30,10 +30,13 @@ def configure(model: nn.Module, name: str, **options: Any) -> None:
         raise ValueError(f"{name} has no option {', '.join(unknown)}: it takes {', '.join(fields)}.")
     changes = []
     for config in configs_of(model):
-        stored = dict(getattr(config, "hf_attn_plugins", None) or {})
-        changes.append(
-            (config, {**stored, name: chosen.options_type()(**{**stored.get(name, {}), **options}).as_dict()})
-        )
+        stored = getattr(config, "hf_attn_plugins", None)
+        stored = {} if stored is None else stored
+        where = f"hf_attn_plugins in {type(config).__name__}"
+        if not isinstance(stored, Mapping):
+            raise ValueError(f"{where} is {str(stored)[:80]!r}: a mapping of plugin names to options is needed.")
+        known = chosen.options_type().of(stored.get(name), f"{where}, {name}").as_dict()
+        changes.append((config, {**stored, name: chosen.options_type()(**{**known, **options}).as_dict()}))
     for config, stored in changes:
         config.hf_attn_plugins = stored
 

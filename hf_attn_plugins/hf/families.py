@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
+
+from hf_attn_plugins.core.options import shown
 
 
 def own_backend(module: Any) -> str:
@@ -92,19 +95,18 @@ def class_source(cls: Any) -> str:
         return ""
 
 
-def stored_options(config: Any, name: str) -> dict[str, Any]:
-    """The options of plugin `name` as they stand in a config's `hf_attn_plugins`, {} where it holds none.
+def stored_options(config: Any, name: str) -> Any:
+    """What a config's `hf_attn_plugins` holds for plugin `name`, {} where it holds nothing.
 
     Raises:
-        ValueError: `hf_attn_plugins`, or the plugin's entry, is no mapping.
+        ValueError: `hf_attn_plugins` is no mapping.
     """
     stored = getattr(config, "hf_attn_plugins", None)
-    if not stored:
+    if stored is None:
         return {}
-    own = stored.get(name, {}) if isinstance(stored, dict) else None
-    if not isinstance(own, dict):
+    if not isinstance(stored, Mapping):
         raise ValueError(
-            f"hf_attn_plugins in this model's config must be {{plugin: {{option: value}}}}, got {stored!r}: mend "
-            "config.json, or set model.config.hf_attn_plugins = {}."
+            f"hf_attn_plugins in the config ({type(config).__name__}) is {shown(stored)}: a mapping of plugin names to "
+            "options is needed; correct config.json, or remove it there."
         )
-    return own
+    return stored.get(name) or {}

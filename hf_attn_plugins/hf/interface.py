@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hf_attn_plugins.core.decision import CallFacts, Decision
 from hf_attn_plugins.core.mask import Mask
+from hf_attn_plugins.core.options import Options
 from hf_attn_plugins.core.partial import Partial
 from hf_attn_plugins.hf import call_arguments, families, recorder
 from hf_attn_plugins.hf.planned_op import planned
@@ -33,7 +34,7 @@ class Method:
     short: str
     exact: bool
     attention: Callable[..., Partial]
-    options_type: Callable[..., Any]
+    options_type: type[Options]
     decide: Callable[..., Decision]
     has_own_plan: bool
 
@@ -45,7 +46,8 @@ class Method:
 
     def options(self, config: Any) -> Any:
         """This method's options as stored in a config, defaults where it holds none."""
-        return self.options_type(**families.stored_options(config, self.name))
+        stored, where = families.stored_options(config, self.name), f"hf_attn_plugins[{self.name!r}] in the config"
+        return self.options_type.of(stored, where)
 
     def decision(self, call: CallFacts, options: Any) -> Decision:
         """What this method does with a call; a method without a `decide` of its own is named by its short name."""

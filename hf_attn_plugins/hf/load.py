@@ -77,7 +77,7 @@ def demo_folder() -> Path:
     if hasattr(model.config, "quantization_config"):  # the weights are plain now, and that quantizer cannot be saved
         del model.config.quantization_config
     model.hf_quantizer = None
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # the compiled kernels' folder, too
     with tempfile.TemporaryDirectory(dir=folder.parent) as building:
         whole = Path(building) / "model"
         model.save_pretrained(whole)

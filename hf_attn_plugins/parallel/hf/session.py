@@ -30,7 +30,8 @@ from hf_attn_plugins.parallel.hf.forward import Forward
 from hf_attn_plugins.parallel.hf.training import sum_gradients
 from hf_attn_plugins.parallel.method import Method, Step, method_for
 from hf_attn_plugins.plugins import Plugin, plugin
-from hf_attn_plugins.star.hf.model import check_model, fingerprint, text_config
+from hf_attn_plugins.star.hf.fingerprint import fingerprint
+from hf_attn_plugins.star.hf.model import check_model, text_config
 
 _NUMBERS = itertools.count()
 
@@ -206,7 +207,7 @@ def _session(model: nn.Module, group: Group, method: Method, asked: dict[str, An
         "hf_attn_plugins": __version__,
     }
     _check_device(model, group)
-    agree(group, {**asked, "model": fingerprint(model), **versions, "size": group.size}, what="set-up")
+    agree(group, {**asked, "model": fingerprint(model, whole=True), **versions, "size": group.size}, what="set-up")
     check_model(model)
     method = method.settle(text_config(model).to_dict(), group)
     session = Session(model, group, method)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from hf_attn_plugins.hf.compat import NAMES, cache_keyword
 from hf_attn_plugins.star.hf.cache import as_ids, branch, record_of
-from hf_attn_plugins.star.hf.model import dense, fingerprint, frozen_rope, windows
+from hf_attn_plugins.star.hf.fingerprint import fingerprint
+from hf_attn_plugins.star.hf.model import dense, frozen_rope, windows
 
 
 def ask(

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from hf_attn_plugins.hf.compat import cache_keyword
 from hf_attn_plugins.star.hf.cache import Layers, Record, as_ids, cache_of, layers_of, record_of
+from hf_attn_plugins.star.hf.fingerprint import fingerprint
 from hf_attn_plugins.star.hf.model import (
     block_masks,
     check_model,
     decoder,
     dense,
-    fingerprint,
     follows_length,
     frozen_rope,
 )

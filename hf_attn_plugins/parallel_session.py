@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 import hf_attn_plugins
+from hf_attn_plugins.hf.unwrap import language_model
 from hf_attn_plugins.interface import registered
 from hf_attn_plugins.kernels.bound import Kernel
 from hf_attn_plugins.masks import Mask
@@ -180,7 +181,7 @@ def context_parallel(model: nn.Module, name: str, *, timeout: float = 60.0, **op
         NotImplementedError: a model whose context is not made of causal keys and values.
         parallel.RankError: later, where another rank fails or does not answer; it names the rank.
     """
-    method = method_called(name, **options)
+    method, model = method_called(name, **options), language_model(model)
     check(model, name).raise_if_refused()
     group = Group.join(timeout)
     error: BaseException | None = None

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_attn_plugins.hf.unwrap import unwrapped
 from hf_attn_plugins.registry import plugin
 
 SEMANTICS_REFUSED = ("block_indices=", "indices=")
@@ -61,6 +62,7 @@ def check(model: nn.Module, name: str) -> CheckReport:
         ValueError: unknown plugin.
     """
     plugin(name)
+    model = unwrapped(model)
     found: Counter[tuple[str, str, str]] = Counter()
     for module in model.modules():
         result = _verdict(module, name)

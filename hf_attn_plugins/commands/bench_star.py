@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hf_attn_plugins.commands.hardware import describe
-from hf_attn_plugins.commands.models import add_model_arguments, load, text_tokens
+from hf_attn_plugins.commands.models import add_model_arguments, load_for, text_tokens
 from hf_attn_plugins.commands.passkey import passkey, score
 from hf_attn_plugins.commands.star_report import SCORED, TEXTS, report
 from hf_attn_plugins.memory import PeakMemory
@@ -141,7 +141,7 @@ class Bench:
 
     def model(self) -> tuple[Any, Any]:
         if self._model is None:
-            self._model = load(self.arguments.model, self.arguments.dtype, self.arguments.device)
+            self._model = load_for(self.arguments)
         return self._model
 
     def tokens(self, count: int, skip: int = 0) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_attn_plugins.hf.unwrap import language_model
 from hf_attn_plugins.star.cache import Layers, Record, cache_of, layers_of, record_of
 from hf_attn_plugins.star.model import fingerprint, text_config, tokenizer_fingerprint
 
@@ -90,7 +91,7 @@ def save(cache: Any, folder: str | Path, *, model: nn.Module | None = None, toke
     if tokenizer is not None:
         extra["tokenizer"] = tokenizer_fingerprint(tokenizer)
     if model is not None:
-        config = text_config(model)
+        config = text_config(language_model(model))
         extra["rope"] = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     store = Store(folder)
     store.begin(record, extra)
@@ -109,7 +110,7 @@ def load(folder: str | Path, model: nn.Module, *, tokenizer: Any = None) -> Any:
         FileNotFoundError: there is no such cache.
         ValueError: another model or tokenizer, an unfinished encoding, or a damaged folder.
     """
-    folder = Path(folder)
+    folder, model = Path(folder), language_model(model)
     manifest = read_manifest(folder)
     if not manifest["complete"]:
         raise ValueError(

@@ -1,0 +1,1 @@
+"""Transformers' side of every method."""

@@ -51,7 +51,6 @@ def load(
     name: str,
     dtype: str = "bfloat16",
     device: str | None = None,
-    *,
     device_map: str | Mapping[str, Any] | None = None,
     revision: str | None = None,
     trust_remote_code: bool | None = False,

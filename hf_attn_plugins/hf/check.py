@@ -22,6 +22,7 @@ from hf_attn_plugins.hf.attention_modules import (
     takes_mask,
 )
 from hf_attn_plugins.hf.dry_run import DryRun, dry_run
+from hf_attn_plugins.hf.unwrap import unwrapped
 from hf_attn_plugins.plugins import Plugin, plugin
 
 
@@ -92,7 +93,7 @@ def check(model: nn.Module, name: str, length: int | None = None) -> CheckReport
     Raises:
         ValueError: unknown plugin.
     """
-    row = plugin(name)
+    row, model = plugin(name), unwrapped(model)
     read = {module: verdict for module in model.modules() if (verdict := _read(module, row)) is not None}
     ran = DryRun(())
     if read and all(verdict != "refused" for verdict, _ in read.values()):

@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_attn_plugins.hf.check import check
 from hf_attn_plugins.hf.configs import configs_of
+from hf_attn_plugins.hf.unwrap import language_model, unwrapped
 from hf_attn_plugins.plugins import PLUGINS, plugin
 
 
@@ -18,12 +19,13 @@ def configure(model: nn.Module, name: str, **options: Any) -> None:
     """Store options of plugin `name` in the model's configs, where they are saved and loaded with the model.
 
     Options that are not named keep the value they have; a value of None restores the default. The attention
-    implementation itself is not changed (`model.set_attn_implementation(name)` or `use` do that).
+    implementation itself is not changed (`model.set_attn_implementation(name)` or `use` do that). Wrappers such as
+    DistributedDataParallel are looked through (`hf.unwrap`).
 
     Raises:
         ValueError: an unknown plugin, option or value; nothing has been changed then.
     """
-    chosen = plugin(name)
+    chosen, model = plugin(name), unwrapped(model)
     fields = chosen.options_type().names()
     unknown = sorted(set(options) - set(fields))
     if unknown:
@@ -46,20 +48,22 @@ def use(model: nn.Module, name: str, **options: Any) -> Iterator[nn.Module]:
     """Run a model with another attention implementation, restoring names and options of every config afterwards.
 
     Args:
+        model: a model of Transformers, or a wrapper around one (`hf.unwrap`); it is what `with ... as` gives.
         name: a plugin, or any implementation that Transformers knows ("sdpa", "eager", ...), then without options.
 
     Raises:
         ValueError: an option the plugin does not have, or a model in which the plugin could not take effect.
     """
-    configs = configs_of(model)
+    inner = language_model(model)
+    configs = configs_of(inner)
     before = [(c, c._attn_implementation_internal, copy.deepcopy(getattr(c, "hf_attn_plugins", None))) for c in configs]
     try:
         if name in PLUGINS:
-            check(model, name).raise_if_refused()
-            configure(model, name, **options)
+            check(inner, name).raise_if_refused()
+            configure(inner, name, **options)
         elif options:
             raise ValueError(f"options {sorted(options)} were given for {name!r}, which is no plugin.")
-        model.set_attn_implementation(name)  # type: ignore[operator]
+        inner.set_attn_implementation(name)
         yield model
     finally:
         for config, implementation, stored in before:

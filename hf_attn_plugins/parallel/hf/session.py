@@ -21,6 +21,7 @@ from hf_attn_plugins.hf.configure import use
 from hf_attn_plugins.hf.recognise import Place, recognise
 from hf_attn_plugins.hf.register import installed
 from hf_attn_plugins.hf.structured_mask import Structure, StructuredMask
+from hf_attn_plugins.hf.unwrap import language_model
 from hf_attn_plugins.kernels.bound_attend import Kernel
 from hf_attn_plugins.parallel.comm.consistency import agree
 from hf_attn_plugins.parallel.comm.group import Group
@@ -182,6 +183,7 @@ def context_parallel(model: nn.Module, name: str, *, timeout: float = 60.0, **op
         parallel.RankError: later, where another rank fails or does not answer; it names the rank.
     """
     method = method_for(name, **options)
+    method, model = method_for(name, **options), language_model(model)
     check(model, name).raise_if_refused()
     group = Group.join(timeout)
     error: BaseException | None = None

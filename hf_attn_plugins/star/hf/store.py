@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_attn_plugins.core.files import digest
 from hf_attn_plugins.core.staging import put, sweep
+from hf_attn_plugins.hf.unwrap import language_model
 from hf_attn_plugins.star.hf.cache import Layers, Record, cache_of, layers_of, record_of
 from hf_attn_plugins.star.hf.fingerprint import fingerprint, tokenizer_fingerprint
 from hf_attn_plugins.star.hf.manifest import CONSTANT, FORMAT, MANIFEST, TOKENS, file_name, read, read_manifest
@@ -100,7 +101,7 @@ def save(cache: Any, folder: str | Path, *, model: nn.Module | None = None, toke
     if tokenizer is not None:
         extra["tokenizer"] = tokenizer_fingerprint(tokenizer)
     if model is not None:
-        config = text_config(model)
+        config = text_config(language_model(model))
         extra["rope"] = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     store = Store(folder)
     layers = store.begin(record, extra)  # a save that was killed goes on where it stopped
@@ -121,7 +122,7 @@ def load(folder: str | Path, model: nn.Module, *, tokenizer: Any = None) -> Any:
         FileNotFoundError: there is no such cache.
         ValueError: another model or tokenizer, an unfinished encoding, or a damaged folder.
     """
-    folder = Path(folder)
+    folder, model = Path(folder), language_model(model)
     manifest = read_manifest(folder)
     if not manifest["complete"]:
         raise ValueError(

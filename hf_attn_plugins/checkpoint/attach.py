@@ -1,8 +1,8 @@
 """First-layer tables in a live model: look-ups instead of the first layer's projections, and back again.
 
 The norm before the projections computes as ever, so whoever reads its output (adapters, hooks) reads the true states.
-A projection looks its result up only when it is given the very output of that norm, when the norm's input is bit for bit
-the embedded tokens that the tables were made from, and when norm and projections are bit for bit those of the tables
+A projection looks its result up only when it is given the very output of that norm, the norm's input is bit for bit the
+embedded tokens that the tables were made from, and when norm and projections are bit for bit those of the tables
 (`fingerprint`). Everything else computes, and says so once.
 """
 
@@ -177,7 +177,7 @@ class FirstLayer:
             logger.warning("first-layer tables are not used, the projections are computed: %s.", reason)
 
     def prove(self, hidden: Tensor, output: Tensor) -> None:
-        """Accept `output` as the states of this pass's tokens if `hidden` is what the tables' embedding gave for them."""
+        """Accept `output` as the states of this pass's tokens if `hidden` is what the tables' embedding gave them."""
         ids, self.tokens.now = self.tokens.now, None
         if ids is None or hidden.shape[:-1] != ids.shape:
             return

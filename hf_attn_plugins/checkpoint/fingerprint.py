@@ -80,13 +80,13 @@ def weights_checksum(norm: nn.Module | None, projections: Sequence[Any]) -> Tens
 
 
 def settings(norm: nn.Module | None) -> int:
-    """63 bits of a hash over the norm's class name and its numbers (eps and the like)."""
+    """56 bits of a hash over the norm's class name and its numbers (eps and the like)."""
     if norm is None:
         return 0
     numbers = {k: v for k, v in vars(norm).items() if isinstance(v, (int, float, str)) and k[0] != "_"}
     numbers.pop("training", None)
     name = type(norm).__name__
-    return int.from_bytes(hashlib.sha256(json.dumps([name, numbers], sort_keys=True).encode()).digest()[:7])
+    return int.from_bytes(hashlib.sha256(json.dumps([name, numbers], sort_keys=True).encode()).digest()[:7], "big")
 
 
 def tables_digest(tables: Sequence[Tensor]) -> Tensor:

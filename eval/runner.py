@@ -7,8 +7,8 @@ import gc
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from hf_attn_plugins.hf.compare import evaluating
 from hf_attn_plugins.hf.configure import use
+from hf_attn_plugins.hf.evaluating import evaluating
 from hf_attn_plugins.parallel.hf.session import context_parallel
 from hf_attn_plugins.plugins import PLUGINS
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from hf_attn_plugins.bench.peak_memory import PeakMemory
 from hf_attn_plugins.hf.configure import use
+from hf_attn_plugins.hf.evaluating import evaluating
 
 CHUNK = 256  # positions whose logits exist at a time, for each of the two backends
 
@@ -199,17 +199,6 @@ def logits_at(model: nn.Module, ids: Tensor, output: Any, start: int, end: int) 
     finally:
         del base.forward
         assert base.forward == original
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode for a while."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def synchronize(device: torch.device) -> None:

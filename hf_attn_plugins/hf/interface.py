@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +11,9 @@ from torch import Tensor, nn
 
 from hf_attn_plugins.core.mask import Mask, window_of
 from hf_attn_plugins.core.partial import Partial
+from hf_attn_plugins.core.warn import warn_once
 from hf_attn_plugins.hf.structured_mask import StructuredMask
 from hf_attn_plugins.plugins import EXACT, Plugin, plugin
-
-logger = logging.getLogger("hf_attn_plugins")
 
 REFUSED = {
     "indices": "top-k sparse attention",
@@ -104,7 +102,7 @@ def forward(
     name = method.name
     _refuse(name, kwargs)
     if kwargs.get("output_attentions") and not torch.compiler.is_compiling():
-        _say_once(f"{name} never forms attention weights: output_attentions gives None. Use 'eager' to inspect them.")
+        warn_once(f"{name} never forms attention weights: output_attentions gives None. Use 'eager' to inspect them.")
     query, key, value = _one_dtype(query, key, value)
     mask = _mask_of(module, query, key, attention_mask, is_causal, sliding_window)
     mask = _packed(mask, query, key, cu_seq_lens_q, seq_idx)
@@ -220,12 +218,3 @@ def _sink(s_aux: Tensor | None, sinks: Tensor | None, heads: int, name: str) -> 
             f'`{"s_aux" if s_aux is not None else "sinks"}`: load this model with attn_implementation="eager".'
         )
     return given.float()
-
-
-_SAID: set[str] = set()
-
-
-def _say_once(message: str) -> None:
-    if message not in _SAID:
-        _SAID.add(message)
-        logger.warning(message)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_attn_plugins.core.atomic import replace_file
 from hf_attn_plugins.star.hf.cache import Layers, Record, cache_of, layers_of, record_of
 from hf_attn_plugins.star.hf.model import fingerprint, text_config, tokenizer_fingerprint
 
@@ -60,7 +60,7 @@ class Store:
             for kind, tensor in zip(("key", "value"), pair, strict=True):
                 tensors[f"{kind}.{index}"] = tensor[:, :, first:end].contiguous()
         metadata = {name: json.dumps(value) for name, value in self.manifest.items() if name != "files"}
-        _replace(self.folder / name, lambda path: save_file(tensors, path, metadata))
+        replace_file(self.folder / name, lambda path: save_file(tensors, path, metadata))
         self.manifest["files"] = [*self.manifest["files"], {"name": name, "first": first, "end": end}]
         self._write_manifest()
 
@@ -70,7 +70,7 @@ class Store:
 
     def _write_manifest(self) -> None:
         text = json.dumps(self.manifest, indent=1)
-        _replace(self.folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
+        replace_file(self.folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def save(cache: Any, folder: str | Path, *, model: nn.Module | None = None, tokenizer: Any = None) -> None:
@@ -178,15 +178,3 @@ def _compare(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> Non
                 f"{folder} holds an encoding with {name}={found[name]!r}, asked for {wanted[name]!r}: name another "
                 "folder, or pass what it was begun with."
             )
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Write a file under another name first, so that an interruption leaves no half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

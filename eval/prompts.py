@@ -114,7 +114,9 @@ class Prompter:
             there = len(with_filler(most)) - len(bare)
             raise ValueError(f"{missing} tokens of filler are needed, there are {there}.")
         cut = largest(lambda n: len(with_filler(n)), tokens, 0, most) or 0
-        for characters in sorted(range(max(0, cut - NEIGHBOURS), min(most, cut + NEIGHBOURS) + 1), key=lambda n: abs(n - cut)):
+        for characters in sorted(
+            range(max(0, cut - NEIGHBOURS), min(most, cut + NEIGHBOURS) + 1), key=lambda n: abs(n - cut)
+        ):
             if len(with_filler(characters)) == tokens:
                 return with_filler(characters)
         longer = min((found for found in known.values() if len(found) > tokens), key=len)

@@ -20,6 +20,7 @@ from .prompts import Prompter
 from .records import KINDS, Agreement, Generation, Loss, Prediction, RunFolder, Sample, Speed
 from .tasks import Item, Setting, Task, task
 
+
 @dataclass
 class Ran:
     """What an attention did while it was switched on: `plan` as in `records.Prediction`."""

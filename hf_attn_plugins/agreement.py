@@ -209,7 +209,8 @@ def backbone(model: nn.Module) -> nn.Module:
         ValueError: the model has no output embeddings, or is an encoder-decoder.
     """
     base = getattr(model, "base_model", model)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    embeddings: Any = getattr(model, "get_output_embeddings", None)
+    head = embeddings() if embeddings is not None else None
     if base is model or head is None:
         raise ValueError(f"{type(model).__name__} has no language-model head to compare: load a model for causal LM.")
     if getattr(model.config, "is_encoder_decoder", False):

@@ -65,7 +65,7 @@ class StarTextGenerationPipeline(Pipeline):
         if question is not None and questions is not None:
             raise ValueError("pass `question` or `questions`, not both.")
         asked = [question] if question is not None else list(questions or ())
-        prepare = {"questions": asked, "separator": separator, "system": system, "chat": chat}
+        prepare: dict[str, Any] = {"questions": asked, "separator": separator, "system": system, "chat": chat}
         prepare["template_args"] = template_args
         encode = {name: kwargs.pop(name) for name in _ENCODE if name in kwargs}
         forward = {"encode": encode, "together": together, "generate": kwargs}

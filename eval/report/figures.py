@@ -94,7 +94,9 @@ def answer_difference(row: Mapping[str, Any]) -> str:
     if value is None:
         return NOTHING
     low, high = row.get("answer_difference_low"), row.get("answer_difference_high")
-    interval = "" if low is None or high is None or few(row, "answer_pairs") else f" [{_signed(low)},{SPACE}{_signed(high)}]"
+    interval = (
+        "" if low is None or high is None or few(row, "answer_pairs") else f" [{_signed(low)},{SPACE}{_signed(high)}]"
+    )
     return _signed(value) + interval
 
 

@@ -73,7 +73,9 @@ def _score(row: Row) -> str:
         return f"{amount} ({pairs})"
     interval = f"95 % interval {figures.points(low)} to {figures.points(high)}, {pairs}"
     if low <= 0 <= high:
-        return f"scores as the baseline does as far as chance allows to say (difference {figures.points(gap)}, {interval})"
+        return (
+            f"scores as the baseline does as far as chance allows to say (difference {figures.points(gap)}, {interval})"
+        )
     return f"{amount} ({interval})"
 
 

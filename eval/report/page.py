@@ -115,7 +115,9 @@ def _body(report: Report) -> str:
 
 
 SCORES = "Mean score of each task, from ten samples on with its 95 % bootstrap interval over samples."
-TRADE = "Further up is more accurate, further right is faster; bars are 95 % intervals of the score, from ten samples on."
+TRADE = (
+    "Further up is more accurate, further right is faster; bars are 95 % intervals of the score, from ten samples on."
+)
 DEPTH = "Mean score in per cent by place of the needle: 0 % is the beginning of the context, 100 % its end."
 POSITION = "Next-token predictions on the same text, in buckets of positions; lower is closer and better."
 SPEED = "Medians; ratios to the baseline within the same round (or sample), above 1 is faster."

@@ -92,7 +92,11 @@ def _parsed(suite: str, file: Path) -> Any:
 
     text = read_text(file)
     try:
-        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.split("\n") if x.strip()]
+        rows = (
+            json.loads(text)
+            if text.lstrip().startswith("[")
+            else [json.loads(x) for x in text.split("\n") if x.strip()]
+        )
     except ValueError as error:
         raise ValueError(f"{suite}: {file}: no JSON ({error}).") from error
     return Dataset.from_list(rows)
@@ -103,9 +107,7 @@ def _features(kinds: Mapping[str, str] | None) -> Any:
         return None
     from datasets import Features, List, Value
 
-    return Features(
-        {name: List(Value("string")) if kind == "strings" else Value(kind) for name, kind in kinds.items()}
-    )
+    return Features({name: List(Value("string")) if kind == "strings" else Value(kind) for name, kind in kinds.items()})
 
 
 def _file(suite: str, path: Path, stem: str | None) -> Path:

@@ -20,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--attn", default=None, help=f"one of {', '.join(PLUGINS)}; all of them by default")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the Python code that a model brings along")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the Python code that a model brings along"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--attn", default="tiled_attention", help="the plugin (see hf-attn list)")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the plugin")
     parser.add_argument(
-        "--baseline", default=None, help="the backend to compare with; the model's own default (sdpa or eager) if not given"
+        "--baseline",
+        default=None,
+        help="the backend to compare with; the model's own default (sdpa or eager) if not given",
     )
     parser.add_argument("--length", type=int, default=4096, help="tokens of the text")
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text; Python's own language reference by default")

@@ -37,7 +37,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     """--device-map, --revision, --trust-remote-code; a flag that was not given is None."""
-    parser.add_argument("--device-map", metavar="MAP", help="'auto', or a JSON object of module and device; no --device")
+    parser.add_argument(
+        "--device-map", metavar="MAP", help="'auto', or a JSON object of module and device; no --device"
+    )
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument(
         "--trust-remote-code",

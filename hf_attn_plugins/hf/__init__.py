@@ -1,0 +1,1 @@
+"""What stands between the methods and Hugging Face Transformers."""

@@ -10,6 +10,8 @@ from typing import Any
 TABLES = {
     "SEQ_TO_SEQ_CAUSAL_LM": "seq2seq",
     "SPEECH_SEQ_2_SEQ": "seq2seq",
+    "TEXT_TO_WAVEFORM": "audio",
+    "TEXT_TO_SPECTROGRAM": "audio",
     "IMAGE_TEXT_TO_TEXT": "multimodal",
     "MULTIMODAL_LM": "multimodal",
     "MASKED_LM": "masked",
@@ -17,8 +19,6 @@ TABLES = {
     "CTC": "audio",
     "RNNT": "audio",
     "TDT": "audio",
-    "TEXT_TO_WAVEFORM": "audio",
-    "TEXT_TO_SPECTROGRAM": "audio",
     "AUDIO_XVECTOR": "audio",
     "AUDIO_FRAME_CLASSIFICATION": "audio",
     "AUDIO_CLASSIFICATION": "audio",

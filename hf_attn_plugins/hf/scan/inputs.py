@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_attn_plugins.hf.scan.shrink import FIRST_SPECIAL, IMAGE, PATCH
+from hf_attn_plugins.hf.scan.shrink import FIRST_SPECIAL, IMAGE, LENGTH, PATCH
 
-BATCH, LENGTH, TARGET = 2, 40, 14
+BATCH, TARGET = 2, 26
 HIDDEN = 9  # positions of the second row that padding hides
 SAMPLES = 6400  # of a waveform
 FRAMES = 64  # of a spectrogram
@@ -48,24 +49,29 @@ def inputs_for(model: Any, runs: Callable[[dict[str, Any]], Any]) -> tuple[Input
     Raises:
         ValueError: no set runs; the text is the first error that the model gave.
     """
-    why = ""
-    for plain in itertools.islice(_sets(model), MAX_SETS):
-        try:
-            output = runs(plain)
-        except (MemoryError, KeyboardInterrupt, TimeoutError):
-            raise
-        except Exception as error:
-            text = " ".join(str(error).split())[:160]
-            why = why or f"{type(error).__name__}: {text} (inputs {', '.join(plain)})"
-            continue
-        return _with_padding(model, plain), output
+    why, asked = "", set()
+    parameters = set(inspect.signature(model.forward).parameters)
+    for more in ((), ("use_cache",), asked):
+        if more is asked and not asked:
+            break
+        for plain in itertools.islice(_sets(model, tuple(sorted(more))), MAX_SETS):
+            try:
+                output = runs(plain)
+            except (MemoryError, KeyboardInterrupt, TimeoutError):
+                raise
+            except Exception as error:
+                text = " ".join(str(error).split())[:160]
+                why = why or f"{type(error).__name__}: {text} (inputs {', '.join(plain)})"
+                asked |= set(re.findall(r"\w+", text)) & parameters - set(plain) - {"self", "kwargs", "labels"}
+                continue
+            return _with_padding(model, plain), output
     raise ValueError(why or "no inputs are known for its forward")
 
 
-def _sets(model: Any) -> Iterator[dict[str, Any]]:
-    """Sets of inputs, the likeliest first."""
+def _sets(model: Any, more: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
+    """Sets of inputs, the likeliest first; `more` are names that an error asked for."""
     parameters = inspect.signature(model.forward).parameters
-    needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD]
+    needed = [*more] + [n for n, p in parameters.items() if p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD]
     main = getattr(model, "main_input_name", "input_ids")
     config = model.config
     text = "input_ids" in parameters
@@ -112,16 +118,22 @@ def _candidates(name: str, model: Any) -> Iterator[dict[str, Any]]:
     height, width = (size, size) if isinstance(size, int) else (size[0], size[-1])
     frames = _any(config, "num_frames", 4)
     hidden = _any(config, "hidden_size", _any(config, "d_model", 64))
-    if name in ("input_ids",):
+    if name == "use_cache":
+        yield {name: False}
+    elif name in ("input_ids",):
         yield {name: ids(BATCH, LENGTH)}
         yield {name: ids(BATCH, _any(config, "num_codebooks", 4), LENGTH)}
         yield {name: ids(BATCH, LENGTH, _any(config, "num_codebooks", 4))}
     elif name == "decoder_input_ids":
         yield {name: ids(BATCH, TARGET)}
+        for books in sorted({_any(config, "num_codebooks", 4), _any(config, "num_channels", 4)}):
+            yield {name: ids(BATCH, TARGET, books)}
+            yield {name: ids(BATCH * books, TARGET)}
     elif name in ("pixel_values", "images", "image", "pixel_values_videos", "hidden_states", "context_pixel_values"):
         if name != "hidden_states":
             shapes = [(BATCH, channels, height, width), (BATCH, frames, channels, height, width),
-                      (BATCH, channels, frames, height, width), (BATCH, 1, channels, height, width)]  # fmt: skip
+                      (BATCH, channels, frames, height, width), (BATCH, 1, channels, height, width),
+                      (BATCH, 2, channels, height, width)]  # fmt: skip
             if name.endswith("videos"):
                 shapes = [*shapes[1:3], shapes[0]]
             for shape in shapes:
@@ -153,6 +165,9 @@ def _candidates(name: str, model: Any) -> Iterator[dict[str, Any]]:
         width = _any(config, "input_dim", _any(config, "feature_projection_input_dim", bins))
         yield {name: noise(BATCH, FRAMES, width)}
         yield {name: noise(BATCH, 1, FRAMES, bins)}
+        for mask in ("input_features_mask", "attention_mask", "padding_mask"):
+            yield {name: noise(BATCH, bins, exact), mask: torch.ones(BATCH, exact, dtype=torch.long)}
+            yield {name: noise(BATCH, FRAMES, bins), mask: torch.ones(BATCH, FRAMES, dtype=torch.bool)}
         lengths = torch.tensor([exact, exact])
         yield {name: noise(BATCH, bins, exact), "feature_attention_mask": torch.ones(BATCH, exact, dtype=torch.long)}
         yield {name: noise(bins, BATCH * exact), "feature_lens": lengths}
@@ -191,6 +206,9 @@ def _candidates(name: str, model: Any) -> Iterator[dict[str, Any]]:
     elif name in ("attention_mask", "padding_mask"):
         yield {name: torch.ones(BATCH, LENGTH, dtype=torch.long)}
         yield {}
+    elif name in ("input_features_mask", "feature_attention_mask"):
+        yield {name: torch.ones(BATCH, 2 * _any(config, "max_source_positions", FRAMES // 2), dtype=torch.long)}
+        yield {name: torch.ones(BATCH, FRAMES, dtype=torch.bool)}
     elif name == "input_points":
         yield {name: torch.rand(BATCH, 1, 2, 2) * IMAGE}
     elif name == "inputs":

@@ -16,6 +16,7 @@ WORDS = {
     "exact": "every step that the default backend can run gives its numbers, within float32 rounding",
     "star used": "Star Attention took effect; it never looks ahead, and padding of a neighbour changes nothing",
     "dense": "causal, and Star Attention gave the numbers of full attention",
+    "as eager": "Transformers' own backends disagree, and the plugin gives the numbers of `eager`",
     "passed through": "not causal: the exact tiled path ran, and its numbers are the default's",
     "never called": "check found modules that the plugin reaches, and this class's forward calls none of them",
     "refused": "`hap.check` says no, and why",

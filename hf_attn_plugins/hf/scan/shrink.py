@@ -15,6 +15,7 @@ FIRST_SPECIAL = 100  # ids below are words; image, audio and other special token
 POSITIONS = 256
 IMAGE, PATCH = 32, 8
 WINDOW = 6
+LENGTH = 40  # tokens of the text that `inputs` makes; factors of positions have to multiply to it
 MAX_LAYERS = 6
 
 # Fields of sub-modules and of the saved file that a rebuilt config derives anew.
@@ -22,8 +23,27 @@ DERIVED = {"_out_features", "_out_indices", "stage_names", "transformers_version
            "quantization_config", "architectures", "model_type", "_attn_implementation", "per_layer_config",
            "_name_or_path", "id2label", "label2id", "output_attentions", "problem_type"}  # fmt: skip
 
-# Tables of what nothing general can know: fields by model type, after everything else.
-OVERRIDES: dict[str, dict[str, Any]] = {}
+# Fields that some class leaves at None and needs all the same.
+UNSET: dict[str, Any] = {
+    "vocab_size": VOCAB, "prediction_length": 4, "attn_layer_indices": [1], "head_dim": HEAD_DIM,
+    "num_experts_per_tok": 2, "topk_group": 1, "n_group": 1, "n_routed_experts": 4, "shared_expert_intermediate_size": FEED_FORWARD,
+    "token_budget": 8, "compress_ratio": 4, "vocabulary_map": {"<image>": FIRST_SPECIAL},
+}  # fmt: skip
+
+# What nothing general can know: fields by model type, after everything else.
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "chameleon_vqgan": {"attn_resolutions": None},
+    "reformer": {"axial_pos_embds_dim": [WIDTH // 4, 3 * WIDTH // 4], "axial_pos_shape": [4, LENGTH // 4],
+                 "attn_layers": ["local", "lsh"], "max_position_embeddings": LENGTH},
+    "wav2vec2-bert": {"vocab_size": VOCAB},
+    "lw_detr_vit": {"image_size": 64, "pretrain_image_size": 64, "num_windows": 4},
+    "squeezebert": {f"{name}_groups": 4 for name in ("q", "k", "v", "post_attention", "intermediate", "output")},
+    "cvt": {"depth": [1, 1, 2], "num_heads": [1, 2, 4], "embed_dim": [16, 32, 64]},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "cohere_compass": {"rope_parameters": None},
+}  # fmt: skip
 
 
 def least(bound: int) -> Callable[[int], int]:
@@ -41,7 +61,8 @@ RULES: list[tuple[str, Callable[[int], int]]] = [
     (r"^(num_channels|in_channels|in_chans|audio_channels|num_labels|channels|input_channels|out_channels)$",
      lambda v: v if v <= 16 else 32),
     (r"(vocab_size|vocabulary_size)$", exactly(VOCAB)),
-    (r"num_mel_bins|n_mels|mel_bins|feature_size|^input_feat_per_channel|mel_dim|model_in_dim", least(16)),
+    (r"channels$", lambda v: v if v <= 16 else 32 * -(-v // 256)),
+    (r"num_mel_bins|n_mels|mel_bins|^feature_size|^input_feat_per_channel|mel_dim|model_in_dim", least(16)),
     (r"max_2d_position", least(POSITIONS)),
     (r"(rel_pos_bins|rel_2d_pos_bins|num_buckets|max_distance|max_rel)", least(16)),
     (r"max_source_positions", least(64)),
@@ -53,7 +74,9 @@ RULES: list[tuple[str, Callable[[int], int]]] = [
     (r"(shared_experts?$|zero_experts?|null_experts?)", least(1)),
     (r"(num|n)_?(local|routed|virtual)?_?experts|moe_num_experts|expert_num|num_expert", exactly(4)),
     (r"index_n_heads", least(4)),
-    (r"(mamba|ssm|conv).*(n|num)_heads$|^time_step_rank$|^mamba_num_heads$", exactly(8)),
+    (r"(mamba|ssm|conv).*(n|num)_heads$|^time_step_rank$|^mamba_num_heads$|^n_mamba_heads$", lambda v: min(v, 8)),
+    (r"mamba_d_ssm", exactly(8 * HEAD_DIM)),
+    (r"offset$", least(1)),
     (r"(mamba|ssm).*(d_head|head_dim)$", exactly(HEAD_DIM)),
     (r"linear_num_value_heads", exactly(HEADS)),
     (r"(linear_num_key|key_value|kv|num_key|multi_query_group_num|n_head_kv).*(heads|groups?|num|kv)$",
@@ -129,16 +152,28 @@ def fields_of(config: Any) -> dict[str, Any]:
     """The values a config would be built from."""
     names = {field.name for field in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else None
     values = {name: value for name, value in vars(config).items() if names is None or name in names}
-    return {name: value for name, value in values.items() if name not in DERIVED}
+    return {name: value for name, value in values.items() if name not in DERIVED - {"_out_indices"}}
 
 
 def _rebuilt(config: Any, tokens: Tokens) -> Any:
+    if getattr(config, "model_type", "") == "timm_backbone":
+        return _backbone()  # timm need not be installed, and any feature pyramid will do
     values = _tiny(fields_of(config), tokens, lambda each: _rebuilt(each, tokens))
+    values.pop("_out_indices", None)
     values.update(OVERRIDES.get(getattr(config, "model_type", ""), {}))
     try:
         return type(config)(**values)
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{type(config).__name__} cannot be built from its own fields: {error}") from error
+
+
+def _backbone() -> Any:
+    from transformers import ResNetConfig
+
+    return ResNetConfig(
+        embedding_size=16, hidden_sizes=[16, 16, 32, 32], depths=[1, 1, 1, 1], layer_type="basic",
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
 
 
 def _in_place(config: Any, tokens: Tokens, seen: set[int]) -> None:
@@ -171,6 +206,8 @@ def _tiny(values: dict[str, Any], tokens: Tokens, inner: Callable[[Any], Any]) -
             result[name] = _sequence(name, value, layers)
         elif isinstance(value, dict):
             result[name] = _mapping(value, tokens, inner)
+        elif value is None:
+            result[name] = UNSET.get(name)
         else:
             result[name] = _number(name, value)
     if layers.kept and layers.count is not None:
@@ -239,7 +276,7 @@ def _layers(values: dict[str, Any]) -> Layers:
     lists = [v for v in values.values() if isinstance(v, (list, tuple)) and len(v) == total > 2]
     indices = [v for k, v in values.items() if _is_layer_list(k, v, total)]
     wanted = 2
-    out = values.get("_out_indices") or values.get("out_indices")
+    out = values.get("_out_indices") or values.get("out_indices") or values.get("backbone_out_indices")
     if isinstance(out, (list, tuple)) and "depths" not in values:
         wanted = max(wanted, len(out))
     if not total:
@@ -304,8 +341,10 @@ def _sizes(name: str, value: Any) -> Any:
     if re.search(r"patch|tubelet|stride", name):
         return kind(min(each, PATCH) for each in value)
     largest = max(value)
-    if largest <= WIDTH:
+    if largest <= WIDTH and "channels" not in name:
         return value
+    if "channels" in name:
+        return kind(_number("channels", each) for each in value)
     if largest == min(value) or re.search(r"conv_dim|tdnn", name):
         return kind(_number(name + "_dim", each) if each > 8 else each for each in value)
     unit = max(1, -(-largest // (2 * WIDTH)))
@@ -315,9 +354,9 @@ def _sizes(name: str, value: Any) -> Any:
 def _relations(before: dict[str, Any], after: dict[str, Any], layers: Layers) -> None:
     """What one field owes to another."""
     out = before.get("_out_indices")
-    if out and "depths" not in before and "out_indices" in before and layers.count:
-        after["out_indices"] = list(range(layers.count - len(out) + 1, layers.count + 1))
-        after["out_features"] = None
+    if out and len(out) > 1:
+        last = layers.count or 0
+        after["out_indices"] = list(out) if "depths" in before else list(range(last - len(out) + 1, last + 1))
     for name in ("num_kv_shared_layers",):
         if layers.count and isinstance(before.get(name), int) and before[name] > 0:
             after[name] = layers.count // 2
@@ -325,6 +364,8 @@ def _relations(before: dict[str, Any], after: dict[str, Any], layers: Layers) ->
     if isinstance(qk, int) and isinstance(nope, int) and isinstance(rope, int):
         after["qk_head_dim"] = nope + rope
     heads, keys = after.get("num_attention_heads"), after.get("num_key_value_heads")
+    if "num_key_value_heads" in before and before["num_key_value_heads"] is None and isinstance(heads, int):
+        after["num_key_value_heads"] = heads
     if isinstance(before.get("num_attention_heads"), int) and before.get("num_key_value_heads") == before.get(
         "num_attention_heads"
     ):

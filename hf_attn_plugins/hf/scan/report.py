@@ -70,7 +70,8 @@ def to_markdown(results: Results, versions_of: dict[str, str]) -> str:
     lines = [
         "# Compatibility with the families of Transformers",
         "",
-        "`make compatibility` (`hf-attn scan`) writes this page. It builds a tiny random model of every model type that "
+        "`make compatibility` (`hf-attn scan`) writes this page. It builds a tiny random model of every model type that"
+        " "
         "Transformers' auto classes know, runs it with its default backend and then under each plugin, and compares: "
         "the outputs, the outputs with padding, greedy generation through a cache, the gradient of every weight"
         + (", and the graph of `torch.compile`." if _compiled(results) else "."),

@@ -145,11 +145,15 @@ def counted(name: str) -> Iterator[list[dict[str, Any]]]:
     calls: list[dict[str, Any]] = []
     function: Callable[..., Any] = AttentionInterface._global_mapping[name]
 
-    def recorded(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **rest: Any) -> Any:
+    def recorded(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **rest: Any
+    ) -> Any:
         mask = getattr(attention_mask, "mask", None)
         told = rest.get("is_causal")
-        causal = mask.causal if mask is not None else attention_mask is None and bool(
-            getattr(module, "is_causal", False) if told is None else told
+        causal = (
+            mask.causal
+            if mask is not None
+            else attention_mask is None and bool(getattr(module, "is_causal", False) if told is None else told)
         )
         plain = mask is not None and mask.causal and mask.window == (None, None) and mask.predicate is None
         calls.append(

@@ -26,7 +26,8 @@ DERIVED = {"_out_features", "_out_indices", "stage_names", "transformers_version
 # Fields that some class leaves at None and needs all the same.
 UNSET: dict[str, Any] = {
     "vocab_size": VOCAB, "prediction_length": 4, "attn_layer_indices": [1], "head_dim": HEAD_DIM,
-    "num_experts_per_tok": 2, "topk_group": 1, "n_group": 1, "n_routed_experts": 4, "shared_expert_intermediate_size": FEED_FORWARD,
+    "num_experts_per_tok": 2, "topk_group": 1, "n_group": 1, "n_routed_experts": 4,
+    "shared_expert_intermediate_size": FEED_FORWARD,
     "token_budget": 8, "compress_ratio": 4, "vocabulary_map": {"<image>": FIRST_SPECIAL},
 }  # fmt: skip
 
@@ -298,11 +299,13 @@ def _layers(values: dict[str, Any]) -> Layers:
 
 def _is_layer_list(name: str, value: Any, total: int) -> bool:
     """A list of layer numbers, rather than one of sizes."""
-    if not (isinstance(value, (list, tuple)) and value and total > 2) or len(value) == total and len(set(value)) == 1:
+    if not (isinstance(value, (list, tuple)) and value and total > 2) or (len(value) == total and len(set(value)) == 1):
         return False
     named = re.search(r"(idx|indices|indexes|_layers$|layer_ids|^layers_|fullatt|attn_layer|global_attn)", name)
-    return bool(named) and all(type(each) is int and 0 <= each < max(total, 2) for each in value) and (
-        list(value) == sorted(set(value))
+    return (
+        bool(named)
+        and all(type(each) is int and 0 <= each < max(total, 2) for each in value)
+        and (list(value) == sorted(set(value)))
     )
 
 
@@ -329,8 +332,10 @@ def _sizes(name: str, value: Any) -> Any:
     """Sizes of stages keep their order, heads become powers of two, depths at most 2."""
     kind = type(value)
     if not value or not all(type(each) is int for each in value):
-        return value if not value or not isinstance(value[0], (list, tuple)) else kind(
-            _sizes(name, each) if isinstance(each, (list, tuple)) else each for each in value
+        return (
+            value
+            if not value or not isinstance(value[0], (list, tuple))
+            else kind(_sizes(name, each) if isinstance(each, (list, tuple)) else each for each in value)
         )
     if re.search(r"depth|num_blocks|repeats|blocks_per_stage|num_of_layers|layers_per|^layers$|num_.*layers", name):
         return kind(min(each, 2) for each in value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 import time
@@ -113,7 +114,7 @@ def baseline(model: Any, steps: Collection[str]) -> Base:
         except Exception:  # weights that no branch of the model was made for
             continue
         finite = values and all(bool(torch.isfinite(v).any()) for v in values.values())
-        noise = _noise(model, lambda: runs.forward(model, inputs.plain), values) if finite else float("inf")
+        noise = _noise(model, functools.partial(runs.forward, model, inputs.plain), values) if finite else float("inf")
         if noise < TOO_NOISY or level == "plain":
             break
     base = Base(model, default_of(model), inputs, level, {"forward": values}, {"forward": ROUNDING + SLACK * noise}, {})
@@ -303,13 +304,20 @@ def _verdict(found: dict[str, Any], base: Base, name: str) -> dict[str, Any]:
         step.pop("values", None)
     errors = {step: value["error"] for step, value in steps.items() if "error" in value}
     if errors:
-        return {"verdict": "RAISED", "why": "; ".join(f"{step}: {error}" for step, error in errors.items())}
+        return {
+            "verdict": "RAISED",
+            "why": "; ".join(
+                f"{', '.join(s for s in errors if errors[s] == e)}: {e}" for e in dict.fromkeys(errors.values())
+            ),
+        }
     star = name == "star_attention" and found["causal"]
     tolerance = {**base.tolerance, "compiled": base.tolerance["forward"]}
     compared = {s: v for s, v in steps.items() if not star or s == "compiled"}
     wrong = {s: v for s, v in compared.items() if v["off"] > tolerance[s]}
     if wrong:
-        why = "; ".join(f"{s} off by {v['off']:.2g} ({v['where']}), allowed {tolerance[s]:.2g}" for s, v in wrong.items())
+        why = "; ".join(
+            f"{s} off by {v['off']:.2g} ({v['where']}), allowed {tolerance[s]:.2g}" for s, v in wrong.items()
+        )
         return {"verdict": "WRONG", "why": why}
     if not found["calls"]:
         return {"verdict": "never called", "why": "the forward makes no call"}

@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     report.write(results, arguments.page, arguments.json)
     built = sum(result["built"] for result in results.values())
     failed = report.failures(results)
-    for family, name, verdict, why in failed:
-        print(f"{verdict}: {family} under {name}: {why}")
+    for model_type, name, verdict, why in failed:
+        print(f"{verdict}: {model_type} under {name}: {why}")
     print(f"{len(results)} model types, {built} built, {len(failed)} failures.")
     return 1 if failed else 0

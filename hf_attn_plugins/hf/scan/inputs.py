@@ -49,7 +49,8 @@ def inputs_for(model: Any, runs: Callable[[dict[str, Any]], Any]) -> tuple[Input
     Raises:
         ValueError: no set runs; the text is the first error that the model gave.
     """
-    why, asked = "", set()
+    why = ""
+    asked: set[str] = set()
     parameters = set(inspect.signature(model.forward).parameters)
     for more in ((), ("use_cache",), asked):
         if more is asked and not asked:

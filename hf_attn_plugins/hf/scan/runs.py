@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,7 +143,7 @@ def counted(name: str) -> Iterator[list[dict[str, Any]]]:
     from transformers import AttentionInterface
 
     calls: list[dict[str, Any]] = []
-    function: Callable[..., Any] = AttentionInterface._global_mapping[name]
+    function: Any = AttentionInterface._global_mapping[name]
 
     def recorded(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **rest: Any

@@ -171,7 +171,8 @@ def _rebuilt(config: Any, tokens: Tokens) -> Any:
 def _backbone() -> Any:
     from transformers import ResNetConfig
 
-    return ResNetConfig(
+    make: Any = ResNetConfig  # its checked signature leaves out what its base class takes
+    return make(
         embedding_size=16, hidden_sizes=[16, 16, 32, 32], depths=[1, 1, 1, 1], layer_type="basic",
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )  # fmt: skip

@@ -117,6 +117,7 @@ def baseline(model: Any, steps: Collection[str]) -> Base:
         noise = _noise(model, functools.partial(runs.forward, model, inputs.plain), values) if finite else float("inf")
         if noise < TOO_NOISY or level == "plain":
             break
+    assert inputs is not None  # the first level sets it or raises
     base = Base(model, default_of(model), inputs, level, {"forward": values}, {"forward": ROUNDING + SLACK * noise}, {})
     for step in steps:
         if step in ("forward", "compiled"):
@@ -170,13 +171,14 @@ def sensitivity(base: Base) -> float | None:
     default = base.default
 
     def blunt(module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, **rest: Any) -> Any:
-        function = AttentionInterface._global_mapping.get(default)
+        function: Any = AttentionInterface._global_mapping.get(default)
         if function is None:
             function = sys.modules[type(module).__module__].eager_attention_forward
         return function(module, query * 1.1, key, value, attention_mask, **rest)
 
     AttentionInterface.register(name, blunt)
-    AttentionMaskInterface.register(name, AttentionMaskInterface._global_mapping[default])
+    mask: Any = AttentionMaskInterface._global_mapping[default]
+    AttentionMaskInterface.register(name, mask)
     try:
         with _implementation(model, name):
             moved = difference(base.values["forward"], runs.forward(model, base.inputs.plain)).relative
@@ -198,13 +200,13 @@ def under(model: Any, base: Base | None, name: str, options: dict[str, Any], com
         return {"verdict": "RAISED", "why": f"check: {text_of(error)}"}
     if not report.ok:
         reasons = sorted({v.reason for v in report.verdicts if v.verdict == "refused"})
-        found = {"verdict": "refused", "why": "; ".join(reasons) or "no attention module"}
+        refused: dict[str, Any] = {"verdict": "refused", "why": "; ".join(reasons) or "no attention module"}
         if base is not None and name == "tiled_attention":
-            found["forced"] = _forced(model, base, name)
-        return found
+            refused["forced"] = _forced(model, base, name)
+        return refused
     if base is None:
         return {"verdict": "not run", "why": "no inputs"}
-    found = {"steps": {}}
+    found: dict[str, Any] = {"steps": {}}
     try:
         with hap.use(model, name, **options):
             _steps(found, base, name, compiled)

@@ -42,6 +42,7 @@ class Decision:
         mask: what the mask was recognised as; empty where it was not.
         is_causal: whether it was causal self-attention.
         kernel: name of the kernel that suits the whole call, where it is known.
+        order: when the call was made, among all calls of this process.
     """
 
     method: str
@@ -57,6 +58,7 @@ class Decision:
     mask: tuple[str, ...] = ()
     is_causal: bool = False
     kernel: str | None = None
+    order: int = field(default=0, compare=False)
 
     def of_call(self, **facts: Any) -> Decision:
         """The decision of a plan, completed by the facts of its call."""

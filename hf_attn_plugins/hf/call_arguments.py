@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_attn_plugins.core.mask import Mask, window_of
-from hf_attn_plugins.hf import compat
-from hf_attn_plugins.hf.structured_mask import Structure, structure_of
+from hf_attn_plugins.hf import families
+from hf_attn_plugins.hf.structured_mask import structure_of
 
 REFUSED = {
     "indices": "top-k sparse attention",
@@ -53,19 +53,19 @@ def refuse_unknown(name: str, module: nn.Module, kwargs: Mapping[str, Any]) -> N
         if key in REFUSED:
             raise NotImplementedError(
                 f"{name} does not support `{key}` ({REFUSED[key]}): load this model with "
-                f'attn_implementation="{compat.own_backend(module)}".'
+                f'attn_implementation="{families.own_backend(module)}".'
             )
-        if isinstance(value, Tensor) and (value.is_floating_point() or compat.names_keyword(type(module), key)):
+        if isinstance(value, Tensor) and (value.is_floating_point() or families.names_keyword(type(module), key)):
             raise NotImplementedError(
                 f"{name} does not know the tensor argument `{key}` and will not drop it: load this model with "
-                f'attn_implementation="{compat.own_backend(module)}".'
+                f'attn_implementation="{families.own_backend(module)}".'
             )
 
 
 def one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast queries and keys may arrive in float32 and values in bfloat16."""
     device = query.device.type
-    if torch.is_autocast_enabled(device):
+    if not query.is_meta and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     elif query.dtype == key.dtype == value.dtype:
         return query, key, value
@@ -86,22 +86,26 @@ def seen_by(
 
     Args:
         attention_mask: what our mask function made, a user's 4-d bool or float tensor, or None.
-        is_causal: the call's own word; the module's where it is None.
+        is_causal: the call's own word; the module's where it is None. A plan is for causal self-attention only, so
+            False makes the call exact whatever its mask.
         sliding_window: of the layer, for calls without a mask.
 
     Raises:
-        ValueError: a mask of another dtype or width, or one that contradicts `is_causal`.
+        ValueError: a mask of another dtype or width.
     """
     rows, keys = query.shape[2], key.shape[2]
     said = getattr(module, "is_causal", None) if is_causal is None else is_causal
     structure = structure_of(attention_mask)
     if structure is not None:
         if structure.shape[2:] == (rows, keys):
-            _agree(module, structure, said, is_causal is not None)
-            mask = structure.mask
+            mask, names = structure.mask, structure.recognised
             if isinstance(mask.offset, Tensor) and not torch.compiler.is_compiling():
                 mask = mask.replace(offset=int(mask.offset))
-            return Seen(mask, structure.is_causal, structure.recognised)
+            if said is not None and structure.skippable and rows > 1 and mask.causal != bool(said):
+                # `sdpa` gets no mask here and follows `is_causal`, and so do we.
+                mask, names = mask.replace(causal=bool(said)), ("causal" if said else "full",)
+            causal = mask.causal or structure.is_causal
+            return Seen(mask, causal and said is not False, names)
         # The mask was made for other lengths than the layer has. `sdpa` gets no mask where one is not needed, and a
         # tensor that broadcasts otherwise.
         widths = structure.shape[2:]
@@ -109,7 +113,7 @@ def seen_by(
             raise ValueError(
                 f"the attention mask is for {widths} (queries, keys), the layer has {(rows, keys)}: this model changes "
                 "its keys behind the mask's back; load it with "
-                f'attn_implementation="{compat.own_backend(module)}".'
+                f'attn_implementation="{families.own_backend(module)}".'
             )
         attention_mask = None if structure.skippable else structure.tensor(query.device)
     if attention_mask is not None:
@@ -119,18 +123,6 @@ def seen_by(
     window = window_of(sliding_window)
     names = ("causal",) if sliding_window is None else ("causal", f"window {sliding_window}")
     return Seen(Mask(causal=True, window=window), True, names)
-
-
-def _agree(module: nn.Module, structure: Structure, said: bool | None, by_call: bool) -> None:
-    """Raise ValueError where `sdpa` would follow `is_causal` because the mask could be left out, and they differ."""
-    if said is None or not structure.skippable or structure.shape[2] < 2 or structure.mask.causal == bool(said):
-        return
-    who = "the call's is_causal" if by_call else f"{type(module).__name__}.is_causal"
-    kind = "causal" if structure.mask.causal else "not causal"
-    raise ValueError(
-        f"{who} is {bool(said)} and the model's mask is {kind}: they must agree. Set config.is_causal={bool(said)}, "
-        "which decides both, instead of the module's attribute."
-    )
 
 
 def _checked(mask: Any, query: Tensor, keys: int) -> Tensor:
@@ -182,14 +174,22 @@ def biased(seen: Seen, extra: Tensor | None) -> Seen:
     return seen._replace(mask=seen.mask.replace(bias=bias), recognised=(*seen.recognised, "position bias"))
 
 
-def sink_of(s_aux: Tensor | None, sinks: Tensor | None, heads: int, name: str) -> Tensor | None:
-    """Learned sink logits (Hq,) in float32; None where the call has none."""
+def sink_of(s_aux: Tensor | None, sinks: Tensor | None, query: Tensor, name: str) -> Tensor | None:
+    """Learned sink logits in float32 that broadcast to (B, Hq, Q); None where the call has none.
+
+    Raises:
+        NotImplementedError: they are neither (Hq,), one per head, nor broadcast to (B, Hq, Q, 1), one per query.
+    """
     given = s_aux if s_aux is not None else sinks
     if given is None:
         return None
-    if given.shape != (heads,):
-        raise NotImplementedError(
-            f"{name} takes sink logits of shape ({heads},), one per head, got {tuple(given.shape)} as "
-            f'`{"s_aux" if s_aux is not None else "sinks"}`: load this model with attn_implementation="eager".'
-        )
-    return given.float()
+    batch, heads, rows, _ = query.shape
+    if given.shape == (heads,):
+        return given.float().view(1, -1, 1)
+    if given.ndim == 4 and all(n in (1, m) for n, m in zip(given.shape, (batch, heads, rows, 1), strict=True)):
+        return given.float().squeeze(-1)
+    raise NotImplementedError(
+        f"{name} takes sink logits of shape ({heads},), one per head, or {(batch, heads, rows, 1)}, one per query, got "
+        f"{tuple(given.shape)} as `{'s_aux' if s_aux is not None else 'sinks'}`: load this model with "
+        'attn_implementation="eager".'
+    )

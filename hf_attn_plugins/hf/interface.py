@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from hf_attn_plugins.core.decision import CallFacts, Decision
 from hf_attn_plugins.core.mask import Mask
+from hf_attn_plugins.core.options import Options
 from hf_attn_plugins.core.partial import Partial
-from hf_attn_plugins.hf import call_arguments, compat, recorder
+from hf_attn_plugins.hf import call_arguments, families, recorder
 from hf_attn_plugins.hf.planned_op import planned
 from hf_attn_plugins.plugins import EXACT, PLUGINS, Plugin, plugin
 
@@ -33,7 +34,7 @@ class Method:
     short: str
     exact: bool
     attention: Callable[..., Partial]
-    options_type: Callable[..., Any]
+    options_type: type[Options]
     decide: Callable[..., Decision]
     has_own_plan: bool
 
@@ -45,7 +46,8 @@ class Method:
 
     def options(self, config: Any) -> Any:
         """This method's options as stored in a config, defaults where it holds none."""
-        return self.options_type(**compat.stored_options(config, self.name))
+        where = f"hf_attn_plugins[{self.name!r}] in the config ({type(config).__name__})"
+        return self.options_type.of(families.stored_options(config, self.name), where)
 
     def decision(self, call: CallFacts, options: Any) -> Decision:
         """What this method does with a call; a method without a `decide` of its own is named by its short name."""
@@ -101,7 +103,7 @@ def forward(
 
     Raises:
         NotImplementedError: a keyword that would change the result and that the plugin cannot honour.
-        ValueError: a mask of another dtype or shape, or one that contradicts `is_causal`.
+        ValueError: a mask of another dtype or shape.
     """
     call_arguments.refuse_unknown(method.name, module, kwargs)
     if kwargs.get("output_attentions") and not torch.compiler.is_compiling():
@@ -112,7 +114,7 @@ def forward(
     seen = call_arguments.seen_by(module, query, key, attention_mask, is_causal, sliding_window)
     seen = call_arguments.packed(seen, query, key, cu_seq_lens_q, seq_idx)
     seen = call_arguments.biased(seen, position_bias)
-    sink = call_arguments.sink_of(s_aux, sinks, query.shape[1], method.name)
+    sink = call_arguments.sink_of(s_aux, sinks, query, method.name)
     if not seen.is_causal and not seen.recognised and not method.exact and query.shape[2] > 1:
         _say_once(
             f"{method.name}: the attention mask is a tensor, which no plan can be read from; these calls run dense. "
@@ -133,7 +135,7 @@ def forward(
         dropout=dropout,
     )
     if sink is not None:
-        out = (out * torch.sigmoid(lse - sink.view(1, -1, 1)).unsqueeze(-1)).to(out.dtype)
+        out = (out * torch.sigmoid(lse - sink).unsqueeze(-1)).to(out.dtype)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -150,8 +152,9 @@ def run(
     """The method's attention, and a word to the trace that is open on this module, if there is one."""
     config = getattr(module, "config", None)
     trace = recorder.on(module)
-    if torch.compiler.is_compiling() and chosen.has_own_plan and chosen.name in PLUGINS:
-        stored = compat.stored_options(config, chosen.name)
+    hidden = chosen.has_own_plan or torch.compiler.is_exporting()  # an exported graph may be for any length
+    if torch.compiler.is_compiling() and hidden and chosen.name in PLUGINS:
+        stored = families.stored_options(config, chosen.name)
         return planned(chosen.name, stored, query, key, value, seen.mask, recorder.tag(trace, module, seen), **numbers)
     options = chosen.options(config)
     if trace is not None:
@@ -160,6 +163,8 @@ def run(
             torch.compiler.is_compiling(),
         )  # fmt: skip
         recorder.note(trace, module, method, chosen, facts, options, seen)
+    if query.is_meta:
+        return Partial.unfilled(query, value.shape[-1])
     return chosen.attention(query, key, value, seen.mask, options=options, **numbers)
 
 

@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_attn_plugins.core.mask import Mask
-from hf_attn_plugins.hf import compat
+from hf_attn_plugins.hf import compat, families
 from hf_attn_plugins.hf.recognise import Place, Recognised, recognise, recognise_traced
 from hf_attn_plugins.hf.structured_mask import Structure, StructuredMask, TracedMask, travelling
 
 
 def mask_function(
     batch_size: int,
-    q_length: int,
-    kv_length: int,
+    q_length: int | None = None,
+    kv_length: int = 0,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Tensor] | None = None,
@@ -28,9 +28,13 @@ def mask_function(
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
     device: Any = None,
+    dtype: torch.dtype = torch.float32,
+    cache_position: Tensor | None = None,
     **rest: Any,
 ) -> StructuredMask | TracedMask:
     """The plugins' entry in Transformers' mask registry; arguments as in `transformers.masking_utils.sdpa_mask`.
+
+    All are given by keyword. Which of them describe the queries depends on the version: see `compat.query_range`.
 
     Returns:
         The mask as a structure, (batch_size, 1, q_length, kv_length); never None, which would mean several things.
@@ -40,9 +44,8 @@ def mask_function(
     """
     tracing = torch.compiler.is_compiling()
     if config is not None and not tracing:
-        compat.refuse_models_that_never_ask(type(config).__module__)
-    if isinstance(q_offset, Tensor):
-        q_offset = q_offset.clone()  # a static cache advances its own counter in place before attention runs
+        families.refuse_models_that_never_ask(type(config).__module__)
+    q_length, q_offset = compat.query_range(q_length, q_offset, cache_position, kv_length, kv_offset)
     if device is None:
         device = attention_mask.device if attention_mask is not None else torch.get_default_device()
     bidirectional = "allow_is_bidirectional_skip" in rest  # only the makers of bidirectional masks pass it
@@ -68,7 +71,8 @@ def mask_function(
         recognised=read.names,
         skippable=_skippable(read, padding, q_length, kv_length, allow_is_causal_skip, rest),
     )
-    return travelling(structure, device)
+    floats = config is not None and not tracing and families.own_backend_of(type(config).__module__) == "eager"
+    return travelling(structure, device, dtype if floats else torch.bool)
 
 
 def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int, tracing: bool) -> Tensor | None:

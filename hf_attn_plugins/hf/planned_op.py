@@ -113,7 +113,7 @@ def _call(
         beside=None if beside is None else lambda b, h, q, k: beside[b, 0, q - begin, k],
     )
     row = plugin(name)
-    chosen = row.options_type()(**json.loads(options))
+    chosen = row.options_type().of(json.loads(options), f"hf_attn_plugins[{name!r}] in the config")
     if tag:
         number, layer, names = tag.split("|")
         facts = CallFacts(query.shape[2], key.shape[2], query.shape[0], begin, mask)

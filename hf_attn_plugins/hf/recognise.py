@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_attn_plugins.core.mask import Mask, Predicate
-from hf_attn_plugins.hf import compat
+from hf_attn_plugins.hf import compat, families
 
 MaskFunction = Callable[..., Tensor]
 
@@ -63,11 +63,12 @@ def recognise(function: MaskFunction, place: Place) -> Recognised:
 
 
 def _known(function: MaskFunction, place: Place) -> Recognised | None:
-    if compat.is_causal_function(function):
+    causal, bidirectional = compat.plain_masks()
+    if function is causal:
         return Recognised(Mask(causal=True), True, ("causal",))
-    if compat.is_bidirectional_function(function):
+    if function is bidirectional:
         return Recognised(Mask(), False, ("full",))
-    read = compat.closure_of(function)
+    read = compat.mask_parts(function)
     if read is None:
         return None
     maker, cells = read
@@ -147,9 +148,10 @@ def recognise_traced(
         is_causal: whether a causal maker was called.
         local_size, skippable: as the maker passed them; a skippable mask is packed by nothing and has no blocks.
     """
-    if compat.is_causal_function(function) or compat.is_bidirectional_function(function):
-        causal = compat.is_causal_function(function)
-        return Recognised(Mask(causal=causal), causal, ("causal" if causal else "full",))
+    causal, bidirectional = compat.plain_masks()
+    if function is causal or function is bidirectional:
+        plain = function is causal
+        return Recognised(Mask(causal=plain), plain, ("causal" if plain else "full",))
     chunk, window = getattr(config, "attention_chunk_size", None), getattr(config, "sliding_window", None)
     ambiguous = local_size is not None and (local_size == chunk) == (local_size == window)
     square = place.keys == place.queries and not place.key_offset
@@ -164,7 +166,7 @@ def recognise_traced(
         return Recognised(mask, is_causal, tuple(names))
     segments = _runs(function, place, -1)
     mask, names = mask.replace(query_segments=segments, key_segments=segments), [*names, "packed"]
-    if compat.makes_blocks(type(config).__module__):
+    if families.makes_blocks(type(config).__module__):
         runs = _runs(function, place, 1)
         mask = Mask(predicate=shifted(function, place), beside=_same_segment(runs, runs, place))
         names = [names[0], "tokens that see each other both ways"]

@@ -7,6 +7,9 @@ open, and goes back to the graph without them afterwards. `OPEN` is the one glob
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,11 +20,46 @@ from hf_attn_plugins.tiled.decide import decide as decide_tiles
 
 ATTRIBUTE, COUNTER = "hf_attn_trace", "hf_attn_trace_counter"
 OPEN: dict[int, list[Decision]] = {}
+_NUMBERS, _ORDER = itertools.count(1), itertools.count()
 
 
 def on(module: nn.Module) -> int | None:
     """The number of the trace that is open on a module, None where there is none."""
     return getattr(module, ATTRIBUTE, None)
+
+
+@contextlib.contextmanager
+def opened(modules: Iterable[nn.Module]) -> Iterator[list[Decision]]:
+    """A trace open on these modules for a while; they then report to the trace that was open before, if any."""
+    number = next(_NUMBERS)
+    held: list[Any] = list(modules)
+    before = [(getattr(m, ATTRIBUTE, None), getattr(m, COUNTER, None)) for m in held]
+    for module in held:
+        setattr(module, ATTRIBUTE, number)
+        setattr(module, COUNTER, torch.zeros((), dtype=torch.long))
+    try:
+        yield OPEN.setdefault(number, [])
+    finally:
+        for module, (old_number, old_counter) in zip(held, before, strict=True):
+            if old_number is None:
+                delattr(module, ATTRIBUTE)
+                delattr(module, COUNTER)
+            else:
+                setattr(module, ATTRIBUTE, old_number)
+                setattr(module, COUNTER, old_counter)
+        del OPEN[number]
+
+
+@contextlib.contextmanager
+def watched(model: nn.Module, seen: list[tuple[nn.Module, Decision]]) -> Iterator[None]:
+    """Collect every decision of a model together with the module that made the call."""
+    with contextlib.ExitStack() as stack:
+        lists = [(module, stack.enter_context(opened([module]))) for module in model.modules()]
+        try:
+            yield
+        finally:
+            numbered = [(decision.order, module, decision) for module, made in lists for decision in made]
+            seen += [(module, decision) for _, module, decision in sorted(numbered, key=lambda item: item[0])]
 
 
 def note(trace: int, module: nn.Module, method: Any, chosen: Any, call: CallFacts, options: Any, seen: Any) -> None:
@@ -53,7 +91,7 @@ def add(
         made = made.of_call(attended=0, causal=0)
     whole = made.of_call(layer=layer, rows=call.rows, keys=call.keys, batch=call.batch, mask=names, is_causal=is_causal)
     if trace in OPEN:
-        OPEN[trace].append(whole)
+        OPEN[trace].append(whole.of_call(order=next(_ORDER)))
 
 
 def tag(trace: int | None, module: nn.Module, seen: Any) -> str:

@@ -161,7 +161,16 @@ def _unregister_if_there(plugin: Plugin) -> None:
 
 
 def register_attention() -> None:
-    """Install every plugin of the table, except those that `unregister` has taken out since."""
+    """Install every plugin of the table, except those that `unregister` has taken out since.
+
+    Raises:
+        ImportError: Transformers is older than this package supports.
+    """
+    import transformers
+
+    from hf_attn_plugins.hf.compat import refuse_old
+
+    refuse_old(transformers.__version__)  # first: older versions lack what is imported next
     for plugin in PLUGINS.values():
         if plugin.name not in _WITHDRAWN:
             install(plugin)

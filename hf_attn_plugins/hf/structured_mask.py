@@ -1,7 +1,8 @@
 """Masks as they travel through a model: a small structure that becomes a T x S tensor only where a model asks for one.
 
-`StructuredMask` is a boolean tensor of shape (B, 1, Q, K) to everyone who looks: it passes wherever Transformers asks
-whether a mask is a tensor, and code that computes with the mask gets the numbers that `sdpa` would have got. Our
+`StructuredMask` is a tensor of shape (B, 1, Q, K) to everyone who looks: it passes wherever Transformers asks whether a
+mask is a tensor, and code that computes with the mask gets what the family's own backend would have got: booleans for
+`sdpa`, floats to add for families that have `eager` only. Our
 attention function reads its structure instead. While torch.compile or torch.export trace, `TracedMask` travels, since
 a tensor subclass would end up in the graph.
 """
@@ -63,22 +64,27 @@ class Structure:
         names = ("offset", "key_padding", "query_segments", "key_segments")
         return self.replace(mask=self.mask.replace(**{name: move(getattr(self.mask, name)) for name in names}))
 
-    def tensor(self, device: torch.device) -> Tensor:
-        """The mask written out: (B, 1, Q, K) booleans, True where a query may attend."""
+    def tensor(self, device: torch.device, dtype: torch.dtype = torch.bool) -> Tensor:
+        """The mask written out, (B, 1, Q, K): True where a query may attend; as floats 0, else the lowest."""
         batch, _, queries, keys = self.shape
         start = keys - queries if self.mask.offset is None else self.mask.offset
         rows, columns = (torch.arange(n, device=device) for n in (queries, keys))
-        return self.mask.visible(rows, columns, start, batch).expand(batch, 1, queries, keys)
+        seen = self.mask.visible(rows, columns, start, batch).expand(batch, 1, queries, keys)
+        if dtype == torch.bool:
+            return seen
+        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
 class StructuredMask(Tensor):
-    """A `Structure` as a boolean tensor that is written out only when something computes with it."""
+    """A `Structure` as a tensor that is written out only when something computes with it."""
 
     structure: Structure
 
     @staticmethod
-    def __new__(cls, structure: Structure, device: torch.device | str = "cpu") -> StructuredMask:
-        made = Tensor._make_wrapper_subclass(cls, structure.shape, dtype=torch.bool, device=torch.device(device))
+    def __new__(
+        cls, structure: Structure, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bool
+    ) -> StructuredMask:
+        made = Tensor._make_wrapper_subclass(cls, structure.shape, dtype=dtype, device=torch.device(device))
         made.structure = structure
         return made
 
@@ -94,13 +100,13 @@ class StructuredMask(Tensor):
 
         def plain(x: Any) -> Any:
             if isinstance(x, StructuredMask):
-                return x.structure.tensor(x.device)
+                return x.structure.tensor(x.device, x.dtype)
             return [plain(y) for y in x] if isinstance(x, list | tuple) else x
 
         return func(*plain(args), **{name: plain(x) for name, x in (kwargs or {}).items()})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StructuredMask:
-        return StructuredMask(copy.deepcopy(self.structure, memo), self.device)
+        return StructuredMask(copy.deepcopy(self.structure, memo), self.device, self.dtype)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"StructuredMask(shape={tuple(self.shape)}, {self.structure.mask})"
@@ -116,18 +122,18 @@ def _kept(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Structure
     if not isinstance(mask, StructuredMask):
         return None
     if func in _SAME:
-        return StructuredMask(mask.structure, mask.device)
-    if func is aten._to_copy.default and kwargs.get("dtype") in (None, torch.bool):
+        return StructuredMask(mask.structure, mask.device, mask.dtype)
+    if func is aten._to_copy.default and kwargs.get("dtype") in (None, mask.dtype):
         device = kwargs.get("device") or mask.device
-        return StructuredMask(mask.structure.to(device), device)
+        return StructuredMask(mask.structure.to(device), device, mask.dtype)
     if func is aten.slice.Tensor and not kwargs:
         given = [*args[1:], *[0, None, None, 1][len(args) - 1 :]]
         dim, start, stop, step = given[0], given[1], given[2], given[3]
         first, last, _ = slice(start, stop).indices(mask.shape[dim])
         if step == 1 and (first, last) == (0, mask.shape[dim]):
-            return StructuredMask(mask.structure, mask.device)
+            return StructuredMask(mask.structure, mask.device, mask.dtype)
         if step == 1 and dim in (2, -2) and last > first:
-            return StructuredMask(mask.structure.last_rows(first, last), mask.device)
+            return StructuredMask(mask.structure.last_rows(first, last), mask.device, mask.dtype)
     return None
 
 
@@ -178,6 +184,8 @@ def structure_of(attention_mask: Any) -> Structure | None:
     return attention_mask.structure if isinstance(attention_mask, StructuredMask | TracedMask) else None
 
 
-def travelling(structure: Structure, device: torch.device | str = "cpu") -> StructuredMask | TracedMask:
+def travelling(
+    structure: Structure, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bool
+) -> StructuredMask | TracedMask:
     """A structure in the form in which it travels now."""
-    return TracedMask(structure) if torch.compiler.is_compiling() else StructuredMask(structure, device)
+    return TracedMask(structure) if torch.compiler.is_compiling() else StructuredMask(structure, device, dtype)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
 from hf_attn_plugins.core.decision import Decision
 from hf_attn_plugins.hf import recorder
-from hf_attn_plugins.hf.check import attention_modules
-
-_NUMBERS = itertools.count(1)
+from hf_attn_plugins.hf.attention_modules import attention_modules
 
 
 class Trace:
@@ -91,21 +87,5 @@ def trace(model: nn.Module) -> Iterator[Trace]:
     Yields:
         `Trace` with `calls`, `methods`, `share`, and a table as its `str`.
     """
-    number = next(_NUMBERS)
-    seen = Trace(recorder.OPEN.setdefault(number, []))
-    modules: list[Any] = list(attention_modules(model))
-    before = [(getattr(m, recorder.ATTRIBUTE, None), getattr(m, recorder.COUNTER, None)) for m in modules]
-    for module in modules:
-        setattr(module, recorder.ATTRIBUTE, number)
-        setattr(module, recorder.COUNTER, torch.zeros((), dtype=torch.long))
-    try:
-        yield seen
-    finally:
-        for module, (old_number, old_counter) in zip(modules, before, strict=True):
-            if old_number is None:
-                delattr(module, recorder.ATTRIBUTE)
-                delattr(module, recorder.COUNTER)
-            else:
-                setattr(module, recorder.ATTRIBUTE, old_number)
-                setattr(module, recorder.COUNTER, old_counter)
-        del recorder.OPEN[number]
+    with recorder.opened(attention_modules(model)) as calls:
+        yield Trace(calls)

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
 
+from hf_attn_plugins.core.atomic import replace_file
+
 PROMPT_TAIL = 600  # characters of a prompt's end that are kept; the context itself is never stored
 
 
@@ -165,12 +167,8 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> Path:
         """Replace the file `name` as a whole: a reader sees the old text or the new one, never a part."""
         self.path.mkdir(parents=True, exist_ok=True)
-        path, building = self.path / name, self.path / f".{name}.{os.getpid()}"
-        with open(building, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(building, path)
+        path = self.path / name
+        replace_file(path, lambda file: file.write_text(text, encoding="utf-8"))
         return path
 
     def samples(self) -> dict[str, Sample]:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_attn_plugins.core import interrupt
-from hf_attn_plugins.hf.compare import evaluating
 from hf_attn_plugins.hf.configure import use
+from hf_attn_plugins.hf.evaluating import evaluating
 from hf_attn_plugins.hf.load import check_length, positions
 from hf_attn_plugins.hf.trace import trace
 from hf_attn_plugins.parallel.hf.session import context_parallel

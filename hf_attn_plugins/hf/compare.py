@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from hf_attn_plugins.bench.peak_memory import PeakMemory
 from hf_attn_plugins.hf.configure import use
+from hf_attn_plugins.hf.evaluating import evaluating
 from hf_attn_plugins.hf.families import own_backend
 from hf_attn_plugins.hf.trace import trace
 from hf_attn_plugins.hf.unwrap import language_model
@@ -233,17 +233,6 @@ def logits_at(model: nn.Module, ids: Tensor, output: Any, start: int, end: int) 
             del base.forward
         else:
             base.forward = hooked  # type: ignore[method-assign]
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode for a while."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def synchronize(device: torch.device) -> None:

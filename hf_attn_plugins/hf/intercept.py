@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from hf_attn_plugins.core.compat import multihead_attention_with
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial
+from hf_attn_plugins.hf.evaluating import evaluating
 from hf_attn_plugins.kernels.attend import attend
 from hf_attn_plugins.plugins import plugin
 from hf_attn_plugins.testing import closeness
@@ -196,13 +197,8 @@ def _check(model: nn.Module, function: Function, sample: Mapping[str, Any] | Ten
             calls += 1
         return theirs
 
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), _Route(both):
-            _run(model, sample)
-    finally:
-        model.train(training)
+    with torch.no_grad(), evaluating(model), _Route(both):
+        _run(model, sample)
     return calls
 
 

@@ -6,7 +6,6 @@ the method (through `planned_op` while a graph is traced) and tells an open trac
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +17,11 @@ from hf_attn_plugins.core.decision import CallFacts, Decision
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.options import Options
 from hf_attn_plugins.core.partial import Partial
+from hf_attn_plugins.core.warn import warn_once
 from hf_attn_plugins.hf import call_arguments, families, recorder
 from hf_attn_plugins.hf.planned_op import planned
 from hf_attn_plugins.plugins import EXACT, PLUGINS, Plugin, plugin
 
-logger = logging.getLogger("hf_attn_plugins")
 TILES = "hf_attn_plugins.tiled.decide:decide"
 
 
@@ -107,7 +106,7 @@ def forward(
     """
     call_arguments.refuse_unknown(method.name, module, kwargs)
     if kwargs.get("output_attentions") and not torch.compiler.is_compiling():
-        _say_once(
+        warn_once(
             f"{method.name} never forms attention weights: output_attentions gives (). Use 'eager' to inspect them."
         )
     query, key, value = call_arguments.one_dtype(query, key, value)
@@ -116,7 +115,7 @@ def forward(
     seen = call_arguments.biased(seen, position_bias)
     sink = call_arguments.sink_of(s_aux, sinks, query, method.name)
     if not seen.is_causal and not seen.recognised and not method.exact and query.shape[2] > 1:
-        _say_once(
+        warn_once(
             f"{method.name}: the attention mask is a tensor, which no plan can be read from; these calls run dense. "
             "Pass a 2-d padding mask instead, or none."
         )
@@ -172,14 +171,3 @@ def _start(mask: Mask, query: Tensor, key: Tensor) -> int | None:
     if isinstance(mask.offset, Tensor):
         return None if torch.compiler.is_compiling() else int(mask.offset)
     return mask.start(query.shape[2], key.shape[2])
-
-
-_SAID: set[str] = set()
-
-
-def _say_once(message: str) -> None:
-    if torch.compiler.is_compiling():
-        return
-    if message not in _SAID:
-        _SAID.add(message)
-        logger.warning(message)

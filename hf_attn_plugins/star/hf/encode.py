@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_attn_plugins.hf.compat import cache_keyword
+from hf_attn_plugins.hf.evaluating import evaluating
 from hf_attn_plugins.hf.unwrap import language_model
 from hf_attn_plugins.star.hf.cache import Layers, Record, as_ids, cache_of, layers_of, record_of
 from hf_attn_plugins.star.hf.fingerprint import fingerprint
@@ -123,7 +124,8 @@ def _continue(
         _reporter(progress, record.length) as report,
         dense(model),
         frozen_rope(model, record.max_length),
-        _evaluating(model),
+        torch.no_grad(),
+        evaluating(model),
     ):
         report(encoder.done, record.length)
         while encoder.done < record.length:
@@ -215,17 +217,6 @@ class _Encoder:
         for (key, value), (new_key, new_value) in zip(self.layers, parts, strict=True):
             end = first + new_key.shape[2]
             key[:, :, first:end], value[:, :, first:end] = new_key, new_value
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
 
 
 @contextlib.contextmanager

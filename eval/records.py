@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
 
-from hf_attn_plugins.core.atomic import replace_file
+from hf_attn_plugins.core.staging import put
 
 PROMPT_TAIL = 600  # characters of a prompt's end that are kept; the context itself is never stored
 
@@ -168,7 +168,7 @@ class RunFolder:
         """Replace the file `name` as a whole: a reader sees the old text or the new one, never a part."""
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / name
-        replace_file(path, lambda file: file.write_text(text, encoding="utf-8"))
+        put(path, lambda file: file.write_text(text, encoding="utf-8"))
         return path
 
     def samples(self) -> dict[str, Sample]:

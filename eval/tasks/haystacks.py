@@ -137,7 +137,7 @@ def read(source: str, online: bool) -> Essay | Documents:
     if isinstance(found, str):
         return _essay(name, found, source)
     rows = found.get("data", ()) if isinstance(found, Mapping) else found
-    if not isinstance(rows, Sequence) or not rows or not isinstance(rows[0], Mapping):
+    if not hasattr(rows, "__getitem__") or not len(rows) or not isinstance(rows[0], Mapping):
         raise ValueError(f"--haystack {source}: neither a text nor questions over documents are in it.")
     first = rows[0]
     if "paragraphs" in first:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_attn_plugins.core.atomic import replace_file
 from hf_attn_plugins.core.files import digest
 from hf_attn_plugins.core.staging import put, sweep
 from hf_attn_plugins.hf.unwrap import language_model
@@ -68,8 +67,6 @@ class Store:
         put(self.folder / name, lambda path: save_file(tensors, path, metadata))
         entry = {"name": name, "first": first, "end": end, "sha256": digest(self.folder / name)}
         self.manifest["files"] = [*self.manifest["files"], entry]
-        replace_file(self.folder / name, lambda path: save_file(tensors, path, metadata))
-        self.manifest["files"] = [*self.manifest["files"], {"name": name, "first": first, "end": end}]
         self._write_manifest()
 
     def finish(self) -> None:
@@ -85,7 +82,6 @@ class Store:
         for path in self.folder.iterdir():
             if TOKENS.fullmatch(path.name) and path.name not in named:
                 path.unlink(missing_ok=True)
-        replace_file(self.folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def save(cache: Any, folder: str | Path, *, model: nn.Module | None = None, tokenizer: Any = None) -> None:

@@ -112,6 +112,8 @@ def _read(module: nn.Module, row: Plugin) -> tuple[str, str] | None:
         if not can_switch and attention_modules(module):
             return "refused", f"the model's code does not support switching its attention; {_use(module)}"
         return None
+    if takes_mask_for_padding(module):
+        return "refused", f"routes experts by the attention mask, read as a padding mask; {_use(module)}"
     if not is_attention(module):
         return None
     if not asks_registry(module):

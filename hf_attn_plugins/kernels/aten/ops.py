@@ -16,10 +16,20 @@ _OPS = torch.ops.aten
 def flash_cpu(
     query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    query, key, value = elements_side_by_side(query, key, value)
     # The binding in `torch` is the same operator as that in `torch.ops`, some microseconds closer.
     return torch._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale
     )
+
+
+def elements_side_by_side(*tensors: Tensor) -> list[Tensor]:
+    """The tensors with stride 1 in their last dimension, copied only where it is another.
+
+    The fused operators read a head's elements side by side whatever the stride says; `F.scaled_dot_product_attention`
+    looks at it, and calls them only where it is 1.
+    """
+    return [tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous() for tensor in tensors]
 
 
 class FlashCPU(torch.autograd.Function):
@@ -28,6 +38,7 @@ class FlashCPU(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
+        query, key, value = elements_side_by_side(query, key, value)
         out, lse = flash_cpu(query, key, value, is_causal, scale, bias)
         ctx.save_for_backward(query, key, value, out, lse, bias)
         ctx.options = (is_causal, scale)
@@ -74,6 +85,7 @@ class FlashCUDA(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
+        query, key, value = elements_side_by_side(query, key, value)
         ctx.groups = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(ctx.groups, 1) if ctx.groups > 1 else x for x in (key, value))
         ctx.half = query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0

@@ -149,7 +149,7 @@ def _parse(function: Callable[..., Tensor], q_length: int, kv_length: int, kv_of
     if maker == "remap_positions_for_packed_sequence":
         inner = _parse(cells["mask_function"], q_length, kv_length, kv_offset)
         # Inside a packed sequence positions count up by one, so distances are those of the indices.
-        return inner if inner is not None and inner.only_positions() else None
+        return inner if inner is not None and inner.has_no_tensors() else None
     return None
 
 

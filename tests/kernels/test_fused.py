@@ -216,7 +216,7 @@ def test_sizes_in_python_are_those_in_c():
     defined = {}
     for source in Path(call.__file__).parent.glob("*.[ch]"):
         defined |= dict(re.findall(r"^#define (\w+) +(\d+)", source.read_text(), re.MULTILINE))
-    names = ("STEP", "TILE", "MAX_DIM", "CHUNK", "MAX_ROWS")
+    names = ("STEP", "TILE", "MAX_DIM", "SPLIT_KEYS", "MAX_ROWS")
     assert {name: str(getattr(call, name)) for name in names} == {name: defined[name] for name in names}
     assert 16 * int(defined["VECTORS"]) == call.LANES
 
@@ -246,7 +246,7 @@ from hf_attn_plugins.kernels.choose import choose
 from hf_attn_plugins.core.mask import Mask
 query = torch.randn(1, 2, 200, 32).to(torch.bfloat16)
 out = attend(query, query, query, is_causal=True).out
-kernel = choose(query, query, query, Mask(causal=True), None, 0.0)
+kernel = choose(query, query, query, Mask(causal=True), None, 0.0).name
 print(kernel, "|", fused.unavailable(), "|", bool(out.isfinite().all()))
 """
 

@@ -74,8 +74,8 @@ class FlashCUDA(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.groups = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(ctx.groups, 1) if ctx.groups > 1 else x for x in (key, value))
+        ctx.group_size = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(ctx.group_size, 1) if ctx.group_size > 1 else x for x in (key, value))
         ctx.half = query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0
         if ctx.half:
             out, lse, *rest = _OPS._scaled_dot_product_flash_attention(
@@ -132,6 +132,6 @@ class FlashCUDA(torch.autograd.Function):
                 is_causal,
                 scale=scale,
             )
-        if ctx.groups > 1:
-            d_key, d_value = (x.unflatten(1, (-1, ctx.groups)).sum(2) for x in (d_key, d_value))
+        if ctx.group_size > 1:
+            d_key, d_value = (x.unflatten(1, (-1, ctx.group_size)).sum(2) for x in (d_key, d_value))
         return d_query[..., :width], d_key[..., :width], d_value[..., :width], None, None, None

@@ -14,8 +14,8 @@ from hf_attn_plugins.kernels.cpu_fused.build import library, unavailable
 from hf_attn_plugins.kernels.segment_labels import key_bounds, make_labels, row_bounds
 
 LANES, STEP, TILE, MAX_DIM = 64, 6, 96, 256  # as in tile.h
-CHUNK, MAX_ROWS = 512, 256  # as in decode.c
-FEW_ROWS = 32  # below, keys are held and split between threads: half of the lanes would be empty otherwise
+SPLIT_KEYS, MAX_ROWS = 512, 256  # as in decode.c
+SPLIT_ROWS = 32  # below, keys are held and split between threads: half of the lanes would be empty otherwise
 FAR = 2**40  # a window without a bound
 
 
@@ -43,10 +43,10 @@ class _Call(ctypes.Structure):
     ]
 
 
-def unsupported(
+def reason_against(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float
 ) -> str | None:
-    """None when the compiled kernels can do this call, else the reason why they cannot."""
+    """Why `cpu_fused` cannot do this call; None when it can."""
     if query.device.type != "cpu" or query.dtype != torch.bfloat16:
         return f"{query.dtype} on {query.device.type}: they are for bfloat16 on CPUs"
     if any(dim % 16 or not 16 <= dim <= MAX_DIM for dim in (query.shape[-1], value.shape[-1])):
@@ -67,11 +67,11 @@ def forward(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float)
         return out, lse
     query, key, value = (_rows(x) for x in (query, key, value))
     rows = query.shape[2] * (query.shape[1] // key.shape[1])
-    few = query.shape[2] < FEW_ROWS and rows <= MAX_ROWS
+    few = query.shape[2] < SPLIT_ROWS and rows <= MAX_ROWS
     call, _kept = _call(query, key, value, mask, scale, out=out, keys_too=few)
     call.lse = lse.data_ptr()
     if few:
-        chunks = -(-key.shape[2] // CHUNK)
+        chunks = -(-key.shape[2] // SPLIT_KEYS)
         partials = lse.new_empty(key.shape[:2].numel() * chunks * rows * (value.shape[-1] + 2))
         call.partials = partials.data_ptr()
         library().hap_decode(ctypes.byref(call))

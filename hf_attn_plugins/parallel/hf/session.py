@@ -148,7 +148,7 @@ class Session:
         found = (
             _parse(mask_function, q_length, kv_length, kv_offset) if mask_function is not None else Mask(causal=True)
         )
-        if found is None or not found.only_positions():
+        if found is None or not found.has_no_tensors():
             raise NotImplementedError(
                 f"{type(config).__name__} builds a mask that is neither causal nor a sliding window, which "
                 "context_parallel cannot cut into shards: run this model in one process."

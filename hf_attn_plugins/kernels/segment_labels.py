@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-HIDDEN = -(2**31)  # triton_tiles.HIDDEN: the label of keys that no row sees
+HIDDEN = -(2**31)  # as triton/tiles.py HIDDEN: the label of keys that no row sees
 LABEL_CHUNK = 64  # columns whose labels are summarised together
 MOST_CHUNKS = 1024  # beyond which chunks grow, so that the summary stays small
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import stat
@@ -219,6 +220,21 @@ def test_sizes_in_python_are_those_in_c():
     names = ("STEP", "TILE", "MAX_DIM", "SPLIT_KEYS", "MAX_ROWS")
     assert {name: str(getattr(call, name)) for name in names} == {name: defined[name] for name in names}
     assert 16 * int(defined["VECTORS"]) == call.LANES
+
+
+@needs_library
+def test_the_struct_has_one_size_in_python_and_in_c(monkeypatch):
+    call.checked_library.cache_clear()
+    assert call.checked_library().hf_call_size() == ctypes.sizeof(call._Call)
+
+    class Longer(call._Call):
+        _fields_ = [("more", ctypes.c_int64)]
+
+    monkeypatch.setattr(call, "_Call", Longer)
+    call.checked_library.cache_clear()
+    with pytest.raises(RuntimeError, match=r"tile\.h and call\.py differ"):
+        call.checked_library()
+    call.checked_library.cache_clear()
 
 
 REFUSED = {

@@ -16,6 +16,10 @@ _OPS = torch.ops.aten
 def flash_cpu(
     query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    """out (B, Hq, T, Dv) and lse (B, Hq, T) of one CPU operator call; `bias` is added to the scaled scores.
+
+    A causal mask is square: T == S. Without gradient; D == Dv.
+    """
     # The binding in `torch` is the same operator as that in `torch.ops`, some microseconds closer.
     return torch._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale
@@ -48,7 +52,7 @@ class FlashCPU(torch.autograd.Function):
 def _lse_as_column(
     grads: tuple[Tensor | None, ...], query: Tensor, key: Tensor, value: Tensor, out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Smuggle the lse's gradient through an operator that only takes the gradient of out.
+    """Pass the lse's gradient through an operator that only takes the gradient of out.
 
     The operators compute delta = sum(grad_out * out) and dS = P * (grad_out value^T - delta); the lse asks for
     delta - grad_lse. Extra columns that are 0 in value, 1 in grad_out and -grad_lse in out change nothing else.

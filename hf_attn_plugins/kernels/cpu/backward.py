@@ -197,7 +197,7 @@ class _FastTiles(_Tiles):
 
 
 def _split(column: Tensor, dtype: torch.dtype) -> Tensor:
-    """A float32 column as three columns of `dtype` whose sum it is, to nearly float32's digits."""
+    """Split float32 into high + middle + low parts in `dtype`; their sum restores about 24 bits."""
     high = column.to(dtype)
     middle = (column - high.to(column.dtype)).to(dtype)
     low = (column - high.to(column.dtype) - middle.to(column.dtype)).to(dtype)

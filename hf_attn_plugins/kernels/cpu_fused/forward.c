@@ -1,9 +1,9 @@
 /* softmax(scale * query key^T) value and its log-sum-exp: FlashAttention's loop (arXiv 2205.14135, algorithm 1).
  *
- * A thread holds LANES queries and loops over the keys. `row_max`, which is subtracted from the scores, need not be the
- * maximum, only within a factor LIMIT of it: bfloat16 has the exponents of float32, so large weights lose no digit. It is
- * maximum of the first keys a query sees, and moves (with everything summed so far) only when a tile's weights pass the
- * limit. */
+ * A thread holds LANES queries and loops over the keys. `row_max` is subtracted from a query's scores before exp2. It
+ * need not be the maximum, only within a factor LIMIT of it: bfloat16 has the exponents of float32, so large weights
+ * lose no digit. It starts as the maximum over the first keys that a query sees. Only when the weights of a tile pass
+ * LIMIT is it raised, and are the sums so far rescaled. */
 #include "visibility.h"
 
 #define LIMIT 0x1p60f
@@ -129,6 +129,9 @@ static void forward_block(const Call *call, Block *block, int64_t b, int64_t h, 
     for (int i = 0; i < LANES && first + i < call->num_rows; i++)
         lse[first + i] = row_sum[i] == 0 ? -INFINITY : (row_max[i] + log2f(row_sum[i])) * LN_2;
 }
+
+/* Bytes of `Call`, which call.py compares with its own. */
+int64_t hf_call_size(void) { return sizeof(Call); }
 
 /* out (bfloat16) and lse of a call. `pairs`: (batch, key heads, padded keys, dim_v) numbers of 16 bit. */
 void hap_forward(const Call *call) {

@@ -20,7 +20,10 @@ def flat(plan: list[list[Rectangle]]) -> list[int]:
     ]
 
 
-@functools.lru_cache(maxsize=32)  # every layer of a model asks for the same plan
+MOST_TABLES = 32  # tables kept on their devices: every layer of a model asks for the same plan
+
+
+@functools.lru_cache(maxsize=MOST_TABLES)
 def tables(
     pieces: tuple[int, ...], length: int, tile: int, of_keys: bool, device: torch.device
 ) -> tuple[Tensor | None, int]:

@@ -10,7 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hf_attn_plugins.core.rectangle import Rectangle
 from hf_attn_plugins.kernels.triton.tiles import BOTH_LABELS, NO_BIAS, NO_BOUND, NO_LABELS, key_range, load_bounds
+
+RECTANGLE_FIELDS: tl.constexpr = tl.constexpr(len(Rectangle._fields))
 
 
 @triton.jit
@@ -73,7 +76,7 @@ def tile_plan(plan, stride_b, stride_tile, batch, tile, HAS_PLAN: tl.constexpr):
 def load_piece(plan, index, num_held, num_walked, left, right, shift, HAS_PLAN: tl.constexpr):
     """Held begin, end, walked begin, end, left, right and shift of a piece; unbounded where it is not banded."""
     if HAS_PLAN:
-        pointer = plan + index * 6
+        pointer = plan + index * RECTANGLE_FIELDS
         banded = tl.load(pointer + 4) != 0
         return (
             tl.load(pointer),

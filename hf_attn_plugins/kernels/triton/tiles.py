@@ -3,8 +3,8 @@
 "Rows" and "columns" are the two sides of the score matrix. The forward and dQ kernels hold a tile of query rows and
 walk over keys; the dK/dV kernel holds keys and walks over query rows, with the same functions and the sides swapped.
 
-Of Triton's own jitted helpers only max and sum are used. The interpreter needs TRITON_INTERPRET=1 set before Triton is
-imported for the first time in a process: those helpers are made for the one or the other then.
+Of Triton's own jitted helpers only max and sum are used. Triton binds its jitted helpers to the
+compiler or to the interpreter at its first import: set TRITON_INTERPRET=1 before.
 """
 
 # mypy: disallow-untyped-defs=False

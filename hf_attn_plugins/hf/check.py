@@ -20,6 +20,7 @@ from hf_attn_plugins.hf.attention_modules import (
     is_attention,
     sparse_keyword,
     takes_mask,
+    takes_mask_for_padding,
 )
 from hf_attn_plugins.hf.dry_run import DryRun, dry_run
 from hf_attn_plugins.hf.unwrap import unwrapped

@@ -26,7 +26,6 @@ from hf_attn_plugins.parallel.method import Cost, Layout, Step, triangle
 from hf_attn_plugins.parallel.partition import blocks, level
 from hf_attn_plugins.parallel.star_parts import Parts, Picker, Row, alike, span, token_range
 from hf_attn_plugins.star.cost import ModelShape
-from hf_attn_plugins.star.entry import join
 from hf_attn_plugins.star.options import StarOptions
 from hf_attn_plugins.star.plan import plan_for
 
@@ -215,7 +214,7 @@ class Star(StarOptions):
             else:  # the anchor stays at its true distance
                 far = kernel(query, anchor[0], anchor[1], Mask(window=window, offset=position))
                 done.append(merge([kernel(query, key, value, causal), far]))
-        return join(done)
+        return Partial.cat(done)
 
     @staticmethod
     def _question(pick: Picker, slots: range, row: Row, parts: Parts, window: Window, kernel: Kernel) -> Partial:

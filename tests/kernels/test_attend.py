@@ -9,7 +9,7 @@ import torch
 
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.kernels import attend
-from hf_attn_plugins.kernels.aten.attend import supported
+from hf_attn_plugins.kernels.aten.attend import reason_against
 from hf_attn_plugins.kernels.choose import load
 from hf_attn_plugins.testing import assert_close_to_reference, dense_attention, sharp_inputs, visibility
 
@@ -55,7 +55,7 @@ def kernels_for(query, key, value, mask, softcap=None):
     trimmed, keys = mask.trimmed(query.shape[2], key.shape[2])
     yield "reference"
     yield "cpu_tiled"
-    if supported(query, key[:, :, keys], value[:, :, keys], trimmed, softcap, 0.0) is None:
+    if reason_against(query, key[:, :, keys], value[:, :, keys], trimmed, softcap, 0.0) is None:
         yield "aten"
 
 

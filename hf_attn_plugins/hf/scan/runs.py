@@ -151,7 +151,7 @@ def counted(name: str) -> Iterator[list[dict[str, Any]]]:
     ) -> Any:
         seen = seen_by(module, query, key, attention_mask, rest.get("is_causal"), rest.get("sliding_window"))
         mask, causal = seen.mask, seen.is_causal
-        plain = mask.causal and mask.window == (None, None) and mask.only_positions()
+        plain = mask.causal and mask.window == (None, None) and mask.has_no_tensors()
         calls.append(
             {
                 "module": type(module).__name__,

@@ -150,7 +150,7 @@ class Session:
         """Of the model's mask only the window is new here: padding and places are the step's."""
         place = Place(batch_size, q_length, kv_length, q_offset, kv_offset, False)
         found = recognise(mask_function, place).mask if mask_function is not None else Mask(causal=True)
-        if not found.only_positions():
+        if not found.has_no_tensors():
             raise NotImplementedError(
                 f"{type(config).__name__} builds a mask that is neither causal nor a sliding window, which "
                 "context_parallel cannot cut into shards: run this model in one process."

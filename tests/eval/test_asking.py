@@ -16,7 +16,8 @@ from hf_attn_plugins.eval.tasks.paths import split_paths
 import hf_attn_plugins as hap
 from hf_attn_plugins import cli
 from hf_attn_plugins.hf.compare import default_backend, overlap
-from hf_attn_plugins.hf.load import load, positions, read_text, text_tokens
+from hf_attn_plugins.hf.load import load, positions
+from hf_attn_plugins.hf.texts import read_text, text_tokens
 from tests.eval.tiny import model_folder, tokenizer
 from tests.families import build, llama
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_attn_plugins.hf.scan.shrink import FIRST_SPECIAL, IMAGE, LENGTH, PATCH
+from hf_attn_plugins.hf.scan.sizes import FIRST_SPECIAL, IMAGE, LENGTH, PATCH
 
 BATCH, TARGET = 2, 26
 HIDDEN = 9  # positions of the second row that padding hides

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hf_attn_plugins.checkpoint.config import naming
 from hf_attn_plugins.checkpoint.source import Source
 from hf_attn_plugins.checkpoint.write import Patch
 
@@ -26,8 +27,6 @@ def plan(source: Source, arguments: argparse.Namespace) -> Patch:
         ValueError: the audit refuses the model, or the patched logits break the error rule.
         FileNotFoundError: there is no such text.
     """
-    from transformers import AutoModelForCausalLM
-
     from hf_attn_plugins.checkpoint import first_layer
 
     if arguments.text is not None and not arguments.text.is_file():
@@ -37,7 +36,8 @@ def plan(source: Source, arguments: argparse.Namespace) -> Patch:
         raise ValueError(
             f"{source.folder} already has a quantization_config ({method}): it cannot take tables as well."
         )
-    original: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto").eval()
+    with naming(source.folder):
+        original = _load(source.folder)
     audit = first_layer.audit(original)
     places = audit.require()
     tables = first_layer.build(original, places)
@@ -63,15 +63,29 @@ def plan(source: Source, arguments: argparse.Namespace) -> Patch:
     )
 
 
-def _verify(original: Any, text: str | None, folder: Path) -> None:
+def _load(folder: Path) -> Any:
+    """The model with plain attention: what its config names (a plugin, a kernel of the hub) has no part in tables."""
     from transformers import AutoModelForCausalLM
 
+    # The families without "sdpa" say so when they are loaded; what else is wrong is found again with "eager".
+    for implementation in ("sdpa", "eager"):
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                folder, dtype="auto", attn_implementation=implementation, trust_remote_code=False
+            ).eval()
+        except ValueError as error:
+            if implementation == "eager" or "scaled_dot_product_attention" not in str(error):
+                raise
+    raise AssertionError  # not reached
+
+
+def _verify(original: Any, text: str | None, folder: Path) -> None:
     from hf_attn_plugins.checkpoint import loader
     from hf_attn_plugins.checkpoint.attach import ATTRIBUTE
     from hf_attn_plugins.checkpoint.verify import compare, samples
 
     loader.register()
-    patched: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    patched: Any = _load(folder)
     if getattr(patched, ATTRIBUTE, None) is None:
         raise ValueError("the tables did not attach when the patched folder was loaded.")
     for line in compare(original, patched, samples(folder, original.config.get_text_config().vocab_size, text)):

@@ -1,11 +1,9 @@
-"""What the explicit form needs to know about a model: whether it can encode by blocks, its windows, its fingerprint."""
+"""What the explicit form needs to know about a model: whether it can encode by blocks, and its windows."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,14 +11,6 @@ import torch
 from torch import Tensor, nn
 
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
-VOLATILE = (
-    "_name_or_path",
-    "transformers_version",
-    "attn_implementation",
-    "hf_attn_plugins",
-    "use_cache",
-    "architectures",
-)
 
 
 def text_config(model: nn.Module) -> Any:
@@ -163,21 +153,3 @@ def frozen_rope(model: nn.Module, length: int) -> Iterator[None]:
     finally:
         for module, kind in held:
             module.rope_type = kind
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A hash of what decides a cache's contents: config, and a sample of every parameter."""
-    config = {k: v for k, v in text_config(model).to_dict().items() if k not in VOLATILE}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        if not parameter.is_meta:  # offloaded weights are not looked at
-            flat = parameter.detach().flatten()
-            digest.update(str(flat[:: max(1, flat.numel() // 64)][:64].double().tolist()).encode())
-    return digest.hexdigest()
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """A hash of a tokenizer's vocabulary and special tokens."""
-    contents = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_tokens)]
-    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()

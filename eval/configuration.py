@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from hf_attn_plugins.hf.compat import registered_names
 from hf_attn_plugins.hf.load import DEMO, options_from, read_text
 from hf_attn_plugins.plugins import PLUGINS
 
@@ -149,9 +150,7 @@ def _attention(label: str) -> Attention:
     options = options_from([word for word in rest.split(",") if word])
     chosen = PLUGINS.get(name) or BASELINES.get(name)
     if chosen is None:
-        from transformers import AttentionInterface
-
-        known = ["eager", *AttentionInterface._global_mapping]
+        known = ["eager", *registered_names()]
         if name not in known:
             names = dict.fromkeys([*PLUGINS, *BASELINES, "eager", "sdpa"])
             raise ValueError(

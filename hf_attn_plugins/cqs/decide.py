@@ -18,6 +18,8 @@ def decide(call: CallFacts, options: CQSOptions) -> Decision:
     if call.rows < options.min_length:
         reason = f"{call.rows} tokens, below min_length {options.min_length}"
         return Decision("tiled", reason, {}, causal, causal)
+    if options.workers is not None and call.rows < options.workers:
+        return Decision("tiled", f"{call.rows} tokens, fewer than {options.workers} workers", {}, causal, causal)
     if call.mask.prefix or call.keys < call.rows:
         return Decision("tiled", "a mask with a prefix that every row sees", {}, causal, causal)
     return Decision("cqs", "", {"workers": options.workers or default_workers(call.rows)}, causal, causal)

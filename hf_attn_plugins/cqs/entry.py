@@ -33,24 +33,17 @@ def attention(
     each worker would only lengthen the graph. One device gains no speed from the division: what it gains is that each
     worker holds a part of the keys only, and can be run again by itself. A GPU holds all of them here, so it does the
     cells of all workers in one launch; `cqs.attention(..., memory_budget=...)` goes worker by worker there too.
-
-    Raises:
-        ValueError: more workers than tokens.
     """
     rows, num_keys = query.shape[2], key.shape[2]
     compiling = torch.compiler.is_compiling()
-    if compiling or rows < options.min_length or not _is_prefill(mask, rows, num_keys):
+    too_short = rows < max(options.min_length, options.workers or 1)  # a worker needs a token
+    if compiling or too_short or not _is_prefill(mask, rows, num_keys):
         return attend(
             query, key, value, mask=mask, scale=scale, softcap=softcap, dropout=dropout, kernel=options.kernel
         )
     if num_keys > rows:  # a static cache hands over its whole buffer; what lies behind the rows is not filled yet
         mask, keys = mask.replace(offset=0).trimmed(rows, num_keys)
         key, value = key[:, :, keys], value[:, :, keys]
-    if options.workers is not None and options.workers > rows:
-        raise ValueError(
-            f"workers={options.workers} for {rows} tokens: a worker needs a token; choose at most {rows} workers, or "
-            f"min_length={options.workers} to leave shorter calls undivided."
-        )
     division = _plan(rows, options.workers or default_workers(rows), options.interest_set)
     return by_plan(
         query,

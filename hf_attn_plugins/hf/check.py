@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from hf_attn_plugins.core.decision import Decision
-from hf_attn_plugins.hf import families
+from hf_attn_plugins.hf import compat, families
 from hf_attn_plugins.hf.attention_modules import (
     asks_registry,
     attention_modules,
@@ -107,9 +107,9 @@ def check(model: nn.Module, name: str, length: int | None = None) -> CheckReport
 
 def _read(module: nn.Module, row: Plugin) -> tuple[str, str] | None:
     """The verdict that a module's source allows; None for what is no attention."""
-    can_set = getattr(type(module), "_can_set_attn_implementation", None)
-    if can_set is not None:  # a PreTrainedModel
-        if not can_set() and attention_modules(module):
+    can_switch = compat.can_switch_attention(module)
+    if can_switch is not None:  # a PreTrainedModel
+        if not can_switch and attention_modules(module):
             return "refused", f"the model's code does not support switching its attention; {_use(module)}"
         return None
     if not is_attention(module):

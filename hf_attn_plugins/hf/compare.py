@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hf_attn_plugins.bench.peak_memory import PeakMemory
 from hf_attn_plugins.hf.configure import use
 from hf_attn_plugins.hf.evaluating import evaluating
+from hf_attn_plugins.hf.families import own_backend
 from hf_attn_plugins.hf.trace import trace
 from hf_attn_plugins.hf.unwrap import language_model
 from hf_attn_plugins.plugins import PLUGINS
@@ -108,7 +109,7 @@ def compare(
     if repeats < 1:
         raise ValueError(f"repeats={repeats}: at least 1 is needed.")
     progress, model = progress or (lambda *_: None), language_model(model)
-    baseline, base = baseline or default_backend(model), backbone(model)
+    baseline, base = baseline or own_backend(model), backbone(model)
     sides = [(baseline, {}), (name, options)]
     seconds: list[list[float]] = [[], []]
     peaks: list[int | None] = [None, None]
@@ -201,11 +202,6 @@ class _Statistics:
 def overlap(one: Sequence[float], other: Sequence[float]) -> bool:
     """Whether two samples of timings cannot be told apart: their ranges overlap, or one has a single value."""
     return min(len(one), len(other)) < 2 or max(min(one), min(other)) <= min(max(one), max(other))
-
-
-def default_backend(model: nn.Module) -> str:
-    """What Transformers runs a model of this class with when nothing is named: "sdpa" where it can, else "eager"."""
-    return "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
 
 
 def backbone(model: nn.Module) -> nn.Module:

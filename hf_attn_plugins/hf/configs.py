@@ -6,13 +6,15 @@ from typing import Any
 
 from torch import nn
 
+from hf_attn_plugins.hf.compat import has_implementation
+
 
 def configs_of(model: nn.Module) -> list[Any]:
     """Every distinct config in a model, sub-configs of composite models included."""
     seen: dict[int, Any] = {}
 
     def visit(config: Any) -> None:
-        if config is None or id(config) in seen or not hasattr(config, "_attn_implementation_internal"):
+        if config is None or id(config) in seen or not has_implementation(config):
             return
         seen[id(config)] = config
         for name in getattr(config, "sub_configs", {}):

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from hf_attn_plugins.hf.check import check
+from hf_attn_plugins.hf.compat import implementation_of, set_implementation
 from hf_attn_plugins.hf.configs import configs_of
 from hf_attn_plugins.hf.unwrap import language_model, unwrapped
 from hf_attn_plugins.plugins import PLUGINS, plugin
@@ -56,7 +57,7 @@ def use(model: nn.Module, name: str, **options: Any) -> Iterator[nn.Module]:
     """
     inner = language_model(model)
     configs = configs_of(inner)
-    before = [(c, c._attn_implementation_internal, copy.deepcopy(getattr(c, "hf_attn_plugins", None))) for c in configs]
+    before = [(c, implementation_of(c), copy.deepcopy(getattr(c, "hf_attn_plugins", None))) for c in configs]
     try:
         if name in PLUGINS:
             check(inner, name).raise_if_refused()
@@ -67,7 +68,7 @@ def use(model: nn.Module, name: str, **options: Any) -> Iterator[nn.Module]:
         yield model
     finally:
         for config, implementation, stored in before:
-            config._attn_implementation_internal = implementation
+            set_implementation(config, implementation)
             if stored is not None:
                 config.hf_attn_plugins = stored
             elif hasattr(config, "hf_attn_plugins"):

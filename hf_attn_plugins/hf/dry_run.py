@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_attn_plugins.core.decision import Decision
-from hf_attn_plugins.hf import recorder
+from hf_attn_plugins.hf import compat, recorder
 from hf_attn_plugins.hf.configs import configs_of
 
 TOKENS = 16  # of a run whose length was not asked for
@@ -78,14 +78,14 @@ def _about_meta(error: Exception) -> bool:
 def _named(model: nn.Module, name: str) -> Iterator[None]:
     """The model's configs with another attention name for a while, whatever check would say."""
     configs = configs_of(model)
-    before = [config._attn_implementation_internal for config in configs]
+    before = [compat.implementation_of(config) for config in configs]
     for config in configs:
-        config._attn_implementation_internal = name
+        compat.set_implementation(config, name)
     try:
         yield
     finally:
         for config, old in zip(configs, before, strict=True):
-            config._attn_implementation_internal = old
+            compat.set_implementation(config, old)
 
 
 def _inputs(model: Any, length: int) -> dict[str, Any] | None:

@@ -6,13 +6,13 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Mapping
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from hf_attn_plugins.core.compat import multihead_attention_with
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial
 from hf_attn_plugins.hf.evaluating import evaluating
@@ -78,11 +78,8 @@ def scaled_dot_product_attention(
 class _Route(TorchFunctionMode):
     def __init__(self, function: Function) -> None:
         super().__init__()
-        # nn.MultiheadAttention's own function calls SDPA by a global name, out of the mode's sight: it is run as a copy
-        # that sees another global, so that nobody else does.
-        inner = {**_MHA.__globals__, "scaled_dot_product_attention": function}
-        copy = FunctionType(_MHA.__code__, inner, _MHA.__name__, _MHA.__defaults__, _MHA.__closure__)
-        copy.__kwdefaults__ = _MHA.__kwdefaults__
+        # nn.MultiheadAttention's own function calls SDPA by a global name, out of the mode's sight.
+        copy = multihead_attention_with(function)
         self.routes: dict[Any, Any] = {_SDPA: function, _MHA: copy}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:

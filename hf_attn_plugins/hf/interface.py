@@ -45,8 +45,8 @@ class Method:
 
     def options(self, config: Any) -> Any:
         """This method's options as stored in a config, defaults where it holds none."""
-        stored, where = families.stored_options(config, self.name), f"hf_attn_plugins[{self.name!r}] in the config"
-        return self.options_type.of(stored, where)
+        where = f"hf_attn_plugins[{self.name!r}] in the config ({type(config).__name__})"
+        return self.options_type.of(families.stored_options(config, self.name), where)
 
     def decision(self, call: CallFacts, options: Any) -> Decision:
         """What this method does with a call; a method without a `decide` of its own is named by its short name."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from hf_attn_plugins.hf.compare import default_backend
+from hf_attn_plugins.hf.families import own_backend
 from hf_attn_plugins.plugins import PLUGINS
 
 DEMO = "smollm2-135m"
@@ -99,7 +99,7 @@ def load(
     except ValueError as error:
         raise _named(error, name) from error
     if getattr(model.config, "_attn_implementation", None) in PLUGINS:
-        model.set_attn_implementation(default_backend(model))
+        model.set_attn_implementation(own_backend(model))
     return (model if device_map is not None else model.to(place)).eval(), tokenizer
 
 

@@ -16,8 +16,7 @@ from hf_attn_plugins.patches import command
 from hf_attn_plugins.checkpoint.source import open_source
 from hf_attn_plugins.checkpoint.write import Patch, interrupted, patches_of, undo, write_copy, write_in_place
 from hf_attn_plugins.core.staging import exclusive, put, staging_name, sweep
-
-from .patches.families import checkpoint, fingerprint
+from tests.patches.families import checkpoint, fingerprint
 
 STEPS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.chmod", "os.truncate"}
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
@@ -252,8 +251,7 @@ def test_two_at_once_are_refused(tmp_path):
 def test_star_caches(tmp_path, complete):
     from hf_attn_plugins import star
     from hf_attn_plugins.star.hf.cache import layers_of
-
-    from .star.families import tiny, tokens
+    from tests.star.families import tiny, tokens
 
     model, ids = tiny("llama"), tokens(29)
     whole = star.encode(model, ids, block_size=8, anchor_size=4)

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from hf_attn_plugins.checkpoint.source import open_source
 from hf_attn_plugins.checkpoint.write import patches_of, undo
 from hf_attn_plugins.cli import main
-
-from .patches.families import checkpoint, fingerprint
+from tests.patches.families import checkpoint, fingerprint
 
 OPTIONS = {
     "set-attention": ["--attn", "tiled_attention"],

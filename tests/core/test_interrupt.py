@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from .eval.tiny import model_folder
+from tests.eval.tiny import model_folder
 
 # Sends SIGINT to itself the moment a module is imported.
 AT_IMPORT = """

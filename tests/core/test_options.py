@@ -6,7 +6,10 @@ import pytest
 import torch
 
 import hf_attn_plugins as hap
-from hf_attn_plugins.core.options import MOST_TOKENS, MOST_WORKERS, CQSOptions, StarOptions, TiledOptions
+from hf_attn_plugins.core.options import MOST_TOKENS
+from hf_attn_plugins.cqs.options import MOST_WORKERS, CQSOptions
+from hf_attn_plugins.star.options import StarOptions
+from hf_attn_plugins.tiled.options import TiledOptions
 from tests.families import build
 
 IDS = torch.arange(5, 42).unsqueeze(0)

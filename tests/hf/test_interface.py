@@ -330,17 +330,3 @@ def test_long_prefill_takes_the_tiles(plugin):
         got = logits(low, ids, attention_mask=mask).float()
     real = mask.bool()
     assert (got - reference)[real].abs().max() <= 2 * (plain - reference)[real].abs().max()
-
-
-@pytest.mark.parametrize("name", hap.PLUGINS)
-@pytest.mark.parametrize("keyword", ["indices", "block_indices", "cache", "a_tensor_of_a_later_release"])
-def test_what_would_change_the_result_is_refused_and_not_dropped(name, keyword):
-    from hf_attn_plugins.hf.interface import forward
-
-    module = torch.nn.Module()
-    module.is_causal = True
-    query = torch.randn(1, 2, 5, 8)
-    out, _ = forward(name, module, query, query, query, **{keyword: None})
-    assert out.shape == (1, 5, 2, 8)
-    with pytest.raises(NotImplementedError, match=f"{name} does not .*`{keyword}`"):
-        forward(name, module, query, query, query, **{keyword: torch.zeros(1)})

@@ -261,3 +261,18 @@ def test_compare_refuses_bad_input():
         hap.compare(model, torch.ones(1, 8, dtype=torch.long), "tiled_attention", blocks=3)
     with pytest.raises(ValueError, match="head"):
         hap.compare(build("bert"), torch.ones(1, 8, dtype=torch.long), "tiled_attention")
+
+
+@pytest.mark.parametrize("name", hap.PLUGINS)
+@pytest.mark.parametrize("keyword", ["indices", "block_indices", "cache", "a_tensor_of_a_later_release"])
+def test_what_would_change_the_result_is_refused_and_not_dropped(name, keyword):
+    from hf_attn_plugins.hf.interface import attention_function
+
+    forward = attention_function(hap.PLUGINS[name])
+    module = torch.nn.Module()
+    module.is_causal = True
+    query = torch.randn(1, 2, 5, 8)
+    out, _ = forward(module, query, query, query, **{keyword: None})
+    assert out.shape == (1, 5, 2, 8)
+    with pytest.raises(NotImplementedError, match=f"{name} does not .*`{keyword}`"):
+        forward(module, query, query, query, **{keyword: torch.zeros(1)})

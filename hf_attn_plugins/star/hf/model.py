@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_attn_plugins.hf.compat import freeze_rope, is_stateful
+
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -31,7 +33,7 @@ def check_model(model: nn.Module) -> None:
     reason = None
     if getattr(config, "is_encoder_decoder", False):
         reason = "an encoder-decoder, whose context is not a prefix of its decoder"
-    elif getattr(model, "_is_stateful", False) or kinds & {"linear_attention", "mamba", "recurrent", "conv"}:
+    elif is_stateful(model) or kinds & {"linear_attention", "mamba", "recurrent", "conv"}:
         reason = "recurrent, and its states cannot be put together from blocks"
     elif kinds:
         reason = f"made of layers of kind {', '.join(sorted(kinds))}, whose reach blocks would change"
@@ -143,11 +145,7 @@ def frozen_rope(model: nn.Module, length: int) -> Iterator[None]:
             for position in (0, max(0, length - 1)):  # the first call forgets longer sequences seen before
                 device = next(module.buffers()).device
                 module(torch.zeros(1, device=device), torch.tensor([[position]], device=device), **extra)
-        held.append((module, kind))
-        still: Any = "frozen"
-        module.rope_type = (
-            {k: still if k in moving else v for k, v in kind.items()} if isinstance(kind, dict) else still
-        )
+        held.append((module, freeze_rope(module, moving)))
     try:
         yield
     finally:

@@ -214,8 +214,7 @@ class _Own:
 def _check(query: Tensor, key: Tensor, plan: RankPlan, group: Group, mask: Mask) -> None:
     if plan.num_ranks != group.size:
         raise ValueError(
-            f"the plan is for {plan.num_ranks} ranks, and the group has {group.size}: make it with "
-            f"num_ranks={group.size}."
+            f"the plan is for {plan.num_ranks} ranks, there are {group.size}: make it with num_ranks={group.size}."
         )
     begin, end = plan.shards[group.rank]
     if not query.shape[TOKENS] == key.shape[TOKENS] == end - begin:

@@ -72,7 +72,7 @@ class RankPlan:
         return self.division.num_workers
 
     def workers(self, rank: int) -> range:
-        """The workers of a rank; later ranks get the remainder, because early workers have one pair more if W is even."""
+        """The workers of a rank; later ranks get the remainder, since early workers have one pair more if W is even."""
         return range(*group_range(rank, self.num_workers, self.num_ranks))
 
     @functools.cached_property

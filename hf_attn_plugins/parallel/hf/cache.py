@@ -91,9 +91,7 @@ class ShardedCache(DynamicCache):
             RuntimeError: there is none: the cache was used outside of `context_parallel`.
         """
         if self._step is None:
-            raise RuntimeError(
-                "a ShardedCache takes new keys inside `with context_parallel(...)` only: call the model there."
-            )
+            raise RuntimeError("a ShardedCache grows inside `with context_parallel(...)` only: call the model there.")
         return self._step
 
     def begin(self, real: Tensor, layout: Layout | None) -> Step:

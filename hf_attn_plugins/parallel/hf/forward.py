@@ -172,7 +172,7 @@ class Forward:
             self._rope = None
 
     def _collect(self, hidden: Tensor, layout: Layout) -> Tensor:
-        """The hidden states (B, n, H) of the last n columns on every rank; n is `_logits_kept`, None for all columns."""
+        """The hidden states (B, n, H) of the last n columns on every rank; n is `_logits_kept`, or all if None."""
         count = self._count
         first = count - (count if self._logits_kept is None else min(self._logits_kept, count))
         reported = layout.reported.to(hidden.device)

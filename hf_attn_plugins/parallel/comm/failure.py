@@ -1,8 +1,8 @@
 """Finds the rank at fault when an exchange fails. Every rank writes a short record to the launch's key-value store.
 
 A record holds the number of exchanges that the rank completed, the exchange that it is in, the error that it ended
-with, and a counter ("beat") that a thread raises every `BEAT` seconds. The beat of a rank that hangs grows, and the rank
-has completed fewer exchanges. The beat of a rank whose process ended no longer grows.
+with, and a counter ("beat") that a thread raises every `BEAT` seconds. A rank that hangs has a
+growing beat and has completed fewer exchanges. The beat of a rank whose process ended no longer grows.
 """
 
 from __future__ import annotations

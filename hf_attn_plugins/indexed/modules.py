@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hf_attn_plugins.indexed.attention import indexed_attention
 from hf_attn_plugins.indexed.combine import Concatenate, Stack2D
 from hf_attn_plugins.indexed.direct import direct_attention
-from hf_attn_plugins.indexed.plan import Sizes, prefers_tables
+from hf_attn_plugins.indexed.plan import CallSizes, prefers_tables
 from hf_attn_plugins.indexed.tables import Projections, Tables, build_tables, sinusoids
 
 FORMS = ("auto", "tables", "direct")
@@ -52,7 +52,7 @@ class IndexedCharacterAttention(nn.Module):
         super().__init__()
         if form not in FORMS:
             raise ValueError(f"form={form!r} is unknown: choose one of {', '.join(FORMS)}.")
-        self.width, self.heads, self.head_dim = width, heads, Sizes(0, 1, 1, width, heads, head_dim).dim
+        self.width, self.heads, self.head_dim = width, heads, CallSizes(0, 1, 1, width, heads, head_dim).dim
         self.padding_index, self.form, self.frozen = padding_index, form, False
         columns = heads * self.head_dim
         self.query, self.key, self.value = (nn.Linear(width, columns, bias=False) for _ in range(3))
@@ -103,7 +103,7 @@ class IndexedCharacterAttention(nn.Module):
         needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in sources)
         frozen = self.frozen and not needs_gradient and not torch.compiler.is_compiling()
         length = len(positions) if indices.ndim != 2 else min(max(indices.shape[1], 1), len(positions))
-        sizes = Sizes(len(indices), length, len(characters), self.width, self.heads, self.head_dim)
+        sizes = CallSizes(len(indices), length, len(characters), self.width, self.heads, self.head_dim)
         if self.form == "direct" or (self.form == "auto" and not prefers_tables(sizes, frozen)):
             return direct_attention(
                 characters, positions, indices, own, of_positions, heads=self.heads, padding_index=self.padding_index

@@ -10,7 +10,7 @@ MOVE = 20
 
 
 @dataclass(frozen=True)
-class Sizes:
+class CallSizes:
     """The sizes of one call of indexed attention.
 
     Attributes:
@@ -62,7 +62,7 @@ class Cost:
         return self.projections + self.scores + self.values + MOVE * self.moves
 
 
-def direct_cost(sizes: Sizes) -> Cost:
+def direct_cost(sizes: CallSizes) -> Cost:
     """Index first: all W x L characters are projected; then W x L x L scores and one pooled row per word and head."""
     s, tokens = sizes, sizes.words * sizes.length
     return Cost(
@@ -73,7 +73,7 @@ def direct_cost(sizes: Sizes) -> Cost:
     )
 
 
-def table_cost(sizes: Sizes, frozen: bool = False) -> Cost:
+def table_cost(sizes: CallSizes, frozen: bool = False) -> Cost:
     """Project first: n + L rows are projected once (not at all if `frozen`); scores and pooled values are looked up."""
     s, tokens, build = sizes, sizes.words * sizes.length, 0 if frozen else 1
     return Cost(
@@ -86,6 +86,6 @@ def table_cost(sizes: Sizes, frozen: bool = False) -> Cost:
     )
 
 
-def prefers_tables(sizes: Sizes, frozen: bool = False) -> bool:
+def prefers_tables(sizes: CallSizes, frozen: bool = False) -> bool:
     """Whether the table form costs less. The direct form costs less for few words and for large character sets."""
     return table_cost(sizes, frozen).total < direct_cost(sizes).total

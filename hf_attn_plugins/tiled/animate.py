@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_attn_plugins.tiled.draw import FULL, INK, NOW, SKIPPED, grid, new_figure, rectangle, write
 from hf_attn_plugins.tiled.plan import TilePlan
-from hf_attn_plugins.tiled.walkthrough import Forward, Step
+from hf_attn_plugins.tiled.walkthrough import Forward, TileStep
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -111,7 +111,7 @@ class _Scene:
         if index < len(self.done.steps) and self.plan.length <= 12:
             self._write_scores(self.done.steps[index])
 
-    def _write_scores(self, step: Step) -> None:
+    def _write_scores(self, step: TileStep) -> None:
         for i, row in enumerate(step.tile.rows):
             for j, key in enumerate(step.tile.keys):
                 score = step.scores[i, j].item()
@@ -134,7 +134,7 @@ class _Scene:
             for x, text in zip(COLUMNS.values(), self._cells(row, seen, now), strict=True):
                 axes.text(x, row, text, ha="center", va="center", **style)
 
-    def _cells(self, row: int, seen: list[Step], now: bool) -> list[str]:
+    def _cells(self, row: int, seen: list[TileStep], now: bool) -> list[str]:
         if not seen:
             return [str(row), "none", "0", ""]
         step, at = seen[-1], row - seen[-1].tile.rows.start
@@ -161,7 +161,7 @@ class _Scene:
         elif seen:
             self._add_up(seen[-1], added)
 
-    def _add_up(self, step: Step, added: int) -> None:
+    def _add_up(self, step: TileStep, added: int) -> None:
         tips = self._path(step, added)
         self._arrow(torch.zeros(2), tips[0], FULL)
         for start, end in itertools.pairwise(tips):
@@ -170,7 +170,7 @@ class _Scene:
         text = f"+ {share.item():.2f} × value {step.tile.keys[added - 1]}"
         self.arrows.annotate(text, (0.97, 0.03), xycoords="axes fraction", ha="right", fontsize=11, color=NOW)
 
-    def _path(self, step: Step, added: int | None) -> list[Tensor]:
+    def _path(self, step: TileStep, added: int | None) -> list[Tensor]:
         """The last row's mean from the earlier tiles alone, then after each key of this tile, as points."""
         earlier = [s for s in self._of_last_row(len(self.done.steps)) if s.tile.key_block < step.tile.key_block]
         tip = torch.zeros(2, dtype=self.value.dtype)
@@ -181,7 +181,7 @@ class _Scene:
             tips.append(tips[-1] + _plane(self.value[key]) * (weight / step.sum_after[-1]))
         return tips
 
-    def _of_last_row(self, end: int) -> list[Step]:
+    def _of_last_row(self, end: int) -> list[TileStep]:
         return [step for step in self.done.steps[:end] if self.plan.length - 1 in step.tile.rows]
 
     def _arrow(self, start: Tensor, end: Tensor, colour: str) -> None:

@@ -35,7 +35,7 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Traffic:
+class MemoryTraffic:
     """Elements read from and written to the large, slow memory (HBM)."""
 
     read: int
@@ -150,22 +150,22 @@ class TilePlan:
         rows, keys = min(self.block_rows, self.length), min(self.block_keys, self.length)
         return 2 * (rows + keys) * self.head_dim + rows * keys + 2 * rows
 
-    def traffic(self) -> Traffic:
+    def traffic(self) -> MemoryTraffic:
         """Elements that the forward pass moves between slow and fast memory."""
         n, d = self.length, self.head_dim
         if self.order == "keys-outer":
             # K and V are read once. Each tile reads Q, O, sum and max of its rows, and writes O, sum and max.
             visits = sum(n - self.first_row_block(j) * self.block_rows for j in range(self.num_key_blocks))
             start = n * (d + 2)  # O, sum and max are first written as 0, 0 and -inf
-            return Traffic(read=2 * n * d + visits * (2 * d + 2), written=start + visits * (d + 2))
+            return MemoryTraffic(read=2 * n * d + visits * (2 * d + 2), written=start + visits * (d + 2))
         # A row block stays in fast memory, so only K and V are read again. O and the lse are written once.
         keys = sum(self.keys_of(self.last_key_block(i)).stop for i in range(self.num_row_blocks))
-        return Traffic(read=n * d + keys * 2 * d, written=n * (d + 1))
+        return MemoryTraffic(read=n * d + keys * 2 * d, written=n * (d + 1))
 
-    def plain_traffic(self) -> Traffic:
+    def plain_traffic(self) -> MemoryTraffic:
         """`traffic` of plain attention, which writes and reads the N x N scores and the N x N weights."""
         n, d = self.length, self.head_dim
-        return Traffic(read=3 * n * d + 2 * n * n, written=2 * n * n + n * d)
+        return MemoryTraffic(read=3 * n * d + 2 * n * n, written=2 * n * n + n * d)
 
 
 def floored_blocks(length: int, head_dim: int, sram: int) -> tuple[int, list[int]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_attn_plugins.tiled.plan import ORDERS, TilePlan, floored_blocks
 from hf_attn_plugins.tiled.walkthrough import (
     Forward,
-    Step,
+    TileStep,
     backward,
     forward,
     plain_attention,
@@ -98,7 +98,7 @@ def _relative(ours: Tensor, theirs: Tensor) -> float:
     return error / size if size > 1e-9 else 0.0
 
 
-def step_facts(step: Step) -> dict[str, Any]:
+def step_facts(step: TileStep) -> dict[str, Any]:
     """A step as JSON values; -inf becomes null, because JSON has no infinity."""
     tile = step.tile
     tensors = {
@@ -186,7 +186,7 @@ def steps_text(done: Forward, limit: int) -> str:
     return "\n".join(lines)
 
 
-def _step_table(step: Step) -> list[str]:
+def _step_table(step: TileStep) -> list[str]:
     head = ["row", "scores", "max", "old x", "sum", "mean of the values so far"]
     body = [
         [

@@ -14,7 +14,7 @@ from hf_attn_plugins.tiled.plan import Tile, TilePlan
 
 
 @dataclass(frozen=True)
-class Step:
+class TileStep:
     """The state of a tile's rows before and after the tile.
 
     Attributes:
@@ -44,7 +44,7 @@ class Forward:
 
     out: Tensor
     lse: Tensor
-    steps: list[Step]
+    steps: list[TileStep]
 
 
 def tile_scores(query: Tensor, key: Tensor, tile: Tile, scale: float) -> Tensor:
@@ -83,7 +83,7 @@ def algorithm_1(query: Tensor, key: Tensor, value: Tensor, plan: TilePlan, scale
         gathered = (old_sum * rescale)[:, None] * out[rows] + local_rescale[:, None] * (local @ value[keys])
         out[rows], maximum[rows], total[rows] = gathered / new_sum[:, None], new_max, new_sum
         weights = local * local_rescale[:, None]
-        steps.append(Step(tile, scores, weights, old_max, new_max, old_sum, new_sum, rescale, out[rows].clone()))
+        steps.append(TileStep(tile, scores, weights, old_max, new_max, old_sum, new_sum, rescale, out[rows].clone()))
     return Forward(out, maximum + total.log(), steps)
 
 
@@ -106,7 +106,7 @@ def flash_attention_2(query: Tensor, key: Tensor, value: Tensor, plan: TilePlan,
         gathered[rows] = rescale[:, None] * gathered[rows] + weights @ value[keys]
         maximum[rows], total[rows] = new_max, new_sum
         mean = gathered[rows] / new_sum[:, None]  # recorded for the reader; the algorithm divides once, below
-        steps.append(Step(tile, scores, weights, old_max, new_max, old_sum, new_sum, rescale, mean))
+        steps.append(TileStep(tile, scores, weights, old_max, new_max, old_sum, new_sum, rescale, mean))
     return Forward(gathered / total[:, None], maximum + total.log(), steps)
 
 

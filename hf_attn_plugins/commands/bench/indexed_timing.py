@@ -21,10 +21,10 @@ from hf_attn_plugins.indexed.attention import (
     pooled_values,
 )
 from hf_attn_plugins.indexed.direct import direct_attention, direct_scores, project_direct, project_indexed
-from hf_attn_plugins.indexed.plan import Sizes, direct_cost, table_cost
+from hf_attn_plugins.indexed.plan import CallSizes, direct_cost, table_cost
 from hf_attn_plugins.indexed.tables import Projections, build_tables, project_tables, sinusoids
 
-SEED_SIZES = Sizes(words=500, length=32, characters=64, width=512)
+SEED_SIZES = CallSizes(words=500, length=32, characters=64, width=512)
 SWEEPS = {
     "words": (1, 2, 5, 20, 100, 500, 2000),
     "characters": (16, 64, 256, 1024, 4096, 8192),
@@ -79,7 +79,7 @@ class Inputs:
     weights: Projections
 
     @classmethod
-    def draw(cls, sizes: Sizes, seed: int = 0) -> Inputs:
+    def draw(cls, sizes: CallSizes, seed: int = 0) -> Inputs:
         """float32 normal characters, sinusoids, weights as nn.Linear draws them, uniform words without padding."""
         generator = torch.Generator().manual_seed(seed)
         columns, bound = sizes.heads * sizes.dim, sizes.width**-0.5
@@ -95,7 +95,7 @@ class Inputs:
         )
 
 
-def stages(sizes: Sizes) -> Iterator[tuple[str, Callable[[], Tensor], Callable[[], Tensor]]]:
+def stages(sizes: CallSizes) -> Iterator[tuple[str, Callable[[], Tensor], Callable[[], Tensor]]]:
     """The timed stages and forms of the whole call, each as (name, direct, by tables); tables are built every time."""
     x, n = Inputs.draw(sizes), sizes.characters
     tables = build_tables(x.characters, x.positions, x.weights)
@@ -148,7 +148,7 @@ def stages(sizes: Sizes) -> Iterator[tuple[str, Callable[[], Tensor], Callable[[
 
 
 @torch.no_grad()
-def time_stages(sizes: Sizes = SEED_SIZES, repeats: int = 7) -> list[Timing]:
+def time_stages(sizes: CallSizes = SEED_SIZES, repeats: int = 7) -> list[Timing]:
     """Time every stage. Each round runs the table form five times, because it takes about a fifth of the time."""
     found = []
     for name, direct, tables in stages(sizes):
@@ -159,7 +159,7 @@ def time_stages(sizes: Sizes = SEED_SIZES, repeats: int = 7) -> list[Timing]:
 
 
 @torch.no_grad()
-def time_scaling(base: Sizes = SEED_SIZES, repeats: int = 5) -> list[dict]:
+def time_scaling(base: CallSizes = SEED_SIZES, repeats: int = 5) -> list[dict]:
     """Vary one size at a time: seconds of the direct form, of tables and of frozen tables, and the plan's ratios."""
     found = []
     for name, values in SWEEPS.items():

@@ -164,11 +164,11 @@ def notes(arguments: argparse.Namespace) -> str:
 One prompt of {arguments.length} tokens, head_dim {arguments.head_dim}, {arguments.dtype}; {cases}. `heads` are those of
 queries and of keys.
 All figures are for one layer and counted from the plans; each is the largest over the ranks. `received`, `sent`: bytes
-from and to other ranks in a prefill, forward; `all ranks`: bytes that all ranks together send. `held`: queries, keys, values
-and results on a rank at once, received ones included. `cache`: keys and values that stay. `decode`: bytes received
-per generated token. `pairs`: (query, key) pairs computed over those of dense causal attention in one process. `rows`:
-tokens through projections and MLP over the prompt's. Ring attention and Ulysses are not measured; `hf-attn plan cqs`
-has a model of their volumes.
+from and to other ranks in a prefill, forward; `all ranks`: bytes that all ranks together send. `held`: queries, keys,
+values and results on a rank at once, received ones included. `cache`: keys and values that stay. `decode`: bytes
+received per generated token. `pairs`: (query, key) pairs computed over those of dense causal attention in one process.
+`rows`: tokens through projections and MLP over the prompt's. Ring attention and Ulysses are not measured; `hf-attn plan
+cqs` has a model of their volumes.
 `as counted`: whether processes on gloo (random Llama, {arguments.layers} layers, hidden size \
 {arguments.heads * arguments.head_dim}) sent and received exactly these bytes, kept exactly this cache, computed exactly
 these pairs (as the kernels' masks show them) and rows, on every rank. `peak MiB`: measured, the largest peak of a rank

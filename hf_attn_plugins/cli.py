@@ -13,11 +13,11 @@ from hf_attn_plugins.plugins import PLUGINS
 Table = Mapping[str, "tuple[str, str] | Table"]
 
 _BENCH = {
-    "gpu": "the Triton kernels on a GPU: correctness, then speed",
-    "indexed": "indexed attention against the direct form, and on a real text",
-    "memory": "peak memory of one call over the length",
-    "parallel": "several ranks: bytes, memory and work of each method",
-    "triton": "--static: the kernels as compiled, without a GPU",
+    "gpu": "Triton kernels on a GPU: check the results, then measure speed",
+    "indexed": "speed of indexed attention against the direct form; training on a real text",
+    "memory": "peak memory of one attention call for several lengths",
+    "parallel": "bytes, memory and work per rank of each method on several ranks",
+    "triton": "registers and instructions of the compiled Triton kernels; needs no GPU",
 }
 
 HOW_TO_GO_ON = {
@@ -29,16 +29,22 @@ HOW_TO_GO_ON = {
 def commands() -> Table:
     """Every command: name -> (module, what it does), or a table of sub-commands; methods' own come from their rows."""
     rows = sorted(PLUGINS.values(), key=lambda row: row.name)
-    bench = {row.short: (row.bench, f"measure {row.name} against the default backend") for row in rows if row.bench}
+    bench = {
+        row.short: (row.bench, f"speed and memory of {row.name} against other backends") for row in rows if row.bench
+    }
     bench |= {name: (f"hf_attn_plugins.commands.bench.{name}", what) for name, what in _BENCH.items()}
     return {
-        "list": ("hf_attn_plugins.commands.list", "the attention plugins, as a table"),
+        "list": ("hf_attn_plugins.commands.list", "the table of attention plugins"),
         "check": ("hf_attn_plugins.commands.check", "what a plugin would do in every attention module of a model"),
         "compare": (
             "hf_attn_plugins.commands.compare",
             "agreement, speed and memory of a plugin against another backend",
         ),
-        "plan": {row.short: (row.command, f"the plan of {row.name}, its costs, drawn") for row in rows if row.command},
+        "plan": {
+            row.short: (row.command, f"print the plan of {row.name} and its costs, or draw it")
+            for row in rows
+            if row.command
+        },
         "bench": dict(sorted(bench.items())),
         "eval": (
             "hf_attn_plugins.eval.command",

@@ -1,1 +1,1 @@
-"""Measuring tools: timing, hardware, peak memory. They know no command and no method."""
+"""Measuring tools for the commands: timing, hardware, peak memory. They import no command and no method."""

@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 
-FLUSH_BYTES = 256 * 2**20  # more than any second-level cache of today
+FLUSH_BYTES = 256 * 2**20  # larger than the second-level cache of any GPU so far
 
 
 class Clock:
-    """Milliseconds of device work between two points; of wall time on a CPU, where only the tests use it."""
+    """Milliseconds of device work, by events. On a CPU, which only the tests use, milliseconds of wall time."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.cold = torch.empty(FLUSH_BYTES if device.type == "cuda" else 1, dtype=torch.int8, device=device)
 
     def time(self, run: Callable[[], Any]) -> Callable[[], float]:
-        """Run once on a cold cache; the result tells the milliseconds once the device has been waited for."""
+        """Run once with a cold cache. Call the returned function after `wait` to read the milliseconds."""
         self.cold.zero_()
         if self.device.type != "cuda":
             begin = time.perf_counter()
@@ -34,7 +34,7 @@ class Clock:
         return lambda: start.elapsed_time(end)
 
     def wait(self) -> None:
-        """Until the device has done everything."""
+        """Wait until the device has finished all work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -42,9 +42,19 @@ class Clock:
 def medians_ms(
     alternatives: Mapping[str, Callable[..., Any]], inputs: Sequence[Any], device: torch.device, repeats: int
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Median milliseconds of each alternative, called with the inputs in turn; and why the others could not run.
+    """Median milliseconds of each alternative, and the error of each alternative that cannot run.
 
-    Three warm-up calls each (compilation included), then `repeats` rounds in which every alternative runs once.
+    Each alternative has three warm-up calls, compilation included. Then every alternative runs once per round. The
+    rounds use the inputs in turn.
+
+    Args:
+        alternatives: name -> function of one entry of `inputs`.
+        inputs: argument lists.
+        device: where the work runs.
+        repeats: number of rounds.
+
+    Returns:
+        name -> milliseconds, and name -> error text.
     """
     clock = Clock(device)
     failed: dict[str, str] = {}
@@ -53,7 +63,7 @@ def medians_ms(
             for index in range(3):
                 run(*inputs[index % len(inputs)])
             clock.wait()
-        except Exception as error:  # a back end that refuses a shape is a result of the benchmark
+        except Exception as error:  # a backend may refuse a shape: the table then says so
             failed[name] = " ".join(f"{type(error).__name__}: {error}".split())[:160]
     results: dict[str, list[Callable[[], float]]] = {name: [] for name in alternatives if name not in failed}
     for index in range(repeats):
@@ -66,9 +76,13 @@ def medians_ms(
 
 
 def matrix_peak(device: torch.device, size: int = 8192, repeats: int = 20) -> float:
-    """TFLOP/s of a bfloat16 matrix product of this size: what "peak" means in the tables."""
+    """TFLOP/s of a (size, size) bfloat16 matrix product: the "peak" of the tables.
+
+    Raises:
+        RuntimeError: the device cannot compute the product.
+    """
     pair = [torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2)]
-    found, failed = medians_ms({"matmul": torch.matmul}, [pair], device, repeats)
+    milliseconds, failed = medians_ms({"matmul": torch.matmul}, [pair], device, repeats)
     if failed:
         raise RuntimeError(f"no matrix product on {device}: {failed['matmul']}")
-    return 2 * size**3 / found["matmul"] / 1e9
+    return 2 * size**3 / milliseconds["matmul"] / 1e9

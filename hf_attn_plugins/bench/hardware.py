@@ -1,4 +1,4 @@
-"""What a measurement was made on: every table that a command writes carries these facts."""
+"""Hardware and versions of a measurement; every table that a command writes contains them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def describe(device: torch.device | None = None) -> dict[str, Any]:
-    """Processor, threads, device and versions, JSON-ready."""
+    """Processor, threads, device and versions as JSON values."""
     on_gpu = device is not None and device.type == "cuda"
     return {
         "processor": torch.cuda.get_device_name(device) if on_gpu else processor(),
@@ -25,7 +25,7 @@ def describe(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The CPU's name, with family and model where the name alone says little."""
+    """The name of the CPU; on Linux with its family and model, if known."""
     fields: dict[str, str] = {}
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="ignore") as file:

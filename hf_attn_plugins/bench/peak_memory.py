@@ -1,4 +1,4 @@
-"""Peak memory of a stretch of code, on GPUs by the allocator and on Linux CPUs by the kernel's high-water mark."""
+"""Peak memory of a `with` block: on GPUs from PyTorch's allocator, on Linux CPUs from the kernel's high-water mark."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class PeakMemory:
-    """Context manager; afterwards `bytes` is the peak above the start, or None where the system cannot tell."""
+    """Context manager. Afterwards `bytes` is the peak above the start; None if the system does not report it."""
 
     bytes: int | None = None
 
@@ -41,7 +41,7 @@ class PeakMemory:
 
 def _reset_high_water_mark() -> bool:
     try:
-        # Memory that malloc kept from earlier work would hide what this work needs.
+        # Free memory that malloc keeps would be used first, and the peak would come out too small.
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):  # not glibc
         return False

@@ -1,4 +1,4 @@
-"""Fair timing and its tables: alternatives interleaved in one run, medians, results written with their hardware."""
+"""Timing of alternatives, interleaved in one run, as medians; tables of results with their hardware."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_attn_plugins.bench.hardware import describe
 
 
 def medians(alternatives: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each alternative, one warm-up each, then `repeats` rounds in which every one runs once."""
+    """Median seconds of each alternative: one warm-up call each, then `repeats` rounds with one call each."""
     for run in alternatives.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in alternatives}
@@ -52,7 +52,7 @@ def write_table(folder: Path, name: str, title: str, rows: Sequence[Mapping[str,
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Rows of equal keys as the lines of a Markdown table; floats get three significant digits."""
+    """The lines of a Markdown table; all rows have the same keys, floats get three significant digits."""
     heads = list(rows[0])
     cell = lambda value: f"{value:.3g}" if isinstance(value, float) else str(value)  # noqa: E731
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import logging
 
+import torch
+
 _WARNED: set[str] = set()
 
 
 def warn_once(message: str) -> None:
-    """Log `message` as a warning of logger "hf_attn_plugins", unless this process has logged the same text before."""
+    """Log `message` as a warning of logger "hf_attn_plugins", unless this process has logged the same text before.
+
+    While torch.compile traces a graph, nothing is logged: a log call would break the graph.
+    """
+    if torch.compiler.is_compiling():
+        return
     if message not in _WARNED:
         _WARNED.add(message)
         logging.getLogger("hf_attn_plugins").warning(message)

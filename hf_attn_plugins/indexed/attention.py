@@ -8,15 +8,15 @@ from torch.nn import functional as F
 
 from hf_attn_plugins.indexed.tables import Tables
 
-# Up to this many characters per position a whole row of scores is copied and then indexed; beyond, single scores are
-# looked up one by one, whose cost does not grow with the character set.
+# If n <= WHOLE_ROWS x L, whole rows of scores are copied and then indexed. For larger character sets, single scores are
+# looked up, because that cost does not grow with n.
 WHOLE_ROWS = 4
-# Words are taken in pieces whose largest intermediate has about this many elements.
+# Words are processed in pieces; the largest intermediate tensor of a piece has about this many elements.
 PIECE = 1 << 22
 
 
 def indexed_scores(tables: Tables, indices: Tensor) -> Tensor:
-    """QK^T by index, scaled: no query, key or score is computed per word.
+    """Scaled scores QK^T by table look-up: no query, key or score is computed per word.
 
     Args:
         tables: from `build_tables`.
@@ -28,13 +28,13 @@ def indexed_scores(tables: Tables, indices: Tensor) -> Tensor:
     Raises:
         ValueError: words longer than the tables' positions, or indices that are no (W, L') integers.
 
-    Source: seed ISDPA, QK^T = Index_col(Index_row(Mq Mk^T)) + Index_row(Mq Pk^T) + Index_col(Pq Mk^T) + Pq Pk^T.
+    Formula: QK^T = Index_col(Index_row(Mq Mk^T)) + Index_row(Mq Pk^T) + Index_col(Pq Mk^T) + Pq Pk^T.
     """
     indices = check_indices(indices, tables.length)
     (words, length), n = indices.shape, tables.characters
     total, heads, _ = tables.scores.shape
     if whole_rows(tables):
-        # Index_row of both meta terms and their position terms in one go, then Index_col of what is left.
+        # Index_row of the character terms and of their position terms together; then Index_col of the result.
         meta, position = tables.scores[:n], tables.scores[n : n + length]
         rows = F.embedding(indices, meta.flatten(1)).view(words, length, heads, total) + position
         columns = indices[:, None, None].expand(words, length, heads, length)
@@ -51,20 +51,20 @@ def indexed_scores(tables: Tables, indices: Tensor) -> Tensor:
 
 
 def whole_rows(tables: Tables) -> bool:
-    """Whether `indexed_scores` copies whole rows of scores."""
+    """Whether `indexed_scores` copies whole rows of scores (see `WHOLE_ROWS`)."""
     return tables.characters <= WHOLE_ROWS * tables.length
 
 
 def column_weights(scores: Tensor, real: Tensor | None = None) -> Tensor:
-    """Softmax over keys, then the mean over query positions: what each character of a word contributes.
+    """Softmax over keys, then the mean over query positions: the weight of each character of a word.
 
     Args:
         scores: (W, L, H, L), scaled.
-        real: (W, L) bool, True for real characters; padding is then neither seen nor averaged over. None keeps every
-            position, as the seed does.
+        real: (W, L) bool, True for real characters. Padding is then no key, and its row is left out of the mean. None
+            treats every position as real.
 
     Returns:
-        (W, H, L), rows that sum to 1; all 0 for a word without real characters.
+        (W, H, L), each row with sum 1; zeros for a word without real characters.
     """
     if real is None:
         return scores.softmax(-1).mean(1)
@@ -76,7 +76,7 @@ def column_weights(scores: Tensor, real: Tensor | None = None) -> Tensor:
 
 
 def pooled_values(tables: Tables, indices: Tensor, weights: Tensor) -> Tensor:
-    """sum_j weights_j V_j without V: weights are summed per character and position, then meet the small tables.
+    """sum_j weights_j V_j without building V: weights are summed per table row and multiplied with the value table.
 
     Args:
         indices: (W, L') integers in [0, n).
@@ -93,7 +93,7 @@ def pooled_values(tables: Tables, indices: Tensor, weights: Tensor) -> Tensor:
 
 
 def indexed_values(tables: Tables, indices: Tensor) -> Tensor:
-    """V = Index_row(Meta^V) + Pos^V, built: (W, H, L', dim); what `pooled_values` does without."""
+    """V = Index_row(Meta^V) + Pos^V, (W, H, L', dim). `pooled_values` gives its weighted sums without building it."""
     return index_rows(tables.values.transpose(0, 1), indices, tables.characters).transpose(1, 2)
 
 
@@ -103,24 +103,25 @@ def index_rows(table: Tensor, indices: Tensor, characters: int) -> Tensor:
     meta, position = table[:characters], table[characters : characters + length]
     if words <= characters:
         return F.embedding(indices, meta.flatten(1)).view(words, length, *meta.shape[1:]) + position
-    # The result is by far the largest tensor: one table of all (position, character) sums writes it once, not twice.
+    # The result is by far the largest tensor. A table of all (position, character) sums lets one look-up write it once;
+    # adding the positions afterwards would write it a second time.
     sums = (position.unsqueeze(1) + meta).flatten(0, 1)
     places = indices + torch.arange(length, device=indices.device) * characters
     return F.embedding(places, sums.flatten(1)).view(words, length, *meta.shape[1:])
 
 
 def indexed_attention(tables: Tables, indices: Tensor, *, padding_index: int | None = None) -> Tensor:
-    """ISDPA whole: each word's characters attend to each other, and their mean over positions is the word's vector.
+    """ISDPA: the characters of each word attend to each other; the mean over positions is the word's vector.
 
     Args:
         tables: from `build_tables`.
         indices: (W, L') integers in [0, n).
-        padding_index: the character that pads; it is neither attended to nor averaged over. None treats it as any other
-            character, as the seed does.
+        padding_index: the padding character. It is no key and is left out of the mean. None treats it as any other
+            character.
 
     Returns:
-        (W, H, dim) in `tables.dtype`, 0 for words of padding alone. Words are taken in pieces, so that the memory
-        beside it does not grow with W unless gradients are kept.
+        (W, H, dim) in `tables.dtype`; zeros for a word of padding only. Words are processed in pieces, so that without
+        gradients the additional memory does not grow with W.
     """
     indices = check_indices(indices, tables.length)
     heads, length = tables.scores.shape[1], indices.shape[1]

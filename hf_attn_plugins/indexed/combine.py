@@ -1,4 +1,4 @@
-"""How the heads of a word become its vector: concatenation, or the seed's 2-D stack."""
+"""Two ways to combine the heads of a word into one vector: concatenation, or a 2-D stack."""
 
 from __future__ import annotations
 
@@ -21,10 +21,8 @@ class Concatenate(nn.Module):
 class Stack2D(nn.Module):
     """Tanh(Tanh(Stack(head_1, ..., head_H) W^H) W^O) over the head axis: (W, H, dim) -> (W, dim * outputs).
 
-    Its weights mix heads only, column by column: H * hidden + hidden * outputs of them, against H * dim * width of the
-    concatenation (some 16 thousand times fewer at the seed's 32 heads of 512).
-
-    Source: the seed, "2-D stack for multi-head attentions".
+    Its weights mix heads only, for each column alike. It has H * hidden + hidden * outputs weights, and concatenation
+    has H * dim * width. Example: H = 32, dim = width = 512, hidden = 16, outputs = 1: 528 weights against 8,388,608.
     """
 
     def __init__(self, heads: int, hidden: int = 16, outputs: int = 1) -> None:

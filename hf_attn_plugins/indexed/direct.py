@@ -1,4 +1,4 @@
-"""The direct form: characters are looked up first, then every one of them is projected; what the tables replace."""
+"""The direct form, without tables: every character is looked up first and projected afterwards."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def project_direct(
         query, key and value, each (W, L', H, dim).
     """
     indices = check_indices(indices, len(positions))
-    found, positions = F.embedding(indices, characters), positions[: indices.shape[1]]
+    looked_up, positions = F.embedding(indices, characters), positions[: indices.shape[1]]
     if position_weights is None:
-        found = found + positions
-        query, key, value = (F.linear(found, weight) for weight in weights)
+        looked_up = looked_up + positions
+        query, key, value = (F.linear(looked_up, weight) for weight in weights)
     else:
         query, key, value = (
-            F.linear(found, weight) + F.linear(positions, of_positions)
+            F.linear(looked_up, weight) + F.linear(positions, of_positions)
             for weight, of_positions in zip(weights, position_weights, strict=True)
         )
     return Projections(*(rows.unflatten(-1, (heads, -1)) for rows in (query, key, value)))
 
 
 def project_indexed(rows: Projections, indices: Tensor, characters: int) -> Projections:
-    """Project first, then index: the same (W, L', H, dim) from the rows of `tables.project_tables`."""
+    """Project first, then index: the result (W, L', H, dim) of `project_direct` from `tables.project_tables` rows."""
     return Projections(*(index_rows(table, indices, characters) for table in rows))
 
 
@@ -62,7 +62,20 @@ def direct_attention(
     scale: float | None = None,
     padding_index: int | None = None,
 ) -> Tensor:
-    """The seed's SDPA: (W, H, dim), equal to `attention.indexed_attention` up to rounding."""
+    """Scaled dot-product attention within each word: equal to `attention.indexed_attention` up to rounding.
+
+    Args:
+        characters: (n, d); positions: (L, d); indices: (W, L') integers in [0, n).
+        weights, position_weights, heads: as in `tables.project_tables`.
+        scale: factor of the scores; dim**-0.5 when None.
+        padding_index: as in `attention.indexed_attention`.
+
+    Returns:
+        (W, H, dim); zeros for a word of padding only.
+
+    Raises:
+        ValueError: words longer than L, or indices that are no (W, L') integers.
+    """
     query, key, value = project_direct(characters, positions, indices, weights, position_weights, heads)
     real = None if padding_index is None else indices != padding_index
     return torch.einsum("whl,wlhd->whd", column_weights(direct_scores(query, key, scale), real), value)

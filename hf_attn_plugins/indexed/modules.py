@@ -1,4 +1,4 @@
-"""Indexed attention as modules: train through the tables, freeze them for inference."""
+"""Indexed attention as modules. In training the tables are built at every call; for inference they can be frozen."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from hf_attn_plugins.indexed.attention import indexed_attention
 from hf_attn_plugins.indexed.combine import Concatenate, Stack2D
 from hf_attn_plugins.indexed.direct import direct_attention
-from hf_attn_plugins.indexed.plan import Sizes, prefers_tables
+from hf_attn_plugins.indexed.plan import CallSizes, prefers_tables
 from hf_attn_plugins.indexed.tables import Projections, Tables, build_tables, sinusoids
 
 FORMS = ("auto", "tables", "direct")
 
 
 class _Kept(NamedTuple):
-    """Frozen tables with the tensors they came from, at the versions they had."""
+    """Frozen tables, the tensors that they were built from, and the version counters of these tensors."""
 
     sources: tuple[Tensor, ...]
     versions: tuple[int, ...]
@@ -30,11 +30,10 @@ class IndexedCharacterAttention(nn.Module):
     Args:
         width: d, columns of the character and position tables.
         heads: H.
-        head_dim: columns of a head; None means d // H. The seed's heads are d wide each.
-        tie_positions: project positions with the characters' weights (the seed's proof) instead of their own (its
-            recommendation).
-        padding_index: the character that pads words and is left out; None to treat it as any other, as the seed does.
-        form: "tables", "direct", or "auto" for the one that `plan.prefers_tables` finds cheaper.
+        head_dim: columns of a head; None means d // H.
+        tie_positions: project positions with the weights of the characters; False gives positions their own weights.
+        padding_index: the padding character, which is left out; None treats it as any other character.
+        form: "tables", "direct", or "auto" for the cheaper of the two by `plan.prefers_tables`.
 
     Raises:
         ValueError: an unknown form, or a width that the heads do not divide while head_dim is None.
@@ -53,7 +52,7 @@ class IndexedCharacterAttention(nn.Module):
         super().__init__()
         if form not in FORMS:
             raise ValueError(f"form={form!r} is unknown: choose one of {', '.join(FORMS)}.")
-        self.width, self.heads, self.head_dim = width, heads, Sizes(0, 1, 1, width, heads, head_dim).dim
+        self.width, self.heads, self.head_dim = width, heads, CallSizes(0, 1, 1, width, heads, head_dim).dim
         self.padding_index, self.form, self.frozen = padding_index, form, False
         columns = heads * self.head_dim
         self.query, self.key, self.value = (nn.Linear(width, columns, bias=False) for _ in range(3))
@@ -72,16 +71,16 @@ class IndexedCharacterAttention(nn.Module):
         return own, Projections(self.position_query.weight, self.position_key.weight, self.position_value.weight)
 
     def freeze(self) -> IndexedCharacterAttention:
-        """Keep the tables between calls that need no gradient; they are rebuilt when a weight has changed.
+        """Keep the tables between calls that need no gradient. They are built again after a weight has changed.
 
-        A change is seen by the tensor's version counter or its storage: optimiser steps, `load_state_dict`, `.to()` and
-        in-place edits count; an edit through `weight.data` does not, call `freeze()` again after one.
+        The version counter or the storage of a tensor shows a change: optimizer steps, `load_state_dict`, `.to()` and
+        in-place edits are noticed. An edit through `weight.data` is not: call `freeze()` again after it.
         """
         self.frozen, self._kept = True, None
         return self
 
     def unfreeze(self) -> IndexedCharacterAttention:
-        """Build the tables anew at every call again."""
+        """Undo `freeze`: build the tables at every call."""
         self.frozen, self._kept = False, None
         return self
 
@@ -94,7 +93,7 @@ class IndexedCharacterAttention(nn.Module):
             positions: (L, d) position table.
 
         Returns:
-            (W, H, head_dim); 0 for words of padding alone.
+            (W, H, head_dim); zeros for a word of padding only.
 
         Raises:
             ValueError: words longer than L, or indices that are no integer matrix.
@@ -104,7 +103,7 @@ class IndexedCharacterAttention(nn.Module):
         needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in sources)
         frozen = self.frozen and not needs_gradient and not torch.compiler.is_compiling()
         length = len(positions) if indices.ndim != 2 else min(max(indices.shape[1], 1), len(positions))
-        sizes = Sizes(len(indices), length, len(characters), self.width, self.heads, self.head_dim)
+        sizes = CallSizes(len(indices), length, len(characters), self.width, self.heads, self.head_dim)
         if self.form == "direct" or (self.form == "auto" and not prefers_tables(sizes, frozen)):
             return direct_attention(
                 characters, positions, indices, own, of_positions, heads=self.heads, padding_index=self.padding_index
@@ -116,11 +115,11 @@ class IndexedCharacterAttention(nn.Module):
         return indexed_attention(tables, indices, padding_index=self.padding_index)
 
     def _kept_tables(self, sources: tuple[Tensor, ...], own: Projections, of_positions: Projections | None) -> Tables:
-        # Tensors made in inference mode carry no version: nothing tells whether they changed, so nothing is kept.
+        # Tensors made in inference mode have no version counter. A change would go unnoticed, so tables are not reused.
         versions = tuple(-1 if tensor.is_inference() else tensor._version for tensor in sources)
         kept = self._kept
         if kept is not None and -1 not in versions and versions == kept.versions:
-            # The kept tensors hold their storage, so that an equal address means the same storage.
+            # `kept.sources` keeps its storage alive, so that an equal address means the same storage.
             same = (a.data_ptr() == b.data_ptr() and a.dtype == b.dtype for a, b in zip(sources, kept.sources))
             if all(same):
                 return kept.tables
@@ -130,24 +129,24 @@ class IndexedCharacterAttention(nn.Module):
         return tables
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave the kept tables out of copies and pickles: they are rebuilt at the first call."""
+        """Leave the tables out of copies and pickles; they are built again at the first call."""
         return {**self.__dict__, "_kept": None}
 
     def extra_repr(self) -> str:
-        """The sizes and settings, as `print(module)` shows them."""
+        """The sizes and settings for `print(module)`."""
         padding, form, frozen = self.padding_index, self.form, self.frozen
         return f"heads={self.heads}, head_dim={self.head_dim}, padding_index={padding}, form={form!r}, frozen={frozen}"
 
 
 class WordEncoder(nn.Module):
-    """Words as character indices in, one vector a word out: embedding, positions, indexed attention, combiner.
+    """From character indices to one vector per word: embedding, positions, indexed attention, combiner.
 
     Args:
         characters: n, padding included.
         length: L, the longest word in characters.
         width: d.
         heads, head_dim, tie_positions, padding_index, form: as in `IndexedCharacterAttention`.
-        combiner: "concatenate" (vectors of `width`) or "stack" (the seed's 2-D stack, vectors of head_dim * outputs).
+        combiner: "concatenate" (vectors of `width`) or "stack" (`combine.Stack2D`, vectors of head_dim * outputs).
         hidden, outputs: the 2-D stack's sizes.
         learned_positions: train the positions instead of keeping the sinusoids.
 
@@ -190,12 +189,12 @@ class WordEncoder(nn.Module):
         return self.combiner(self.attention(indices, self.embedding.weight, self.positions))
 
     def freeze(self) -> WordEncoder:
-        """Evaluation mode with kept tables; see `IndexedCharacterAttention.freeze`."""
+        """Evaluation mode with frozen tables; see `IndexedCharacterAttention.freeze`."""
         self.eval()
         self.attention.freeze()
         return self
 
     def unfreeze(self) -> WordEncoder:
-        """Undo `freeze`, evaluation mode aside."""
+        """Undo `freeze`; the module stays in evaluation mode."""
         self.attention.unfreeze()
         return self

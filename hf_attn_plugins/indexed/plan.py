@@ -1,17 +1,17 @@
-"""What the direct and the table form of indexed attention cost, in integers: which of them a size calls for."""
+"""The costs of the direct form and of the table form of indexed attention, and which form is cheaper. Integers only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# One element read or written by an index costs about as much time as this many multiply-adds of a matrix product
+# Reading or writing one element by an index takes the time of about this many multiply-adds of a matrix product
 # (measured on CPUs with AVX-512: 0.25 ns against 95e9 multiply-adds per second).
 MOVE = 20
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """The sizes of one call.
+class CallSizes:
+    """The sizes of one call of indexed attention.
 
     Attributes:
         words: W, rows of character indices.
@@ -49,7 +49,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-adds of matrix products and elements moved by indices, per stage of one call."""
+    """The cost of one call: multiply-adds of its matrix products per stage, and elements moved by index."""
 
     projections: int
     scores: int
@@ -58,12 +58,12 @@ class Cost:
 
     @property
     def total(self) -> int:
-        """Multiply-adds, each move counted as `MOVE` of them."""
+        """Multiply-adds, with each moved element counted as `MOVE` multiply-adds."""
         return self.projections + self.scores + self.values + MOVE * self.moves
 
 
-def direct_cost(sizes: Sizes) -> Cost:
-    """Index first: every character of every word is projected, then words x L x L scores and one pooled row a word."""
+def direct_cost(sizes: CallSizes) -> Cost:
+    """Index first: all W x L characters are projected; then W x L x L scores and one pooled row per word and head."""
     s, tokens = sizes, sizes.words * sizes.length
     return Cost(
         projections=3 * tokens * s.width * s.heads * s.dim,
@@ -73,17 +73,19 @@ def direct_cost(sizes: Sizes) -> Cost:
     )
 
 
-def table_cost(sizes: Sizes, frozen: bool = False) -> Cost:
-    """Project first: n + L rows are projected once (`frozen`: not at all), scores and pooled values come by index."""
+def table_cost(sizes: CallSizes, frozen: bool = False) -> Cost:
+    """Project first: n + L rows are projected once (not at all if `frozen`); scores and pooled values are looked up."""
     s, tokens, build = sizes, sizes.words * sizes.length, 0 if frozen else 1
     return Cost(
         projections=build * 3 * s.rows * s.width * s.heads * s.dim,
         scores=build * s.rows * s.rows * s.heads * s.dim,
         values=s.words * s.heads * s.rows * s.dim,
-        moves=tokens * s.heads * min(s.rows + s.length, 6 * s.length),  # whole rows, or score by score
+        moves=tokens
+        * s.heads
+        * min(s.rows + s.length, 6 * s.length),  # copying whole rows, or looking up single scores
     )
 
 
-def prefers_tables(sizes: Sizes, frozen: bool = False) -> bool:
-    """Whether the table form is the cheaper one; the direct form wins for few words and for large character sets."""
+def prefers_tables(sizes: CallSizes, frozen: bool = False) -> bool:
+    """Whether the table form costs less. The direct form costs less for few words and for large character sets."""
     return table_cost(sizes, frozen).total < direct_cost(sizes).total

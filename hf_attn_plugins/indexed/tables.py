@@ -1,4 +1,4 @@
-"""Tables: everything attention over characters needs, computed once per character and position instead of per word."""
+"""The tables of indexed attention: scores and values, computed once per character and position, not per word."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Projections(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """The tables of one layer; rows 0 .. n-1 stand for characters, rows n .. n+L-1 for positions.
+    """The tables of one layer. Rows 0 .. n-1 belong to characters, rows n .. n+L-1 to positions.
 
     Attributes:
-        scores: (n + L, H, n + L): the scaled products of every query row with every key row, that is the four blocks
-            meta x meta, meta x position, position x meta and position x position.
+        scores: (n + L, H, n + L), the scaled product of every query row with every key row. Its four blocks are
+            character x character, character x position, position x character and position x position.
         values: (H, n + L, dim).
         characters: n.
-        dtype: that of the results; the tables themselves are at least float32.
+        dtype: of the results. The tables themselves are float32 or float64.
     """
 
     scores: Tensor
@@ -52,14 +52,13 @@ def sinusoids(length: int, width: int) -> Tensor:
 def project_tables(
     characters: Tensor, positions: Tensor, weights: Projections, position_weights: Projections | None, heads: int
 ) -> Projections:
-    """Project first: meta rows (characters times weights) over position rows (positions times their own weights).
+    """Project every table row: n rows of characters times weights, then L rows of positions times their weights.
 
     Args:
         characters: (n, d) table of the characters.
         positions: (L, d) table of the positions.
         weights: the projections of characters.
-        position_weights: those of positions; None ties them to `weights`, for which the result equals the direct form
-            (f + P) W.
+        position_weights: the projections of positions; None uses `weights`, which gives the direct form (f + P) W.
         heads: H.
 
     Returns:
@@ -94,14 +93,14 @@ def build_tables(
     heads: int = 1,
     scale: float | None = None,
 ) -> Tables:
-    """The tables from which `attention.indexed_attention` reads; differentiable in every argument.
+    """The tables that `attention.indexed_attention` reads; differentiable in every argument.
 
-    Half-precision arguments are widened first: a score is the sum of four entries, so rounding each of them would cost
-    more accuracy than the direct form loses, and the tables are small.
+    Half-precision arguments are converted to float32 first. A score is the sum of four table entries; rounding each of
+    them would lose more accuracy than the direct form does. The tables are small.
 
     Args and raises as in `project_tables`; `scale` multiplies the scores, dim**-0.5 when None.
 
-    Source: the four index terms of QK^T in ISDPA (its Algorithm 1), here as one product of stacked rows.
+    The four index terms of QK^T (see `attention.indexed_scores`) are computed as one product of stacked rows.
     """
     dtype = characters.dtype
     if dtype in (torch.float16, torch.bfloat16):

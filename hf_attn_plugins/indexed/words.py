@@ -1,4 +1,4 @@
-"""From text to words to character indices, and the misspellings a word encoder can be trained on."""
+"""Text to words, words to character indices, and misspellings to train a word encoder with."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ import torch
 from torch import Tensor
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-# With padding (0) and the unknown character (the last) this makes the seed's 64 characters.
+# 62 characters; with padding (index 0) and the unknown character (the last index) there are 64.
 ALPHABET = LETTERS + LETTERS.upper() + "0123456789"
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Characters by index: 0 pads, alphabet[i] is i + 1, any other character is len(alphabet) + 1.
+    """Character indices: 0 is padding, alphabet[i] has i + 1, every other character has len(alphabet) + 1.
+
+    Example: `Vocabulary(length=4).encode(["ab?"])` is [[1, 2, 63, 0]].
 
     Attributes:
-        length: L; longer words are cut.
+        length: L, characters per word; longer words are truncated.
         alphabet: the characters that have an index of their own.
     """
 
@@ -57,17 +59,17 @@ class Vocabulary:
 
 
 def words_of(text: str) -> list[str]:
-    """The runs of letters and digits of a text, in order."""
+    """The words of a text in order: maximal runs of letters and digits."""
     return re.findall(r"[^\W_]+", text)
 
 
 def by_frequency(words: Iterable[str]) -> list[str]:
-    """Each distinct word once, the most frequent first (ties by first appearance)."""
+    """The distinct words, the most frequent first; words of equal frequency in order of appearance."""
     return [word for word, _ in Counter(words).most_common()]
 
 
 def misspell(word: str, generator: random.Random) -> str:
-    """The word with one letter dropped, doubled, replaced, or swapped with the next; never the word itself."""
+    """The word with one letter dropped, doubled, replaced, or swapped with the next; never the same word."""
     while True:
         at, kind = generator.randrange(len(word)), generator.randrange(4)
         before, letter, after = word[:at], word[at], word[at + 1 :]

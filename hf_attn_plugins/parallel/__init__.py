@@ -1,6 +1,7 @@
 """Attention over several devices: who holds which keys, what is exchanged, and the merge across ranks.
 
-`group.Group` talks, `dealing` decides who gets what, `traffic` counts; `hap.context_parallel` puts a model on top.
+`comm.group.Group` exchanges tensors, `partition` divides tokens among ranks, `comm.traffic` counts bytes.
+`hap.context_parallel` (`hf.session`) runs a model over them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What each method costs a rank, counted from the plan it follows: bytes on the wire, bytes held, pairs, cache."""
+"""The cost of each method per rank, counted from its plan: bytes sent and received, peak bytes, pairs, cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from hf_attn_plugins.cqs.cost import CallShape
 from hf_attn_plugins.parallel.method import Cost, method_for
 
-# The exchanges of a sharded prompt's attention, by the names they are counted under.
+# Names in `Traffic` of the exchanges that attention over a sharded prompt makes.
 EXCHANGES = ("cqs groups", "cqs results", "keys and values", "merge", "anchor")
 
 
@@ -18,13 +18,22 @@ def costs(name: str, num_tokens: int, num_ranks: int, shape: CallShape, **option
 
     Args:
         name, options: as in `context_parallel`.
+        num_tokens: length of the prompt.
+        num_ranks: number of processes, at least 1.
+        shape: heads, head sizes and bytes per element of one layer.
+
+    Returns:
+        One `Cost` per rank, in the order of the ranks, for one layer.
 
     Raises:
-        ValueError: an unknown method or option, or a prompt that is too short to be cut for so many ranks.
+        ValueError: an unknown method or option, or a prompt that is too short to be divided among `num_ranks` ranks.
     """
     chosen: Any = method_for(name, **options)
     real = torch.ones(shape.batch, num_tokens, dtype=torch.bool)
     layouts = [chosen.deal(real, rank, num_ranks) for rank in range(num_ranks)]
     if any(layout is None for layout in layouts):
-        raise ValueError(f"{num_tokens} tokens are too few for {name} to be cut for {num_ranks} ranks.")
+        raise ValueError(
+            f"{num_tokens} tokens are too few for {name} to be cut for {num_ranks} ranks: take a longer prompt or "
+            "fewer ranks."
+        )
     return [chosen.cost(layout, rank, shape) for rank, layout in enumerate(layouts)]

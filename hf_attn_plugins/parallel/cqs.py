@@ -1,4 +1,4 @@
-"""`cqs_attention` on several ranks: every rank holds its tokens only, and computes its workers' pairs of groups."""
+"""`cqs_attention` on several ranks: a rank stores its own tokens and computes the group pairs of its own workers."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ from hf_attn_plugins.parallel.method import Cost, Layout, Step, local_columns
 
 @dataclass(frozen=True)
 class CQS(CQSOptions):
-    """Exact, forward and backward; hidden states, projections and MLPs are as sharded as the tokens.
+    """`cqs_attention` on several ranks: exact, forward and backward.
+
+    Hidden states, projections and MLPs are sharded like the tokens.
 
     Attributes:
-        workers: W, at least as many as ranks, or None for `cqs_plan.choose_workers`.
-        min_length: shorter prompts, and such of fewer tokens than workers, are done by every rank.
-        rounds: exchanges a layer, 1 for the fewest bytes, more to hold fewer tokens of other ranks at a time.
+        workers: W, at least the number of ranks; None lets `cqs_plan.choose_workers` choose.
+        min_length: every rank computes the whole prompt if it has fewer tokens than this, or fewer than workers.
+        rounds: exchanges per layer. 1 sends the fewest bytes; more rounds keep fewer tokens of other ranks in memory.
     """
 
     min_length: int = 1
@@ -40,6 +42,7 @@ class CQS(CQSOptions):
         self._positive("rounds")
 
     def deal(self, real: Tensor, rank: int, size: int) -> Layout | None:
+        """See `Method.deal`: one run of tokens per rank (`cqs_plan.RankPlan.shards`)."""
         tokens = real.shape[1]
         workers = self.workers or choose_workers(tokens, size)
         plan = rank_plan(tokens, size, workers, self.interest_set, True, self.rounds)
@@ -54,6 +57,7 @@ class CQS(CQSOptions):
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, window: Window, step: Step, kernel: Kernel, group: Group
     ) -> Partial:
+        """One `cqs_exchange.attention`; a window leaves out the groups that are out of reach of each other."""
         assert step.layout is not None
         plan, padding = step.layout.extra
         if window[0] is not None and window[0] < plan.num_tokens:
@@ -68,11 +72,11 @@ class CQS(CQSOptions):
         )  # fmt: skip
 
     def settle(self, config: Mapping[str, Any], group: Group) -> CQS:
-        """Itself: nothing depends on the model."""
+        """Return self: no field depends on the model."""
         return self
 
     def cost(self, layout: Layout, rank: int, shape: CallShape) -> Cost:
-        """Counted from the rank plan: groups that come in, results that go out."""
+        """Counted from the rank plan: groups received, results sent."""
         plan = layout.extra[0]
         begin, end = plan.shards[rank]
         volumes = plan.inputs(rank, shape), plan.results(rank, shape)

@@ -1,7 +1,7 @@
-"""CQS attention over ranks that hold a shard of the tokens each: groups to the workers, partial results to the owners.
+"""CQS attention over sharded tokens: owners send groups to workers, workers send partial results back to owners.
 
-Every round is two exchanges, `Gather` and `Return`, with a worker's code between them. Both are autograd functions that
-every rank's backward pass goes through, whatever the rank had to send: a rank left out would leave the others waiting.
+A round is one exchange `Gather`, the work of some workers, and one exchange `Return`. Both exchanges are autograd
+functions. Every rank runs them backward too, also a rank that had nothing to send: all ranks must enter every exchange.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hf_attn_plugins.core.partial import Partial, merge
 from hf_attn_plugins.cqs.tokens import TOKENS, Parts
 from hf_attn_plugins.cqs.worker_share import Range
 from hf_attn_plugins.cqs.workers import work
-from hf_attn_plugins.parallel.cqs_messages import Call
+from hf_attn_plugins.parallel.cqs_messages import CallPlan
 from hf_attn_plugins.parallel.cqs_plan import RankPlan
 
 if TYPE_CHECKING:
@@ -37,27 +37,28 @@ def attention(
     dropout: float = 0.0,
     kernel: str | None = None,
 ) -> Partial:
-    """Exact self-attention of sharded tokens: every rank calls it with its shard, and gets the result of its shard.
+    """Exact self-attention of sharded tokens. Every rank calls it with its shard and gets the result of its shard.
 
-    Differentiable in query, key and value, through both results; all ranks must then go backward.
+    Differentiable in query, key and value, through out and lse. If one rank runs backward, all ranks must.
 
     Args:
-        query: (B, Hq, n, D), the tokens `plan.shards[group.rank]` of all N.
+        query: (B, Hq, n, D), the tokens in `plan.shards[group.rank]` of all N.
         key, value: (B, Hkv, n, D) and (B, Hkv, n, Dv).
         plan: made by `rank_plan` for N tokens and `group.size` ranks.
-        mask: over all N x N positions, its tensors the same on every rank; `causal` as in the plan.
+        mask: over all N x N positions; its tensors are the same on every rank; `causal` equals `plan.is_causal`.
         scale, softcap, dropout, kernel: as in `kernels.attend`.
 
     Returns:
         `Partial` of the shard's rows over all N keys.
 
     Raises:
-        ValueError: a shard of another length, or a plan for other ranks or another causality.
+        ValueError: a shard of another length than planned, a plan for another number of ranks, or a causal plan with a
+            mask that is not causal.
         RankError: a rank is gone or does not answer.
     """
     mask = Mask(causal=plan.is_causal) if mask is None else mask
     _check(query, key, plan, group, mask)
-    call = Call(plan, group, query.shape, key.shape, value.shape, query.dtype)
+    call = CallPlan(plan, group, query.shape, key.shape, value.shape, query.dtype)
     own = [_Own(x, call) for x in (query, key, value)]
     total: Partial | None = None
     for index in range(plan.num_rounds):
@@ -67,31 +68,33 @@ def attention(
             held.with_parts(wanted, [parts.pop(0) for _ in call.foreign(wanted)])
             for held, wanted in zip(own, (needed.rows, needed.keys, needed.keys))
         )
-        found: dict[Range, list[Partial]] = {span: [] for span in needed.rows}
+        by_group: dict[Range, list[Partial]] = {span: [] for span in needed.rows}
         for leaf in needed.leaves:
             result = work(
                 leaf, rows, keys, values, mask=mask, scale=scale, softcap=softcap, dropout=dropout, kernel=kernel
             )
             for span, partial in zip(result.rows, result.partials, strict=True):
-                found[span].append(partial)
-        empty = value.shape[-1]
-        partials = [merge(each) if each else Partial.empty(rows.take((s,)), empty) for s, each in found.items()]
+                by_group[span].append(partial)
+        head_dim_v = value.shape[-1]
+        partials = [
+            merge(parts) if parts else Partial.empty(rows.take((span,)), head_dim_v) for span, parts in by_group.items()
+        ]
         out, lse = Return.apply(call, index, token, *(x for partial in partials for x in partial))
-        # Float32 between rounds: the running result is rounded to the model's dtype once, at the end.
+        # The running result stays in float32 between rounds and is rounded to the model's dtype once, at the end.
         total = Partial(out, lse) if total is None else merge([total, Partial(out, lse)])
     assert total is not None
     return Partial(total.out.to(query.dtype), total.lse)
 
 
 class Gather(torch.autograd.Function):
-    """Sends this rank's groups to the workers that need them; backward brings the gradients home, summed.
+    """Send this rank's groups to the ranks whose workers need them; backward sends gradients to the owners and adds up.
 
-    Returns the foreign groups (queries, keys, values), and an empty token that keeps this exchange in the graph of a
-    rank that needs nothing itself.
+    Returns the received groups (queries, then keys, then values), and an empty token. The token connects the exchange
+    to the autograd graph of a rank that receives nothing.
     """
 
     @staticmethod
-    def forward(ctx: Any, call: Call, index: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: CallPlan, index: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         ctx.call, ctx.index = call, index
         tensors, shapes, ranks = (query, key, value), (call.query, call.key, call.value), range(call.group.size)
         given = [[tensors[k][:, :, call.local(span)] for k, span in call.given(index, other)] for other in ranks]
@@ -99,11 +102,11 @@ class Gather(torch.autograd.Function):
         arrived = call.swap(
             "cqs groups", given, [[(call.shape(shapes[k], span), call.dtype) for k, span in each] for each in taken]
         )
-        found: list[list[Tensor]] = [[], [], []]
+        by_kind: list[list[Tensor]] = [[], [], []]
         for each, tensors_of_rank in zip(taken, arrived, strict=True):
             for (kind, _), tensor in zip(each, tensors_of_rank, strict=True):
-                found[kind].append(tensor)
-        return (*(x for kind in found for x in kind), query.new_empty(0))
+                by_kind[kind].append(tensor)
+        return (*(x for tensors in by_kind for x in tensors), query.new_empty(0))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -119,7 +122,7 @@ class Gather(torch.autograd.Function):
             [[grad_of[each] for each in wanted] for wanted in taken],
             [[(call.shape(shapes[k], span), call.dtype) for k, span in each] for each in given],
         )
-        # Summed in float32: a group comes back from as many ranks as worked on it.
+        # Several ranks may return gradients of one group; they are added up in float32.
         sums = [torch.zeros(shape, dtype=call.wide, device=grads[-1].device) for shape in shapes]
         for each, tensors in zip(given, arrived, strict=True):
             for (kind, span), tensor in zip(each, tensors, strict=True):
@@ -128,19 +131,21 @@ class Gather(torch.autograd.Function):
 
 
 class Return(torch.autograd.Function):
-    """Sends partial results to the owners of their rows and merges what came, this rank's own included, in float32.
+    """Send partial results to the owners of their rows; the owner merges them and its own in float32.
 
-    Takes `Gather`'s token and out, lse of every range of rows in the round; returns out and lse of the shard. Backward
-    needs no partial result of another rank: with the merged lse, L, and D = rowsum(dO * O) - dL, the weight of a
-    partial result is w = exp(lse - L), its gradients are w dO and w (dO . out - D), and so only dO, L and D travel.
+    Takes `Gather`'s token, and out and lse of every group of rows in the round. Returns out and lse of the shard.
+
+    Backward, for one partial result (out, lse) of rows with merged result O and merged lse L:
+        w = exp(lse - L),  D = rowsum(dO * O) - dL,  d out = w dO,  d lse = w (rowsum(dO * out) - D).
+    Only dO, L and D are sent, from the owner to the workers; no partial result is sent a second time.
     """
 
     @staticmethod
-    def forward(ctx: Any, call: Call, index: int, token: Tensor, *flat: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, call: CallPlan, index: int, token: Tensor, *flat: Tensor) -> tuple[Tensor, Tensor]:
         rows = call.plan.rounds[index][call.group.rank].rows
         mine = dict(zip(rows, zip(flat[::2], flat[1::2], strict=True), strict=True))
         ranks = range(call.group.size)
-        # The lse first: what has larger numbers lies where these may lie.
+        # The lse comes first: it has the larger element size, so that both lie aligned in the message.
         given = [
             [mine[span][which] for which in (1, 0) for span in call.plan.rows_moved(index, other, call.group.rank)]
             for other in ranks
@@ -157,9 +162,9 @@ class Return(torch.autograd.Function):
         out = token.new_zeros(call.out_shape(call.shard), dtype=call.wide)
         lse = out.new_full(out.shape[:-1], -torch.inf)
         for span, parts in pieces.items():
-            place = call.local(span)
+            rows_here = call.local(span)
             whole = merge([Partial(part.out.to(call.wide), part.lse) for part in parts])
-            out[:, :, place], lse[:, :, place] = whole
+            out[:, :, rows_here], lse[:, :, rows_here] = whole
         ctx.call, ctx.index = call, index
         ctx.save_for_backward(out, lse, *flat)
         return out, lse
@@ -183,10 +188,10 @@ class Return(torch.autograd.Function):
             of |= {span: tuple(tensors[i :: len(spans)]) for i, span in enumerate(spans)}
         grads: list[Tensor] = []
         for span, part_out, part_lse in zip(call.plan.rounds[index][call.group.rank].rows, flat[::2], flat[1::2]):
-            place = call.local(span)
-            whole, shift, upward = of[span] if span in of else tuple(x[:, :, place] for x in upstream)
+            rows_here = call.local(span)
+            whole, shift, upward = of[span] if span in of else tuple(x[:, :, rows_here] for x in upstream)
             upward = upward.to(call.wide)
-            # A row that saw nothing at all has an lse of -inf, and no weight anywhere.
+            # A row that sees no key has L = -inf; its weight is 0, not exp(-inf + inf) = NaN.
             weight = torch.where(whole == -torch.inf, 0, (part_lse - whole).exp())
             grads.append((weight.unsqueeze(-1) * upward).to(part_out.dtype))
             grads.append(weight * ((upward * part_out.to(upward.dtype)).sum(-1) - shift))
@@ -194,9 +199,9 @@ class Return(torch.autograd.Function):
 
 
 class _Own:
-    """A tensor's groups of this rank's shard, to which those of other ranks are added round by round."""
+    """A tensor of this rank's shard, joined in every round with the groups received from other ranks."""
 
-    def __init__(self, tensor: Tensor, call: Call) -> None:
+    def __init__(self, tensor: Tensor, call: CallPlan) -> None:
         self._tensor, self._call = tensor, call
 
     def with_parts(self, wanted: Sequence[Range], foreign: Sequence[Tensor]) -> Parts:
@@ -208,7 +213,9 @@ class _Own:
 
 def _check(query: Tensor, key: Tensor, plan: RankPlan, group: Group, mask: Mask) -> None:
     if plan.num_ranks != group.size:
-        raise ValueError(f"the plan is for {plan.num_ranks} ranks, there are {group.size}.")
+        raise ValueError(
+            f"the plan is for {plan.num_ranks} ranks, there are {group.size}: make it with num_ranks={group.size}."
+        )
     begin, end = plan.shards[group.rank]
     if not query.shape[TOKENS] == key.shape[TOKENS] == end - begin:
         raise ValueError(
@@ -222,8 +229,8 @@ def _check(query: Tensor, key: Tensor, plan: RankPlan, group: Group, mask: Mask)
 
 
 def _results(
-    call: Call, spans: Sequence[Range], firsts: Sequence[torch.dtype]
+    call: CallPlan, spans: Sequence[Range], firsts: Sequence[torch.dtype]
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of what travels of rows: one number a row for each of `firsts`, then out or its gradient."""
+    """(shape, dtype) of each tensor about rows: an element per row for each dtype in `firsts`, then out or d out."""
     numbers = [(call.out_shape(span)[:-1], dtype) for dtype in firsts for span in spans]
     return numbers + [(call.out_shape(span), call.dtype) for span in spans]

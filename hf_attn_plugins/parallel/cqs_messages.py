@@ -1,4 +1,4 @@
-"""What travels between ranks in CQS attention: which groups, of which shapes, packed into one message for each rank."""
+"""The messages between ranks in CQS attention: which groups, with which shapes, packed into one message per rank."""
 
 from __future__ import annotations
 
@@ -17,8 +17,15 @@ if TYPE_CHECKING:
     from hf_attn_plugins.parallel.comm.group import Group
 
 
-class Call(NamedTuple):
-    """What both exchanges of a call share: the plan, and the sizes of what travels."""
+class CallPlan(NamedTuple):
+    """The plan and the tensor sizes of one attention call, shared by its two exchanges.
+
+    Attributes:
+        plan: which rank owns and which rank computes what.
+        group: the ranks.
+        query, key, value: shapes (B, H, n, D) of this rank's shard; all but n are the same on every rank.
+        dtype: of query, key, value and the result.
+    """
 
     plan: RankPlan
     group: Group
@@ -29,36 +36,40 @@ class Call(NamedTuple):
 
     @property
     def shard(self) -> Range:
+        """(first, end) of the positions that this rank owns."""
         return self.plan.shards[self.group.rank]
 
     @property
     def wide(self) -> torch.dtype:
-        """What is merged and summed in: float64 for float64, else float32."""
+        """The dtype of merges and sums: float64 if `dtype` is float64, else float32."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def local(self, span: Range) -> slice:
-        """Where a group of this rank's shard lies in its tensors."""
+        """The slice of this rank's tensors that holds a group of its shard."""
         return slice(span[0] - self.shard[0], span[1] - self.shard[0])
 
     def is_own(self, span: Range) -> bool:
+        """Whether this rank owns the group."""
         return self.plan.owner(span) == self.group.rank
 
     def foreign(self, spans: Sequence[Range]) -> list[Range]:
-        """Those of other ranks, in the order of these: ranges ascend, and so do the ranks that own them."""
+        """The groups that other ranks own, in the order of `spans`. Ascending groups have ascending owners."""
         return [span for span in spans if not self.is_own(span)]
 
     def shape(self, like: torch.Size, span: Range) -> tuple[int, ...]:
+        """`like` (B, H, n, D) with the tokens of one group: (B, H, end - first, D)."""
         return (*like[:TOKENS], span[1] - span[0], like[-1])
 
     def out_shape(self, span: Range) -> tuple[int, ...]:
+        """The shape (B, Hq, end - first, Dv) of the output of one group."""
         return (*self.query[:TOKENS], span[1] - span[0], self.value[-1])
 
     def given(self, index: int, other: int) -> list[tuple[int, Range]]:
-        """What this rank gives another in a round: (0 query, 1 key, 2 value; group)."""
+        """What this rank sends to rank `other` in round `index`: (kind, group), kind 0 query, 1 key, 2 value."""
         return self._moved(index, self.group.rank, other)
 
     def taken(self, index: int, other: int) -> list[tuple[int, Range]]:
-        """What this rank gets from another in a round."""
+        """What this rank receives from rank `other` in round `index`, as in `given`."""
         return self._moved(index, other, self.group.rank)
 
     def _moved(self, index: int, owner: int, worker: int) -> list[tuple[int, Range]]:
@@ -69,7 +80,17 @@ class Call(NamedTuple):
     def swap(
         self, what: str, given: list[list[Tensor]], taken: list[list[tuple[tuple[int, ...], torch.dtype]]]
     ) -> list[list[Tensor]]:
-        """One exchange of lists of tensors, rank by rank; both sides know all shapes."""
+        """One all-to-all of lists of tensors.
+
+        Args:
+            what: name of the exchange in `Traffic`.
+            given: for each rank, the tensors to send to it.
+            taken: for each rank, the (shape, dtype) of every tensor that it sends here. The plan gives them, so that no
+                sizes are sent.
+
+        Returns:
+            for each rank, the tensors that it sent; [[]] in a group of one.
+        """
         if self.group.size == 1:
             return [[]]
         messages = [packed(tensors, self.group.device) for tensors in given]
@@ -79,11 +100,13 @@ class Call(NamedTuple):
 
 
 def packed(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The bytes of all tensors in one flat uint8 tensor; an empty one on `device` if there are none."""
     if not tensors:
         return torch.empty(0, dtype=torch.uint8, device=device)
     return torch.cat([to_bytes(x) for x in tensors])
 
 
 def unpacked(message: Tensor, expected: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[Tensor]:
+    """The inverse of `packed`, for tensors of the `expected` (shape, dtype)."""
     parts = message.split([num_bytes(*each) for each in expected])
     return [from_bytes(part, dtype, shape) for part, (shape, dtype) in zip(parts, expected, strict=True)]

@@ -1,7 +1,8 @@
-"""CQS over ranks: whose worker needs which tokens, what goes over the wire, and who computes how much. Integers only.
+"""CQS over ranks: which tokens each worker needs, which bytes are sent, and how many pairs each rank computes.
 
-The tokens lie in W groups, the workers are dealt to the ranks in runs, and a rank owns the groups of its own workers:
-one stretch of the sequence. A round is one exchange of groups, the work of some workers, and one exchange of results.
+Integers only. The tokens are divided into W groups, one per worker. Every rank gets a run of consecutive workers and
+owns their groups, which are one contiguous shard of the sequence. A round is one exchange of groups, the work of some
+workers, and one exchange of results. Example: W=4 on 2 ranks, N=8: rank 0 has workers 0, 1 and owns positions 0 .. 3.
 Source: CQS-Attention, IEEE Access 13 (2025) 35527; the exchange between ranks that hold shards is ours.
 """
 
@@ -22,9 +23,9 @@ class Round:
     """What one rank needs in one round.
 
     Attributes:
-        leaves: its workers of this round that have anything to compute.
-        rows, keys: ascending token groups, as ranges of positions, whose queries, and whose keys and values, they read.
-            Results are as many as `rows`.
+        leaves: the shares of this rank's workers in this round; workers without pairs are left out.
+        rows: the groups, as ascending ranges of positions, whose queries these workers read. Each gives one result.
+        keys: likewise the groups whose keys and values they read.
     """
 
     leaves: tuple[Leaf, ...]
@@ -42,15 +43,16 @@ class Volume:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """CQS attention over `num_ranks` ranks, each of which owns a shard of the tokens.
+    """The plan of CQS attention over `num_ranks` ranks, each of which owns one shard of the tokens.
 
     Attributes:
         division: the Scheduler's plan, of one level; W >= num_ranks.
         num_ranks: R.
-        is_causal: whether rows see only keys at or before their own position; groups that nobody then reads stay home.
-        num_rounds: exchanges a layer; 1 moves the fewest bytes, W / R holds one worker's tokens at a time.
-        reach: positions before its own that a row sees (a causal sliding window), or None for all: groups out of reach
-            of each other are left out.
+        is_causal: whether rows see only keys at or before their own position. Groups that no worker reads then are not
+            sent.
+        num_rounds: exchanges per layer. 1 sends the fewest bytes; W / R keeps the tokens of one worker at a time.
+        reach: of a causal sliding window, how many positions before its own a row sees; None for all. Pairs of groups
+            that are further apart are left out.
     """
 
     division: Plan
@@ -70,12 +72,12 @@ class RankPlan:
         return self.division.num_workers
 
     def workers(self, rank: int) -> range:
-        """The workers dealt to a rank. Later ranks get one more: in even divisions early workers have one pair more."""
+        """The workers of a rank; later ranks get the remainder, since early workers have one pair more if W is even."""
         return range(*group_range(rank, self.num_workers, self.num_ranks))
 
     @functools.cached_property
     def shards(self) -> tuple[Range, ...]:
-        """The positions every rank owns."""
+        """(first, end) of the positions that each rank owns."""
         groups = self.division.token_groups
         dealt = [self.workers(rank) for rank in range(self.num_ranks)]
         return tuple((groups[mine.start].start, groups[mine.stop - 1].stop) for mine in dealt)
@@ -86,42 +88,42 @@ class RankPlan:
 
     @functools.cached_property
     def rounds(self) -> tuple[tuple[Round, ...], ...]:
-        """What every rank needs, round by round."""
+        """rounds[index][rank]: what the rank needs in the round."""
         every = self.division.leaves()
         cut = every if self.reach is None else (leaf.within(self.reach) for leaf in every)
         leaves = {leaf.path[0]: leaf for leaf in cut}
-        found = []
+        rounds = []
         for index in range(self.num_rounds):
             each = []
             for rank in range(self.num_ranks):
                 mine = self.workers(rank)
                 part = mine[slice(*group_range(index, len(mine), self.num_rounds))]
                 each.append(_round([leaves[w] for w in part if w in leaves], self.is_causal))
-            found.append(tuple(each))
-        return tuple(found)
+            rounds.append(tuple(each))
+        return tuple(rounds)
 
     def rows_moved(self, index: int, owner: int, worker: int) -> tuple[Range, ...]:
-        """The groups whose queries rank `owner` sends to rank `worker` in a round, and whose results it gets back."""
+        """The groups whose queries rank `owner` sends to `worker` in round `index`; their results are sent back."""
         return self._moved(self.rounds[index][worker].rows, owner, worker)
 
     def keys_moved(self, index: int, owner: int, worker: int) -> tuple[Range, ...]:
-        """The groups whose keys and values rank `owner` sends to rank `worker` in a round."""
+        """The groups whose keys and values rank `owner` sends to rank `worker` in round `index`."""
         return self._moved(self.rounds[index][worker].keys, owner, worker)
 
     def _moved(self, needed: tuple[Range, ...], owner: int, worker: int) -> tuple[Range, ...]:
         return () if owner == worker else tuple(group for group in needed if self.owner(group) == owner)
 
     def pairs(self, rank: int) -> int:
-        """(query, key) pairs of the blocks the rank computes; what a window hides inside of a block counts, too."""
+        """(query, key) pairs that the rank computes, those included that a window hides inside a group pair."""
         return sum(leaf.cells(self.is_causal) for each in self.rounds for leaf in each[rank].leaves)
 
     def balance(self) -> float:
-        """The busiest rank's pairs over the mean rank's; 1 is perfect."""
+        """max(pairs) / mean(pairs) over the ranks; 1.0 if all ranks compute the same number of pairs."""
         pairs = [self.pairs(rank) for rank in range(self.num_ranks)]
         return max(pairs) * self.num_ranks / sum(pairs) if sum(pairs) else 1.0
 
     def tokens_held(self, rank: int) -> tuple[int, int]:
-        """Most tokens whose queries, and whose keys and values, a rank holds at once: its shard and what came in."""
+        """Peak (tokens with queries, tokens with keys and values) on the rank: its shard and the received groups."""
         own = _size(self.shards[rank])
         others = range(self.num_ranks)
         rounds = range(self.num_rounds)
@@ -130,21 +132,21 @@ class RankPlan:
         return own + rows, own + keys
 
     def inputs(self, rank: int, shape: CallShape) -> Volume:
-        """Queries, keys and values of one layer, on their way to the workers."""
+        """Bytes of queries, keys and values in one layer, from the owners to the workers."""
         return self._volume(rank, shape.query_bytes, shape.key_bytes)
 
     def results(self, rank: int, shape: CallShape) -> Volume:
-        """Partial outputs and their lse of one layer, on their way back to the owners."""
+        """Bytes of partial outputs and lse in one layer, from the workers to the owners."""
         back = self._volume(rank, shape.result_bytes, 0)
         return Volume(back.received, back.sent)
 
     def result_gradients(self, rank: int, shape: CallShape) -> Volume:
-        """The backward pass of `results`: gradients of the owners' outputs, the global lse, and one number a row."""
+        """Bytes of the backward pass of `results`: gradient of the output, merged lse, and one more element per row."""
         lse_bytes = shape.batch * shape.heads * max(4, shape.itemsize)
         return self._volume(rank, shape.result_bytes + lse_bytes, 0)
 
     def input_gradients(self, rank: int, shape: CallShape) -> Volume:
-        """The backward pass of `inputs`: gradients of queries, keys and values, back to their owners."""
+        """Bytes of the backward pass of `inputs`: gradients of queries, keys and values, to their owners."""
         back = self.inputs(rank, shape)
         return Volume(back.received, back.sent)
 
@@ -169,7 +171,7 @@ def rank_plan(
     rounds: int = 1,
     reach: int | None = None,
 ) -> RankPlan:
-    """Deal CQS attention over `num_tokens` positions to ranks.
+    """Plan CQS attention over `num_tokens` positions and `num_ranks` ranks.
 
     Args:
         num_tokens: N >= 0.
@@ -177,8 +179,8 @@ def rank_plan(
         workers: W >= R, or None to choose by `choose_workers`.
         interest_set: difference cover of Z_W; None takes the smallest known.
         is_causal: whether rows see only keys at or before their own position.
-        rounds: exchanges a layer, 1 .. the most workers of a rank.
-        reach: of a causal sliding window, positions before its own that a row sees; None for no window.
+        rounds: exchanges per layer, from 1 to ceil(W / R).
+        reach: of a causal sliding window, how many positions before its own a row sees; None for no window.
 
     Raises:
         ValueError: a negative length, no rank, fewer workers than ranks, a set that is no cover, or too many rounds.
@@ -198,16 +200,17 @@ def rank_plan(
 
 
 def choose_workers(num_tokens: int, num_ranks: int) -> int:
-    """The number of workers to take where none is named: of 1 .. 3 a rank those that move the least, then balance best.
+    """The number of workers W if the user names none: R, 2 R or 3 R.
 
-    Multiples of the ranks, so that shards are equal. One rank moves nothing, so there the length decides as everywhere.
+    The fewest bytes received and sent by the busiest rank decide, then the best balance. Multiples of R give shards of
+    equal length. One rank sends nothing; there `scheduler.default_workers` decides by the length.
     """
     if num_ranks == 1:
         return default_workers(num_tokens)
 
     def cost(count: int) -> tuple[int, float]:
         trial = RankPlan(plan(12 * num_ranks, count), num_ranks)
-        token = CallShape(heads=4, kv_heads=1, head_dim=128, head_dim_v=128)  # as in most models of today
+        token = CallShape(heads=4, kv_heads=1, head_dim=128, head_dim_v=128)
         moved = max(trial.inputs(r, token).received + trial.results(r, token).sent for r in range(num_ranks))
         return moved, trial.balance()
 

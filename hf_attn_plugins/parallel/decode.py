@@ -1,4 +1,25 @@
-"""Rows that every rank computes, over keys that lie on all ranks: Star's phase 2, decoding, later turns."""
+"""Attention of rows that every rank has over keys that are sharded: decoding, later turns, Star's phase 2.
+
+Every rank attends to its own keys and gets a partial result (out, lse). One all-gather and one merge then give every
+rank the result over all keys. The whole method in plain torch, two ranks in one process:
+
+    >>> import torch
+    >>> query = torch.tensor([[1.0, 0.0]])  # one row, head_dim 2, the same on both ranks
+    >>> keys = torch.tensor([[3.0, 0.0], [0.0, 1.0], [2.0, 2.0]])
+    >>> values = torch.tensor([[1.0], [2.0], [4.0]])
+    >>> shards = [(keys[:2], values[:2]), (keys[2:], values[2:])]  # rank 0 stores two keys, rank 1 stores one
+    >>> def attend(query, key, value):
+    ...     scores = query @ key.T
+    ...     return scores.softmax(-1) @ value, scores.logsumexp(-1)
+    >>> partials = [attend(query, key, value) for key, value in shards]  # each rank alone
+    >>> out, lse = (torch.stack(x) for x in zip(*partials))  # the all-gather: out (2, 1, 1), lse (2, 1)
+    >>> weight = (lse - lse.amax(0)).exp()  # exp(lse) up to one factor per row, so that it cannot overflow
+    >>> merged = (weight.unsqueeze(-1) * out).sum(0) / weight.sum(0).unsqueeze(-1)
+    >>> [round(x.item(), 4) for x in lse]
+    [3.0486, 2.0]
+    >>> round(merged.item(), 4), round(attend(query, keys, values)[0].item(), 4)
+    (1.8136, 1.8136)
+"""
 
 from __future__ import annotations
 
@@ -16,22 +37,32 @@ from hf_attn_plugins.parallel.method import Step
 def later(
     query: Tensor, key: Tensor, value: Tensor, window: Window, step: Step, kernel: Kernel, group: Group
 ) -> Partial:
-    """This rank's keys only, then one exchange of (out, lse), merged in the order of the ranks on all of them.
+    """Attend to this rank's keys, exchange (out, lse), and merge in the order of the ranks.
 
     Args:
-        query: (B, Hq, T, D), the same on every rank; key, value: (B, Hkv, S, D and Dv), this rank's shard.
-        window: of this layer, in columns.
+        query: (B, Hq, T, D), the same on every rank.
+        key, value: (B, Hkv, S, D) and (B, Hkv, S, Dv), this rank's shard.
+        window: (left, right) of this layer, in columns of the prompt.
+        step: the forward under way; `step.keys` says which column each key has.
+        kernel: the attention kernel with its scale, softcap and dropout.
+        group: the ranks.
 
-    Source: Star Attention, arXiv 2411.17116, phase 2 (algorithm 2), with the merge of `partial.merge`.
+    Returns:
+        `Partial` over all keys. Every rank merges in the same order, so every rank has the same result.
+
+    Raises:
+        RankError: a rank is gone or does not answer.
+
+    Source: Star Attention, arXiv 2411.17116, algorithm 2 (phase 2), with the merge of `core.partial.merge`.
     """
     return merge(group.gather_partials(own_keys(query, key, value, window, step, kernel)))
 
 
 def own_keys(query: Tensor, key: Tensor, value: Tensor, window: Window, step: Step, kernel: Kernel) -> Partial:
-    """Attention of new rows over the keys of this rank, wherever in the context these lie.
+    """Attention of this forward's rows over the keys of this rank, at any place in the prompt.
 
-    There is no causal mask over what was stored before: a shard's last key is not the query's (defect D1 of the
-    original, where the query lost the last keys of every shard but its own).
+    Keys that were stored before this forward get no causal mask: all of them are earlier than every row. A causal mask
+    that aligns the last row with the shard's last key would hide keys that the row must see.
     """
     assert step.keys is not None
     keys, left = step.keys, window[0]

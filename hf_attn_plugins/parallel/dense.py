@@ -1,7 +1,8 @@
-"""Dense attention with sharded keys: tokens dealt so that causal work is even, keys gathered layer by layer.
+"""Dense attention with sharded keys: all ranks have equal causal work, and gather the keys of one layer at a time.
 
-Gathering keys and values moves 2 x Hkv x D numbers a token; sending queries about and partial results back would move
-Hq x (2 D + 1), never less. Only one layer's keys are whole at a time; what stays is the shard.
+Gathering keys and values moves 2 x Hkv x D elements per token. Sending queries to the keys and partial results back
+would move Hq x (2 D + 1) elements per token, which is more because Hq >= Hkv. The gathered keys of a layer are freed
+after that layer; the cache keeps the shard only.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from hf_attn_plugins.tiled.options import TiledOptions
 
 @dataclass(frozen=True)
 class Dense(TiledOptions):
-    """`tiled_attention` on several ranks: exact."""
+    """`tiled_attention` on several ranks: exact, forward only."""
 
     trains = False
 
     def deal(self, real: Tensor, rank: int, size: int) -> Layout | None:
+        """See `Method.deal`: two runs of tokens per rank (`partition.mirrored`)."""
         count = real.shape[1]
         dealt = mirrored(count, size)
         if not all(dealt):
@@ -43,6 +45,7 @@ class Dense(TiledOptions):
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, window: Window, step: Step, kernel: Kernel, group: Group
     ) -> Partial:
+        """Gather this layer's keys and values, then attend run by run."""
         assert step.layout is not None
         dealt, real = step.layout.extra
         keys, values = (self._whole(x, dealt, step.layout.loads, group) for x in (key, value))
@@ -56,11 +59,11 @@ class Dense(TiledOptions):
         return Partial(torch.cat([part.out for part in parts], 2), torch.cat([part.lse for part in parts], 2))
 
     def settle(self, config: Mapping[str, Any], group: Group) -> Dense:
-        """Itself: nothing depends on the model."""
+        """Return self: no field depends on the model."""
         return self
 
     def cost(self, layout: Layout, rank: int, shape: CallShape) -> Cost:
-        """Shards travel padded to the longest."""
+        """Every shard is sent padded to the length of the longest one."""
         runs, size, load = layout.extra[0][rank], len(layout.loads), layout.loads[rank]
         num_tokens = layout.extra[1].shape[1]
         moved = (size - 1) * max(layout.loads) * shape.key_bytes
@@ -76,7 +79,7 @@ class Dense(TiledOptions):
 
     @staticmethod
     def _whole(own: Tensor, dealt: list[list[range]], loads: list[int], group: Group) -> Tensor:
-        """(B, H, L, D): all ranks' keys or values in the order of the columns."""
+        """The keys or values of all ranks, (B, H, L, D), in the order of the columns."""
         shards = group.all_gather(own, loads, 2, what="keys and values")
         runs = []
         for shard, ranges in zip(shards, dealt, strict=True):

@@ -1,4 +1,4 @@
-"""How fast ranks compute and exchange, in orders of magnitude, and which way to get an anchor is cheaper."""
+"""Rough speeds of a rank and of its connection, and from them whether to recompute or to broadcast Star's anchor."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from hf_attn_plugins.star.cost import ModelShape
 
 @dataclass(frozen=True)
 class Wire:
-    """How fast a rank computes and is told things: orders of magnitude, to choose by, not to promise.
+    """Orders of magnitude of a rank's speed; they choose between two methods and predict no time.
 
     Attributes:
-        flops: per second, of the linear layers.
+        flops: floating-point operations per second in the linear layers.
         bandwidth: bytes per second between two ranks.
-        latency: seconds of one exchange, however short.
+        latency: seconds that one exchange takes in addition to its bytes.
     """
 
     flops: float
@@ -23,19 +23,25 @@ class Wire:
 
     @classmethod
     def of(cls, device: str, nodes: int) -> Wire:
-        """Of a device type ("cuda", "cpu", ...) and a launch on this many nodes: datasheet figures, halved."""
+        """Half of the datasheet figures of a device type ("cuda", "cpu", ...) in a launch on `nodes` machines."""
         if device == "cpu":
             return cls(flops=1e11, bandwidth=1e9, latency=1e-4)
         return cls(flops=2e14, bandwidth=1e11 if nodes == 1 else 1e10, latency=3e-5)
 
 
 def cheaper_anchor(shape: ModelShape, anchor: int, ranks: int, wire: Wire) -> str:
-    """Whether a rank gets an anchor of so many tokens sooner by "recompute" or by "broadcast".
+    """ "recompute" or "broadcast": whichever gives every rank the anchor's keys and values in less time.
 
-    Recomputing costs the whole model on `anchor` tokens, on all ranks at once; a broadcast costs its keys in every
-    layer, handed on in a tree. Neither changes a number of the result.
+    Recompute: every rank runs the whole model on the anchor. Broadcast: in every layer, rank 0 sends the anchor's keys
+    and values along a tree of ceil(log2(ranks)) steps. The result of the model does not depend on the choice.
+
+    Args:
+        shape: sizes of the model.
+        anchor: tokens of the anchor.
+        ranks: number of ranks.
+        wire: speeds of a rank and of its connection.
     """
-    again = (shape.linear_flops(anchor) + shape.attention_flops(anchor * (anchor + 1) // 2, anchor)) / wire.flops
+    recompute_s = (shape.linear_flops(anchor) + shape.attention_flops(anchor * (anchor + 1) // 2, anchor)) / wire.flops
     hops = max(1, (ranks - 1).bit_length())
-    told = hops * (shape.layers * wire.latency + shape.cache_bytes(anchor) / wire.bandwidth)
-    return "recompute" if again <= told else "broadcast"
+    broadcast_s = hops * (shape.layers * wire.latency + shape.cache_bytes(anchor) / wire.bandwidth)
+    return "recompute" if recompute_s <= broadcast_s else "broadcast"

@@ -1,4 +1,4 @@
-"""What a method of attention has to know to run on several ranks, and what is common to all of them."""
+"""The interface of a method that runs on several ranks, and what all these methods share."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from hf_attn_plugins.plugins import PLUGINS, resolve
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """What a rank does of a prompt that starts an empty cache.
+    """The part of a prompt that one rank computes. The prompt starts an empty cache.
 
-    A *slot* is a place in this rank's forward, a *column* a place in the prompt as every rank was given it.
+    A *column* is an index into the prompt that every rank was given. A *slot* is an index into this rank's forward.
+    Example: 8 tokens on 2 ranks by `partition.mirrored`: rank 0 computes columns 0, 1, 6, 7 in its slots 0 .. 3.
 
     Attributes:
-        columns: (B, T) long, the column in each slot, -1 for a slot without a token. At least one slot.
-        stored: (S,) long, the slots whose keys and values stay on this rank; every real column is stored on one rank.
-        reported: (R,) long, the slots whose hidden states this rank answers for; every real column has one such rank.
-        loads: number of slots that each rank stores, this one's being S.
-        merged: rows that are merged over all ranks in every layer (Star's query).
-        extra: what else the method wants to find again in its attention.
+        columns: (B, T) long, the column in each slot; -1 where a slot has no token. T is at least 1.
+        stored: (S,) long, the slots whose keys and values this rank stores. Every real column is stored by one rank.
+        reported: (R,) long, the slots whose hidden states this rank returns. Every real column is reported by one rank.
+        loads: number of slots that each rank stores; this rank's entry is S.
+        merged: rows whose results are merged over all ranks in every layer (Star's query).
+        extra: data of the method itself, for its `attention` and `cost`.
     """
 
     columns: Tensor
@@ -45,13 +46,13 @@ class Step:
     """One forward of the model on this rank.
 
     Attributes:
-        first: columns before this forward: 0 where it starts a cache.
-        columns: (B, T) long on the model's device, the column of each query row, -1 for none.
-        layout: of a sharded prompt; None where the rows are the same on every rank (decoding, later turns).
-        keys: (B, S) long on the model's device, the columns of the keys on this rank, this forward's included; -1 for
-            none. None for a sharded prompt.
-        gaps: whether any of `columns` or `keys` is -1.
-        fresh: which of this forward's rows have their keys on this rank: the last ones of `keys`.
+        first: number of columns before this forward; 0 for a forward that starts a cache.
+        columns: (B, T) long on the model's device, the column of each query row; -1 for padding.
+        layout: the layout of a sharded prompt; None if all ranks have the same rows (decoding, later turns).
+        keys: (B, S) long on the model's device, the column of each key that this rank stores, those of this forward
+            included; -1 for padding. None for a sharded prompt.
+        gaps: whether `columns` or `keys` contains -1.
+        fresh: the rows of this forward whose keys this rank stores. Their keys are the last ones in `keys`.
     """
 
     first: int
@@ -64,16 +65,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Cost:
-    """One rank's share of a prompt, in one layer.
+    """What one rank computes, stores and exchanges for a prompt, in one layer.
 
     Attributes:
         sent, received: bytes to and from other ranks.
-        held: bytes of queries, keys, values and results on the rank at once, its own and those that came in; what a
-            backend or a kernel holds beside them is not in it.
+        held: peak bytes of queries, keys, values and results on the rank, received ones included. Buffers of the
+            communication backend and of the kernel are not counted.
         pairs: (query, key) pairs computed.
-        rows: tokens that go through projections and MLP here.
-        cache: bytes of keys and values that stay.
-        decode: bytes received for each generated token.
+        rows: tokens that pass through projections and MLP on this rank.
+        cache: bytes of keys and values in the cache after the prompt.
+        decode: bytes received per generated token.
     """
 
     sent: int
@@ -86,48 +87,59 @@ class Cost:
 
 
 class Method(Protocol):
-    """A plan over ranks: `star.Star`, `dense.Dense`, ... stand behind `context_parallel(model, name)`.
+    """A method on several ranks: `context_parallel(model, name)` uses `star.Star`, `cqs.CQS` or `dense.Dense`.
 
     Attributes:
-        trains: whether its exchanges carry gradients. Its layouts are then runs of columns in the order of the ranks,
-            each stored where it is computed.
+        trains: whether the exchanges carry gradients. If so, every layout is one run of columns per rank, in the order
+            of the ranks, and each rank stores the columns that it computes.
     """
 
     trains: bool
 
     def deal(self, real: Tensor, rank: int, size: int) -> Layout | None:
-        """The layout of a prompt, or None where it is too short to be cut and every rank does all of it.
+        """The layout of a prompt; None if the prompt is too short to be divided, so that every rank computes all of it.
 
         Args:
             real: (B, L) bool on the CPU, False for padding.
+            rank, size: this rank, and the number of ranks.
         """
         ...
 
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, window: Window, step: Step, kernel: Kernel, group: Group
     ) -> Partial:
-        """Attention of this rank's rows of a sharded prompt over keys anywhere; decoding is `later` for all methods.
+        """Attention of this rank's rows of a sharded prompt over the keys of all ranks that the method lets them see.
+
+        Decoding is not here: `decode.later` does it for every method.
 
         Args:
-            query: (B, Hq, T, D); key, value: (B, Hkv, T, D and Dv): the slots of `step.layout`.
-            window: of this layer, in columns.
+            query: (B, Hq, T, D), one row per slot of `step.layout`.
+            key, value: (B, Hkv, T, D) and (B, Hkv, T, Dv), likewise.
+            window: (left, right) of this layer, in columns.
+            step: the forward under way, with its layout.
+            kernel: the attention kernel with its scale, softcap and dropout.
+            group: the ranks.
+
+        Returns:
+            `Partial` of all T slots.
         """
         ...
 
     def cost(self, layout: Layout, rank: int, shape: CallShape) -> Cost:
-        """What `rank` does, holds and sends in one layer of a prompt without padding, by its `layout`."""
+        """The cost on `rank` of one layer of a prompt without padding, counted from the rank's `layout`."""
         ...
 
     def settle(self, config: Mapping[str, Any], group: Group) -> Method:
-        """The method with what depends on the model's config and on the launch, the same on every rank."""
+        """A copy with the fields that depend on the model's config and on the launch; the same on every rank."""
         ...
 
 
 def method_for(name: str, **options: Any) -> Method:
-    """The part of plugin `name` that runs on several ranks (`Plugin.ranks`), with its options validated.
+    """The class that runs plugin `name` on several ranks (`Plugin.ranks`), made with validated options.
 
     Raises:
-        ValueError: a plugin that runs in one process only, an option it does not have, or a value out of range.
+        ValueError: a plugin that runs in one process only, an option that the plugin does not have, or a value out of
+            range.
     """
     sharded = [row.name for row in PLUGINS.values() if row.ranks]
     if name not in sharded:
@@ -142,10 +154,10 @@ def method_for(name: str, **options: Any) -> Method:
 
 
 def triangle(count: int) -> int:
-    """Pairs of a causal square of `count` rows."""
+    """(query, key) pairs of causal attention of `count` tokens over themselves: count (count + 1) / 2."""
     return count * (count + 1) // 2
 
 
 def local_columns(real: Tensor, columns: Tensor) -> Tensor:
-    """`columns` with -1 in the place of those that hold padding."""
+    """`columns` (B, T) with -1 where `real` (B, L) says that the column holds padding."""
     return torch.where(real.gather(1, columns.clamp_min(0)) & (columns >= 0), columns, -1)

@@ -1,8 +1,8 @@
-"""Star Attention on several ranks: each encodes its own blocks, all of them answer the query together.
+"""Star Attention on several ranks: every rank encodes its own blocks, and all ranks together answer the query.
 
-A rank's forward has three parts, all of them in one pass: the anchor again (where it is recomputed), the rank's own
-blocks, and the query. Blocks attend to the anchor and themselves, without a word to other ranks, unless the anchor's
-keys are broadcast layer by layer. The query's rows are merged over all ranks in every layer.
+One forward of a rank computes three parts: the anchor (if the rank recomputes it), the rank's own blocks, the query.
+A block attends to the anchor and to itself. That needs no exchange, unless the anchor's keys are broadcast: then there
+is one broadcast per layer. The query's results are merged over all ranks in every layer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hf_attn_plugins.parallel.comm.group import Group
 from hf_attn_plugins.parallel.link import Wire, cheaper_anchor
 from hf_attn_plugins.parallel.method import Cost, Layout, Step, triangle
 from hf_attn_plugins.parallel.partition import blocks, level
-from hf_attn_plugins.parallel.star_parts import Parts, Picker, Row, alike, span, token_range
+from hf_attn_plugins.parallel.star_parts import Picker, Row, StarParts, alike, span, token_range
 from hf_attn_plugins.star.cost import ModelShape
 from hf_attn_plugins.star.options import StarOptions
 from hf_attn_plugins.star.plan import plan_for
@@ -37,9 +37,10 @@ class Star(StarOptions):
     """`star_attention` on several ranks.
 
     Attributes:
-        anchor: how a rank gets the anchor's keys: "recompute" (the anchor in front of its blocks, once for all of
-            them), "broadcast" (from the first rank, in every layer), or "auto" by `cost.cheaper_anchor`.
-        shape, wire: what "auto" goes by; `settle` fills them in.
+        anchor: how a rank gets the anchor's keys and values. "recompute": it computes the anchor in front of its
+            blocks, once for all of them. "broadcast": rank 0 sends them in every layer. "auto": the faster of the two
+            by `link.cheaper_anchor`.
+        shape, wire: the model's sizes and the ranks' speeds, which "auto" compares; `settle` fills them in.
     """
 
     anchor: str = "auto"
@@ -50,30 +51,31 @@ class Star(StarOptions):
 
     @classmethod
     def names(cls) -> list[str]:
+        """The options that a user may give: all fields but `shape` and `wire`."""
         return [name for name in super().names() if name not in ("shape", "wire")]
 
     def settle(self, config: Mapping[str, Any], group: Group) -> Star:
-        """Itself with what the choice of the anchor depends on: the same on every rank."""
+        """A copy with `shape` and `wire` filled in; the same on every rank."""
         nodes = group.objects(-(-group.size // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", group.size)))))
         return replace(self, shape=ModelShape.of(config), wire=Wire.of(group.device.type, max(nodes)))
 
     def cost(self, layout: Layout, rank: int, shape: CallShape) -> Cost:
-        """Blocks, anchor and query of the first row; the query is merged over all ranks."""
+        """Counted from the first batch row: its blocks, its anchor, and its query, which is merged over all ranks."""
         parts, loads = layout.extra, layout.loads
         row, others = parts.rows[0], len(loads) - 1
-        asked, own, anchor = len(row.query), row.own, len(row.plan.anchor)
+        num_queries, own, anchor = len(row.query), row.own, len(row.plan.anchor)
         blocks = [
             range(at, min(at + row.plan.block_size, own.stop)) for at in range(own.start, own.stop, row.plan.block_size)
         ]
         pairs = sum(triangle(len(block)) + (anchor * len(block) if block.start else 0) for block in blocks)
         pairs += triangle(len(row.anchor))
-        pairs += asked * len(own) + sum(asked - place for place in parts.kept)
-        merge = others * asked * shape.result_bytes
+        pairs += num_queries * len(own) + sum(num_queries - slot for slot in parts.kept)
+        merge = others * num_queries * shape.result_bytes
         sent = received = 0
         if parts.source is not None:
             sent = others * anchor * shape.key_bytes if rank == parts.source else 0
             received = 0 if rank == parts.source else anchor * shape.key_bytes
-        slots = len(row.anchor) + len(own) + asked
+        slots = len(row.anchor) + len(own) + num_queries
         return Cost(
             sent=merge + sent,
             received=merge + received,
@@ -90,6 +92,7 @@ class Star(StarOptions):
             raise ValueError(f"anchor={self.anchor!r} is unknown: choose one of {', '.join(ANCHORS)}.")
 
     def deal(self, real: Tensor, rank: int, size: int) -> Layout | None:
+        """See `Method.deal`: whole blocks per rank, and the query on every rank; never None."""
         spans = [span(row) for row in real]
         plans = [plan_for(end - first, self.block_size, self.anchor_size, self.query_size) for first, end in spans]
         dealt = [blocks(plan.context, plan.block_size, size) for plan in plans]
@@ -99,16 +102,16 @@ class Star(StarOptions):
             warn_once(
                 f"star_attention: a context of {longest} tokens makes {most} blocks of {self.block_size or 'default'} "
                 f"tokens for {size} ranks, {size - most} of them have none: block_size={max(1, -(-longest // size))} "
-                "or less gives work to all."
+                "or less gives every rank a block."
             )
-        widest = max(len(plan.anchor) for plan in plans)
-        recompute = self._choice(widest, size) == "recompute"
+        longest_anchor = max(len(plan.anchor) for plan in plans)
+        recompute = self._choice(longest_anchor, size) == "recompute"
 
         def row_of(rank: int, row: int) -> Row:
             plan, mine = plans[row], dealt[row][rank]
             own = range(plan.block(mine[0]).start, plan.block(mine[-1]).stop) if mine else range(0)
-            again = plan.anchor if recompute and own.start else range(0)
-            return Row(spans[row][0], plan, own, again, plan.query)
+            recomputed = plan.anchor if recompute and own.start else range(0)
+            return Row(spans[row][0], plan, own, recomputed, plan.query)
 
         rows = [row_of(rank, row) for row in range(len(plans))]
         held = [max(len(row_of(other, row).own) for row in range(len(plans))) for other in range(size)]
@@ -116,20 +119,20 @@ class Star(StarOptions):
         shares = level(held, queries)
         anchors, owns = max(len(row.anchor) for row in rows), max(len(row.own) for row in rows)
         total = max(1, anchors + owns + queries)
-        parts = Parts(
+        parts = StarParts(
             rows,
             range(anchors),
             range(anchors, anchors + owns),
             range(anchors + owns, anchors + owns + queries),
             shares[rank],
             None if recompute else 0,
-            widest,
+            longest_anchor,
         )
         columns = torch.full((len(rows), total), -1)
         for index, row in enumerate(rows):
             for slots, tokens in ((parts.anchor, row.anchor), (parts.own, row.own)):
                 columns[index, slots.start : slots.start + len(tokens)] = token_range(tokens, row.first)
-            # The query's part is filled from its end: its last slot is the last token of every row.
+            # The query's part is filled from its end, so that its last slot is the last token of every batch row.
             columns[index, parts.query.stop - len(row.query) : parts.query.stop] = token_range(row.query, row.first)
         own = torch.arange(parts.own.start, parts.own.stop)
         query = torch.arange(parts.query.start, parts.query.stop)
@@ -152,11 +155,11 @@ class Star(StarOptions):
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, window: Window, step: Step, kernel: Kernel, group: Group
     ) -> Partial:
+        """The three parts one after another; then the query's results are merged over all ranks."""
         assert step.layout is not None
-        parts: Parts = step.layout.extra
+        parts: StarParts = step.layout.extra
         anchor = self._anchor(key, value, parts, group)
         out, lse = Partial.empty(query, value.shape[-1])
-        asked = range(parts.query.start, parts.query.stop)
         for members, row in alike(parts.rows):
             index = torch.tensor(members, device=query.device)
             pick = Picker(query, key, value, index)
@@ -173,33 +176,32 @@ class Star(StarOptions):
                 pieces.append((slots, self._question(pick, slots, row, parts, window, kernel)))
             for slots, part in pieces:
                 out[index, :, slots.start : slots.stop], lse[index, :, slots.start : slots.stop] = part
-        if asked:
-            part = Partial(out[:, :, asked.start : asked.stop], lse[:, :, asked.start : asked.stop])
-            merged = merge(group.gather_partials(part))
-            out[:, :, asked.start : asked.stop], lse[:, :, asked.start : asked.stop] = merged
+        if parts.query:
+            asked = slice(parts.query.start, parts.query.stop)
+            merged = merge(group.gather_partials(Partial(out[:, :, asked], lse[:, :, asked])))
+            out[:, :, asked], lse[:, :, asked] = merged
         return Partial(out, lse)
 
     @staticmethod
-    def _anchor(key: Tensor, value: Tensor, parts: Parts, group: Group) -> tuple[Tensor, Tensor]:
-        """The anchor's keys and values on this rank, (B, Hkv, a, D and Dv)."""
+    def _anchor(key: Tensor, value: Tensor, parts: StarParts, group: Group) -> tuple[Tensor, Tensor]:
+        """The anchor's keys (B, Hkv, a, D) and values (B, Hkv, a, Dv), on every rank; a is `parts.longest_anchor`."""
         begin = parts.anchor.start if parts.anchor else parts.own.start
-        here = key[:, :, begin : begin + parts.widest], value[:, :, begin : begin + parts.widest]
-        if parts.source is None or not parts.widest:
+        here = key[:, :, begin : begin + parts.longest_anchor], value[:, :, begin : begin + parts.longest_anchor]
+        if parts.source is None or not parts.longest_anchor:
             return here
         if group.rank != parts.source:
-            here = tuple(x.new_empty(*x.shape[:2], parts.widest, x.shape[3]) for x in (key, value))  # type: ignore[assignment]
+            here = tuple(x.new_empty(*x.shape[:2], parts.longest_anchor, x.shape[3]) for x in (key, value))  # type: ignore[assignment]
         sent = torch.cat([here[0].flatten(2), here[1].flatten(2)], 2)
-        found = group.broadcast(sent, parts.source, what="anchor")
-        split = parts.widest * key.shape[3]
-        return found[:, :, :split].unflatten(2, (parts.widest, -1)), found[:, :, split:].unflatten(
-            2, (parts.widest, -1)
-        )
+        anchor = group.broadcast(sent, parts.source, what="anchor")
+        split = parts.longest_anchor * key.shape[3]
+        keys, values = anchor[:, :, :split], anchor[:, :, split:]
+        return keys.unflatten(2, (parts.longest_anchor, -1)), values.unflatten(2, (parts.longest_anchor, -1))
 
     @staticmethod
     def _blocks(
         pick: Picker, slots: range, anchor: tuple[Tensor, ...], row: Row, window: Window, kernel: Kernel
     ) -> Partial:
-        """This rank's blocks, one after another: each over the anchor (but for the first block) and itself."""
+        """Attention of this rank's blocks, one by one, over the anchor and the block; block 0 over itself only."""
         size, done = row.plan.block_size, []
         causal = Mask(causal=True, window=window)
         for start in range(0, len(slots), size):
@@ -211,14 +213,14 @@ class Star(StarOptions):
             elif window[0] is None or window[0] >= position + len(block) - 1:
                 keys, values = (torch.cat([far, near], 2) for far, near in zip(anchor, (key, value), strict=True))
                 done.append(kernel(query, keys, values, causal.replace(window=(None, None))))
-            else:  # the anchor stays at its true distance
+            else:  # the window hides some anchor keys: they are counted at their true distance
                 far = kernel(query, anchor[0], anchor[1], Mask(window=window, offset=position))
                 done.append(merge([kernel(query, key, value, causal), far]))
         return Partial.cat(done)
 
     @staticmethod
-    def _question(pick: Picker, slots: range, row: Row, parts: Parts, window: Window, kernel: Kernel) -> Partial:
-        """The query's rows over the keys of this rank: all of its blocks, and what it keeps of the query itself."""
+    def _question(pick: Picker, slots: range, row: Row, parts: StarParts, window: Window, kernel: Kernel) -> Partial:
+        """Attention of the query's rows over this rank's keys: its blocks, and the query's keys that it stores."""
         context = row.plan.context
         own = range(parts.own.start, parts.own.start + len(row.own))
         far = kernel(*pick(slots, own), Mask(window=window, offset=context - row.own.start))

@@ -1,4 +1,4 @@
-"""What a rank computes of a star prompt: ranges of tokens of each row, and the slots that they lie in."""
+"""The part of a Star prompt that one rank computes: token ranges of each batch row, and the slots of these tokens."""
 
 from __future__ import annotations
 
@@ -12,25 +12,33 @@ from hf_attn_plugins.star.plan import Plan
 
 
 class Row(NamedTuple):
-    """What a rank does of one row of the batch: ranges of tokens, counted from the row's first real one."""
+    """The token ranges of one batch row that a rank computes, counted from the row's first real token.
+
+    Attributes:
+        first: column of the row's first real token.
+        plan: blocks, anchor and query of the row.
+        own: tokens of this rank's blocks; empty if the rank has no block of this row.
+        anchor: anchor tokens that this rank recomputes; empty if it has them already or receives their keys.
+        query: tokens of the query, the same on every rank.
+    """
 
     first: int
     plan: Plan
     own: range
-    anchor: range  # recomputed here
+    anchor: range
     query: range
 
 
 @dataclass(frozen=True, eq=False)
-class Parts:
-    """Where the three parts lie in a rank's slots: anchor | blocks | query, each as long as the longest row's.
+class StarParts:
+    """The slots of the three parts of a rank's forward: anchor | blocks | query. Each part fits its longest batch row.
 
     Attributes:
-        rows: one for each row of the batch.
-        anchor, own, query: slots of the parts.
-        kept: places within the query's part whose keys stay on this rank.
-        source: whose keys the anchor's are, if they are broadcast; None where they are recomputed.
-        widest: tokens of the longest anchor in the batch.
+        rows: one entry per batch row.
+        anchor, own, query: slots of the three parts.
+        kept: indices into the query's part whose keys this rank stores.
+        source: the rank that broadcasts the anchor's keys; None if every rank recomputes them.
+        longest_anchor: tokens of the longest anchor in the batch.
     """
 
     rows: list[Row]
@@ -39,11 +47,16 @@ class Parts:
     query: range
     kept: range
     source: int | None
-    widest: int
+    longest_anchor: int
 
 
 class Picker:
-    """Queries of some slots, keys and values of others, of some rows of the batch."""
+    """Selects slots of some batch rows: `pick(rows, keys)` gives queries of slots `rows`, keys and values of `keys`.
+
+    Args:
+        query, key, value: (B, H, T, D).
+        index: (b,) long, the batch rows.
+    """
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, index: Tensor) -> None:
         whole = len(index) == len(query)
@@ -51,6 +64,7 @@ class Picker:
 
     def __call__(self, rows: range, keys: range) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = self.tensors
+        """Query (b, Hq, len(rows), D), key (b, Hkv, len(keys), D), value (b, Hkv, len(keys), Dv)."""
         return (
             query[:, :, rows.start : rows.stop],
             key[:, :, keys.start : keys.stop],
@@ -59,29 +73,33 @@ class Picker:
 
 
 def alike(rows: list[Row]) -> list[tuple[list[int], Row]]:
-    """Rows of the batch that are dealt alike, wherever their padding ends."""
-    found: dict[Row, list[int]] = {}
+    """Group the batch rows with equal ranges, wherever their padding ends: (indices of the rows, their ranges)."""
+    groups: dict[Row, list[int]] = {}
     for index, row in enumerate(rows):
-        found.setdefault(row._replace(first=0), []).append(index)
-    return [(members, row) for row, members in found.items()]
+        groups.setdefault(row._replace(first=0), []).append(index)
+    return [(members, row) for row, members in groups.items()]
 
 
 def span(row: Tensor) -> tuple[int, int]:
-    """(first, end) of a row's real tokens.
+    """(first, end) of the real tokens of a batch row; (0, 0) if it has none.
+
+    Args:
+        row: (L,) bool, False for padding.
 
     Raises:
-        NotImplementedError: padding between them.
+        NotImplementedError: padding between real tokens.
     """
-    places = row.nonzero()[:, 0].tolist()
-    if not places:
+    columns = row.nonzero()[:, 0].tolist()
+    if not columns:
         return 0, 0
-    if places[-1] - places[0] + 1 != len(places):
+    if columns[-1] - columns[0] + 1 != len(columns):
         raise NotImplementedError(
             "star_attention on several ranks takes prompts with padding on one side or both, not between tokens: "
             "leave it out, or use tiled_attention."
         )
-    return places[0], places[-1] + 1
+    return columns[0], columns[-1] + 1
 
 
 def token_range(tokens: range, first: int) -> Tensor:
+    """The columns of `tokens` as a long tensor, for a row whose first real token is in column `first`."""
     return torch.arange(first + tokens.start, first + tokens.stop)

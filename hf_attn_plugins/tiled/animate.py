@@ -1,4 +1,4 @@
-"""The walk over the tiles as an animation (matplotlib and Pillow, imported when needed)."""
+"""The tiled forward pass as an animation (matplotlib and Pillow, imported when needed)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_attn_plugins.tiled.draw import FULL, INK, NOW, SKIPPED, grid, new_figure, rectangle, write
 from hf_attn_plugins.tiled.plan import TilePlan
-from hf_attn_plugins.tiled.walkthrough import Forward, Step
+from hf_attn_plugins.tiled.walkthrough import Forward, TileStep
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -20,16 +20,17 @@ if TYPE_CHECKING:
 
 MAX_LENGTH = 48
 MAX_FRAMES = 240
-LAST_FRAMES = 4  # the finished picture stays this long
+LAST_FRAMES = 4  # frames that show the finished picture
 LEGEND = {"columnspacing": 1.0, "handlelength": 1.2, "handletextpad": 0.5}
 COLUMNS = {"row": 0.3, "max": 1.2, "sum": 2.2, "old times": 3.3}
 
 
 def animate(plan: TilePlan, done: Forward, value: Tensor, path: Path) -> None:
-    """Write the walk as a GIF: one frame a tile, and one a key where the last row's values are added up.
+    """Write a GIF with one frame per tile; a tile of the last row block has one frame per key.
 
     Args:
-        plan, done: the plan and the forward walk along it.
+        plan: the tiles.
+        done: `walkthrough.forward` of this plan.
         value: (N, d).
 
     Raises:
@@ -46,7 +47,7 @@ def animate(plan: TilePlan, done: Forward, value: Tensor, path: Path) -> None:
 
 
 def check_animation(plan: TilePlan) -> None:
-    """Refuse an animation that nobody could watch.
+    """Refuse an animation that is too large.
 
     Raises:
         ValueError: too many tokens or too many frames.
@@ -59,12 +60,12 @@ def check_animation(plan: TilePlan) -> None:
 
 
 def num_frames(plan: TilePlan) -> int:
-    """One frame a tile, the last row block's tiles one frame a key, and the end."""
+    """One frame per tile, one frame per key in tiles of the last row block, and `LAST_FRAMES`."""
     return plan.count()[0] - plan.num_key_blocks + plan.length + LAST_FRAMES
 
 
 def _frames(plan: TilePlan, done: Forward) -> Iterator[tuple[int, int]]:
-    """(step, keys of its tile already added to the last row); past the last step, everything is done."""
+    """(step, keys of its tile that are added to the last row); step len(done.steps) is the finished picture."""
     for index, step in enumerate(done.steps):
         if plan.length - 1 in step.tile.rows:
             yield from ((index, added) for added in range(1, len(step.tile.keys) + 1))
@@ -74,7 +75,7 @@ def _frames(plan: TilePlan, done: Forward) -> Iterator[tuple[int, int]]:
 
 
 class _Scene:
-    """Three panels: the tiles, what each row keeps, and the last row's product of weights and values, key by key."""
+    """Three panels: the tiles; row maximum and row sum of each row; the last row's weighted values, key by key."""
 
     def __init__(self, figure: Figure, plan: TilePlan, done: Forward, value: Tensor) -> None:
         self.figure, self.plan, self.done, self.value = figure, plan, done, value
@@ -110,7 +111,7 @@ class _Scene:
         if index < len(self.done.steps) and self.plan.length <= 12:
             self._write_scores(self.done.steps[index])
 
-    def _write_scores(self, step: Step) -> None:
+    def _write_scores(self, step: TileStep) -> None:
         for i, row in enumerate(step.tile.rows):
             for j, key in enumerate(step.tile.keys):
                 score = step.scores[i, j].item()
@@ -133,7 +134,7 @@ class _Scene:
             for x, text in zip(COLUMNS.values(), self._cells(row, seen, now), strict=True):
                 axes.text(x, row, text, ha="center", va="center", **style)
 
-    def _cells(self, row: int, seen: list[Step], now: bool) -> list[str]:
+    def _cells(self, row: int, seen: list[TileStep], now: bool) -> list[str]:
         if not seen:
             return [str(row), "none", "0", ""]
         step, at = seen[-1], row - seen[-1].tile.rows.start
@@ -149,7 +150,7 @@ class _Scene:
         axes.tick_params(labelsize=8)
         axes.set_title(f"row {self.plan.length - 1}: sum of weight × value", fontsize=11, pad=20)
         if self.plan.head_dim > 2:
-            axes.set_xlabel("the first two numbers of each value", fontsize=9)
+            axes.set_xlabel("the first two elements of each value", fontsize=9)
         axes.plot(*_plane(self.done.out[-1]).tolist(), "x", ms=11, mew=2.5, color=INK, label="plain softmax")
         axes.plot([], [], color=FULL, lw=2.5, label="earlier tiles, rescaled")
         axes.plot([], [], color=NOW, lw=2.5, label="this tile's keys")
@@ -160,7 +161,7 @@ class _Scene:
         elif seen:
             self._add_up(seen[-1], added)
 
-    def _add_up(self, step: Step, added: int) -> None:
+    def _add_up(self, step: TileStep, added: int) -> None:
         tips = self._path(step, added)
         self._arrow(torch.zeros(2), tips[0], FULL)
         for start, end in itertools.pairwise(tips):
@@ -169,8 +170,8 @@ class _Scene:
         text = f"+ {share.item():.2f} × value {step.tile.keys[added - 1]}"
         self.arrows.annotate(text, (0.97, 0.03), xycoords="axes fraction", ha="right", fontsize=11, color=NOW)
 
-    def _path(self, step: Step, added: int | None) -> list[Tensor]:
-        """Where the last row's mean stands with the earlier tiles alone, then after each key of this tile."""
+    def _path(self, step: TileStep, added: int | None) -> list[Tensor]:
+        """The last row's mean from the earlier tiles alone, then after each key of this tile, as points."""
         earlier = [s for s in self._of_last_row(len(self.done.steps)) if s.tile.key_block < step.tile.key_block]
         tip = torch.zeros(2, dtype=self.value.dtype)
         if earlier:
@@ -180,17 +181,17 @@ class _Scene:
             tips.append(tips[-1] + _plane(self.value[key]) * (weight / step.sum_after[-1]))
         return tips
 
-    def _of_last_row(self, end: int) -> list[Step]:
+    def _of_last_row(self, end: int) -> list[TileStep]:
         return [step for step in self.done.steps[:end] if self.plan.length - 1 in step.tile.rows]
 
     def _arrow(self, start: Tensor, end: Tensor, colour: str) -> None:
         if (end - start).norm() < 0.004 * self.limits[1]:
-            return  # nothing but the head would be seen, and that points anywhere
+            return  # too short: only an arrow head would be drawn, in an arbitrary direction
         style = {"arrowstyle": "-|>", "color": colour, "lw": 2, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 11}
         self.arrows.annotate("", xy=end.tolist(), xytext=start.tolist(), arrowprops=style)
 
 
 def _plane(vectors: Tensor) -> Tensor:
-    """The first two numbers of each vector, a 0 where there is only one."""
+    """The first two elements of each vector; the second is 0 if there is only one."""
     two = vectors[..., :2]
     return torch.cat([two, torch.zeros_like(two)], -1)[..., :2]

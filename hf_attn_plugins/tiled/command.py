@@ -26,11 +26,11 @@ MAX_BLOCKS = 4_000_000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `hf-attn plan tiled`."""
     parser.add_argument("--length", type=int, default=6, help="tokens (default: 6)")
-    parser.add_argument("--head-dim", type=int, default=3, help="numbers per token (default: 3)")
-    parser.add_argument("--sram", type=int, default=24, help="numbers the fast memory holds (default: 24)")
+    parser.add_argument("--head-dim", type=int, default=3, help="elements per token and head (default: 3)")
+    parser.add_argument("--sram", type=int, default=24, help="elements that fit in fast memory (default: 24)")
     parser.add_argument("--causal", action="store_true", help="each token sees only itself and earlier ones")
     parser.add_argument("--order", choices=ORDERS, default=ORDERS[0], help=f"the outer loop (default: {ORDERS[0]})")
-    parser.add_argument("--bytes", type=int, default=4, help="bytes per number in slow memory (default: 4)")
+    parser.add_argument("--bytes", type=int, default=4, help="bytes per element in slow memory (default: 4)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random example (default: 0)")
     parser.add_argument("--steps", type=int, default=12, help="steps to print (default: 12)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -38,7 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--draw", type=Path, nargs="?", const=Path("tiles.png"), metavar="FILE.png", help="draw the tiles (tiles.png)"
     )
     parser.add_argument(
-        "--animate", type=Path, nargs="?", const=Path("tiles.gif"), metavar="FILE.gif", help="animate them (tiles.gif)"
+        "--animate",
+        type=Path,
+        nargs="?",
+        const=Path("tiles.gif"),
+        metavar="FILE.gif",
+        help="animate the tiles (tiles.gif)",
     )
 
 
@@ -68,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.draw:
         draw.draw_schedule(plan, arguments.draw)
         written.append(str(arguments.draw))
-    if arguments.animate:  # short enough to have been walked: check_animation saw to it
+    if arguments.animate:  # check_animation allows only lengths that were walked through
         animate.animate(plan, done, example.value, arguments.animate)
         written.append(str(arguments.animate))
     if arguments.json:
@@ -84,7 +89,7 @@ def _check(plan: TilePlan, arguments: argparse.Namespace) -> None:
             "give a smaller --length or a larger --sram."
         )
     if arguments.bytes < 1:
-        raise ValueError(f"--bytes {arguments.bytes}: a number takes at least 1 byte.")
+        raise ValueError(f"--bytes {arguments.bytes}: an element takes at least 1 byte.")
     if arguments.steps < 0:
         raise ValueError(f"--steps {arguments.steps}: 0 or more steps can be printed.")
     if arguments.draw:

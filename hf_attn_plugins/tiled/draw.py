@@ -23,7 +23,7 @@ TITLES = {
 
 
 def check_target(path: Path, suffix: str) -> None:
-    """Fail before any work is done if the picture could not be written.
+    """Raise before any work is done if the picture cannot be written.
 
     Raises:
         ValueError: another suffix, a directory, or no library to draw with.
@@ -43,7 +43,7 @@ def check_target(path: Path, suffix: str) -> None:
 
 
 def draw_schedule(plan: TilePlan, path: Path) -> None:
-    """Both orders of the tiles side by side as a PNG: what is computed, masked or skipped, and when.
+    """Write a PNG of both tile orders side by side: computed, masked and skipped tiles, and their sequence.
 
     Raises:
         ValueError: more tiles than a picture can show, or a file that cannot be written.
@@ -74,7 +74,7 @@ def _draw_order(axes: Axes, plan: TilePlan) -> None:
     axes.set_facecolor(SKIPPED if plan.causal else "white")
     numbered = _numbered(plan)
     for number, tile in enumerate(tiles, 1):
-        # Too small for numbers, tiles darken from the first to the last instead.
+        # Without numbers, the shade shows the sequence: later tiles are darker.
         shade = 1.0 if numbered else 0.3 + 0.7 * number / len(tiles)
         rectangle(axes, tile, MASKED if tile.masked else FULL, edge="white" if numbered else "none", alpha=shade)
         if numbered:
@@ -87,7 +87,7 @@ def _numbered(plan: TilePlan) -> bool:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure that belongs to no window, sizes in inches."""
+    """An empty figure without a window; width and height in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -97,7 +97,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def grid(axes: Axes, plan: TilePlan) -> None:
-    """Axes of query rows, downwards, against keys."""
+    """Set up axes with keys to the right and query rows downwards."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlim(-0.5, plan.length - 0.5)
@@ -110,7 +110,7 @@ def grid(axes: Axes, plan: TilePlan) -> None:
 
 
 def rectangle(axes: Axes, tile: Tile, colour: str, edge: str, alpha: float = 1.0) -> None:
-    """One tile in its place."""
+    """Draw one tile."""
     from matplotlib.patches import Rectangle
 
     corner = (tile.keys.start - 0.5, tile.rows.start - 0.5)
@@ -135,7 +135,11 @@ def _legend(figure: Figure, plan: TilePlan) -> None:
 
 
 def write(path: Path, save: Callable[[], object]) -> None:
-    """Call `save`; a file that cannot be written is a ValueError that names it."""
+    """Call `save`.
+
+    Raises:
+        ValueError: the file cannot be written; the text names it.
+    """
     try:
         save()
     except OSError as error:

@@ -1,7 +1,7 @@
-"""The textbook plan of FlashAttention in pure integers: block sizes, the order of the tiles, what moves in memory.
+"""FlashAttention's plan as in the papers: block sizes, the order of the tiles, memory traffic. Integers only.
 
-Sizes count numbers, as in the papers, not bytes. The kernels of this package choose their tiles by measurement; this
-plan is the one of the papers, to be read, drawn and run by hand (`hf-attn plan tiled --length 6 --head-dim 3`).
+Sizes count elements, as in the papers, not bytes. The kernels of this package choose their tiles by measurement; this
+plan is for reading, drawing and running by hand (`hf-attn plan tiled --length 6 --head-dim 3`).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ ORDERS = ("keys-outer", "rows-outer")
 
 @dataclass(frozen=True)
 class Tile:
-    """One step: a block of query rows meets a block of keys.
+    """One step: a block of query rows and a block of keys.
 
     Attributes:
         row_block, key_block: i and j of the papers.
-        rows, keys: the token positions of either side.
-        masked: whether causality hides some of the tile's pairs, so that a mask has to be applied.
+        rows, keys: their token positions.
+        masked: whether causality hides some of the tile's pairs, so that the step applies a mask.
     """
 
     row_block: int
@@ -35,26 +35,27 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Traffic:
-    """Numbers read from and written to the large, slow memory (HBM)."""
+class MemoryTraffic:
+    """Elements read from and written to the large, slow memory (HBM)."""
 
     read: int
     written: int
 
     @property
     def total(self) -> int:
+        """Elements read and written."""
         return self.read + self.written
 
 
 @dataclass(frozen=True)
 class TilePlan:
-    """Tiles for attention of `length` tokens over themselves, one head.
+    """The tiles of self-attention over `length` tokens, for one head.
 
     Attributes:
         length: N, tokens, at least 1.
-        head_dim: d, numbers per token in each of Q, K, V and O, at least 1.
-        sram: M, numbers that the small, fast memory holds, at least 4 d (one row each of Q, K, V and O).
-        causal: tiles that lie wholly above the diagonal are skipped.
+        head_dim: d, elements per token in each of Q, K, V and O, at least 1.
+        sram: M, elements that fit in the small, fast memory, at least 4 d (one row each of Q, K, V and O).
+        causal: whether rows see only keys at or before their own position; tiles above the diagonal are then skipped.
         order: "keys-outer" is algorithm 1 of FlashAttention, "rows-outer" that of FlashAttention-2.
 
     Raises:
@@ -84,38 +85,42 @@ class TilePlan:
 
     @property
     def block_keys(self) -> int:
-        """Bc = ceil(M / 4d), the keys of a block; the last block may be shorter."""
+        """Bc = ceil(M / 4d), the keys per block; the last block may be shorter."""
         return -(-self.sram // (4 * self.head_dim))
 
     @property
     def block_rows(self) -> int:
-        """Br = min(Bc, d), the query rows of a block: with at most d of them the Br x Bc scores stay within M / 4."""
+        """Br = min(Bc, d), the query rows per block; Br <= d limits the Br x Bc scores to about M / 4 elements."""
         return min(self.block_keys, self.head_dim)
 
     @property
     def num_row_blocks(self) -> int:
+        """Tr = ceil(N / Br)."""
         return -(-self.length // self.block_rows)
 
     @property
     def num_key_blocks(self) -> int:
+        """Tc = ceil(N / Bc)."""
         return -(-self.length // self.block_keys)
 
     def rows_of(self, row_block: int) -> range:
+        """The query positions of a row block."""
         return range(row_block * self.block_rows, min((row_block + 1) * self.block_rows, self.length))
 
     def keys_of(self, key_block: int) -> range:
+        """The key positions of a key block."""
         return range(key_block * self.block_keys, min((key_block + 1) * self.block_keys, self.length))
 
     def first_row_block(self, key_block: int) -> int:
-        """The first row block with a row that sees a key of this block; all later ones have one too."""
+        """The first row block with a row that sees a key of this block; all later row blocks have such a row."""
         return self.keys_of(key_block).start // self.block_rows if self.causal else 0
 
     def last_key_block(self, row_block: int) -> int:
-        """The last key block that a row of this block sees into."""
+        """The last key block with a key that a row of this block sees."""
         return self.rows_of(row_block)[-1] // self.block_keys if self.causal else self.num_key_blocks - 1
 
     def tiles(self) -> Iterator[Tile]:
-        """The tiles in the order they are computed, skipped ones left out."""
+        """The tiles in the order in which they are computed, without the skipped ones."""
         if self.order == "keys-outer":
             for key_block in range(self.num_key_blocks):
                 for row_block in range(self.first_row_block(key_block), self.num_row_blocks):
@@ -130,41 +135,41 @@ class TilePlan:
         return Tile(row_block, key_block, rows, keys, masked=self.causal and keys[-1] > rows[0])
 
     def count(self) -> tuple[int, int, int]:
-        """How many tiles are computed, how many of those need a mask, and how many are skipped."""
+        """(computed tiles, computed tiles that need a mask, skipped tiles)."""
         computed = masked = 0
         for key_block in range(self.num_key_blocks):
             first = self.first_row_block(key_block)
             computed += self.num_row_blocks - first
             if self.causal:
-                # Row blocks that start before the block's last key still have a pair to hide.
+                # A row block that starts before the last key of the key block has a hidden pair.
                 masked += min(self.num_row_blocks, -(-self.keys_of(key_block)[-1] // self.block_rows)) - first
         return computed, masked, self.num_row_blocks * self.num_key_blocks - computed
 
     def held(self) -> int:
-        """Numbers in fast memory during the largest step: K, V, Q, O, the scores, and each row's max and sum."""
+        """Elements in fast memory during the largest step: K, V, Q, O, the scores, and the row maximum and row sum."""
         rows, keys = min(self.block_rows, self.length), min(self.block_keys, self.length)
         return 2 * (rows + keys) * self.head_dim + rows * keys + 2 * rows
 
-    def traffic(self) -> Traffic:
-        """What the tiles move between slow and fast memory in the forward pass."""
+    def traffic(self) -> MemoryTraffic:
+        """Elements that the forward pass moves between slow and fast memory."""
         n, d = self.length, self.head_dim
         if self.order == "keys-outer":
-            # K and V come in once; every visit of a row block brings Q, O, sum and max in and O, sum and max back out.
+            # K and V are read once. Each tile reads Q, O, sum and max of its rows, and writes O, sum and max.
             visits = sum(n - self.first_row_block(j) * self.block_rows for j in range(self.num_key_blocks))
             start = n * (d + 2)  # O, sum and max are first written as 0, 0 and -inf
-            return Traffic(read=2 * n * d + visits * (2 * d + 2), written=start + visits * (d + 2))
-        # A row block stays until it is done, so only K and V come in again; O and the lse leave once.
+            return MemoryTraffic(read=2 * n * d + visits * (2 * d + 2), written=start + visits * (d + 2))
+        # A row block stays in fast memory, so only K and V are read again. O and the lse are written once.
         keys = sum(self.keys_of(self.last_key_block(i)).stop for i in range(self.num_row_blocks))
-        return Traffic(read=n * d + keys * 2 * d, written=n * (d + 1))
+        return MemoryTraffic(read=n * d + keys * 2 * d, written=n * (d + 1))
 
-    def plain_traffic(self) -> Traffic:
-        """The same for plain attention, which writes the N x N scores and weights out and reads them back."""
+    def plain_traffic(self) -> MemoryTraffic:
+        """`traffic` of plain attention, which writes and reads the N x N scores and the N x N weights."""
         n, d = self.length, self.head_dim
-        return Traffic(read=3 * n * d + 2 * n * n, written=2 * n * n + n * d)
+        return MemoryTraffic(read=3 * n * d + 2 * n * n, written=2 * n * n + n * d)
 
 
 def floored_blocks(length: int, head_dim: int, sram: int) -> tuple[int, list[int]]:
-    """What floor(M / 4d) and an even split into N // Br blocks make of the rows: a slip to compare with.
+    """A wrong division of the rows, for comparison: Bc = floor(M / 4d), and an even split into N // Br blocks.
 
     Returns:
         Br by that rule and the sizes of its blocks: some are larger than Br when Br does not divide N, and there are

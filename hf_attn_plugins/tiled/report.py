@@ -1,4 +1,4 @@
-"""What `hf-attn plan tiled` says: the plan, its steps with numbers, and the checks, as text or as one JSON object."""
+"""The output of `hf-attn plan tiled`: plan, steps and checks, as text or as values for one JSON object."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_attn_plugins.tiled.plan import ORDERS, TilePlan, floored_blocks
 from hf_attn_plugins.tiled.walkthrough import (
     Forward,
-    Step,
+    TileStep,
     backward,
     forward,
     plain_attention,
@@ -34,14 +34,15 @@ class Example:
 
     @classmethod
     def random(cls, plan: TilePlan, seed: int) -> Example:
+        """Normal tensors of the plan's sizes; query and key are multiplied by 1.5."""
         generator = torch.Generator().manual_seed(seed)
         draws = torch.randn(4, plan.length, plan.head_dim, generator=generator, dtype=torch.float64)
-        # Queries and keys larger than usual: weights that differ little would hide mistakes.
+        # Larger queries and keys give sharper weights; nearly equal weights would hide errors.
         return cls(1.5 * draws[0], 1.5 * draws[1], draws[2], draws[3], plan.head_dim**-0.5)
 
 
 def plan_facts(plan: TilePlan, bytes_per_number: int) -> dict[str, Any]:
-    """The integers of the plan, ready for JSON."""
+    """The integers of the plan as JSON values."""
     computed, masked, skipped = plan.count()
     moved, plain = plan.traffic(), plan.plain_traffic()
     floored, sizes = floored_blocks(plan.length, plan.head_dim, plan.sram)
@@ -63,7 +64,7 @@ def plan_facts(plan: TilePlan, bytes_per_number: int) -> dict[str, Any]:
 
 
 def checks(plan: TilePlan, example: Example) -> dict[str, float]:
-    """Largest absolute differences of every piece from its plain counterpart, and relative errors of the slips."""
+    """Largest absolute difference of each result from plain attention, and relative errors of two wrong formulas."""
     query, key, value, scale = example.query, example.key, example.value, example.scale
     leaves = [x.clone().requires_grad_() for x in (query, key, value)]
     plain = plain_attention(leaves[0], leaves[1], leaves[2], scale, plan.causal)
@@ -77,14 +78,14 @@ def checks(plan: TilePlan, example: Example) -> dict[str, float]:
     row = weights[0]
     jacobian = torch.diag(row) - torch.outer(row, row)
     unscaled = plain_attention(query, key, value, 1.0, plan.causal)
-    found = {f"out, {order}": _furthest(both[order].out, plain) for order in ORDERS}
+    differences = {f"out, {order}": _furthest(both[order].out, plain) for order in ORDERS}
     for name, ours, theirs in zip(("d query", "d key", "d value"), tiled, exact, strict=True):
-        found[name] = _furthest(ours, theirs)
-    found["softmax gradient"] = _furthest(softmax_gradient(weights, arriving)[0], jacobian @ arriving[0])
+        differences[name] = _furthest(ours, theirs)
+    differences["softmax gradient"] = _furthest(softmax_gradient(weights, arriving)[0], jacobian @ arriving[0])
     for name, ours, theirs in zip(("d query", "d key", "d value"), slip, exact, strict=True):
-        found[f"unnormalised {name}"] = _relative(ours, theirs)
-    found["unscaled out"] = _relative(unscaled, plain)
-    return found
+        differences[f"unnormalised {name}"] = _relative(ours, theirs)
+    differences["unscaled out"] = _relative(unscaled, plain)
+    return differences
 
 
 def _furthest(ours: Tensor, theirs: Tensor) -> float:
@@ -92,13 +93,13 @@ def _furthest(ours: Tensor, theirs: Tensor) -> float:
 
 
 def _relative(ours: Tensor, theirs: Tensor) -> float:
-    """|ours - theirs| / |theirs|; 0 where both are rounding noise (one key: query and key have no gradient)."""
+    """|ours - theirs| / |theirs|; 0 if |theirs| is rounding noise, as the gradients of query and key for one key."""
     size, error = theirs.norm().item(), (ours - theirs).norm().item()
     return error / size if size > 1e-9 else 0.0
 
 
-def step_facts(step: Step) -> dict[str, Any]:
-    """A step ready for JSON; -inf, which JSON lacks, becomes null."""
+def step_facts(step: TileStep) -> dict[str, Any]:
+    """A step as JSON values; -inf becomes null, because JSON has no infinity."""
     tile = step.tile
     tensors = {
         field.name: _finite(getattr(step, field.name).tolist())
@@ -168,7 +169,7 @@ def _pair(moved: dict[str, int]) -> str:
 
 
 def steps_text(done: Forward, limit: int) -> str:
-    """The steps, one table a tile."""
+    """The steps, one table per tile."""
     lines = [
         "Steps",
         "  score = q.k / sqrt(d). Each row keeps the largest score so far (max), the sum of exp(score - max), and the",
@@ -185,7 +186,7 @@ def steps_text(done: Forward, limit: int) -> str:
     return "\n".join(lines)
 
 
-def _step_table(step: Step) -> list[str]:
+def _step_table(step: TileStep) -> list[str]:
     head = ["row", "scores", "max", "old x", "sum", "mean of the values so far"]
     body = [
         [

@@ -1,6 +1,6 @@
-"""FlashAttention's forward and backward as the papers write them, one tile at a time, with every step kept for reading.
+"""FlashAttention's forward and backward as in the papers, one tile at a time, with every step recorded.
 
-For reading and checking, one head, (N, d) matrices, any float dtype; `kernels.attend` is what models run.
+This file is for reading and for checks: one head, (N, d) matrices, any float dtype. Models run `kernels.attend`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from hf_attn_plugins.tiled.plan import Tile, TilePlan
 
 
 @dataclass(frozen=True)
-class Step:
-    """What one tile did to its rows.
+class TileStep:
+    """The state of a tile's rows before and after the tile.
 
     Attributes:
-        tile: which rows met which keys.
+        tile: the rows and keys.
         scores: (rows, keys), scaled, -inf where hidden.
-        weights: (rows, keys), exp(scores - max_after), not yet divided by any sum.
-        max_before, max_after: (rows,), the largest score seen so far.
-        sum_before, sum_after: (rows,), the sum of exp(score - max) over the keys seen so far.
-        rescale: (rows,), exp(max_before - max_after): what everything gathered earlier is multiplied with.
-        mean: (rows, d), softmax attention over the keys seen so far.
+        weights: (rows, keys), exp(scores - max_after), not normalized.
+        max_before, max_after: (rows,), the row maximum of the scores so far.
+        sum_before, sum_after: (rows,), the row sum of exp(score - max) over the keys so far.
+        rescale: (rows,), exp(max_before - max_after), the factor of the earlier sum and output.
+        mean: (rows, d), softmax attention over the keys so far.
     """
 
     tile: Tile
@@ -40,11 +40,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Forward:
-    """out (N, d), lse (N,) = max + log(sum), and the steps that led there."""
+    """out (N, d), lse (N,) = max + log(sum), and the steps in the order in which they ran."""
 
     out: Tensor
     lse: Tensor
-    steps: list[Step]
+    steps: list[TileStep]
 
 
 def tile_scores(query: Tensor, key: Tensor, tile: Tile, scale: float) -> Tensor:
@@ -63,7 +63,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, plan: TilePlan, scale: fl
 
 
 def algorithm_1(query: Tensor, key: Tensor, value: Tensor, plan: TilePlan, scale: float) -> Forward:
-    """The first FlashAttention: each tile has a maximum of its own, and `out` is a finished mean after every tile.
+    """FlashAttention: each tile has its own row maximum, and `out` is normalized after every tile.
 
     Source: arXiv 2205.14135, algorithm 1, lines 9 to 13.
     """
@@ -75,7 +75,7 @@ def algorithm_1(query: Tensor, key: Tensor, value: Tensor, plan: TilePlan, scale
         old_max, old_sum = maximum[rows].clone(), total[rows].clone()
         scores = tile_scores(query, key, tile, scale)
         local_max = scores.amax(1)
-        # A row may see nothing of a tile on the diagonal: exp(-inf + inf) would be NaN, exp(-inf - 0) is 0.
+        # A row of a diagonal tile may see none of its keys. exp(-inf + inf) would be NaN, and exp(-inf - 0) is 0.
         local = (scores - torch.where(local_max.isinf(), 0, local_max)[:, None]).exp()
         new_max = torch.maximum(old_max, local_max)
         rescale, local_rescale = (old_max - new_max).exp(), (local_max - new_max).exp()
@@ -83,12 +83,12 @@ def algorithm_1(query: Tensor, key: Tensor, value: Tensor, plan: TilePlan, scale
         gathered = (old_sum * rescale)[:, None] * out[rows] + local_rescale[:, None] * (local @ value[keys])
         out[rows], maximum[rows], total[rows] = gathered / new_sum[:, None], new_max, new_sum
         weights = local * local_rescale[:, None]
-        steps.append(Step(tile, scores, weights, old_max, new_max, old_sum, new_sum, rescale, out[rows].clone()))
+        steps.append(TileStep(tile, scores, weights, old_max, new_max, old_sum, new_sum, rescale, out[rows].clone()))
     return Forward(out, maximum + total.log(), steps)
 
 
 def flash_attention_2(query: Tensor, key: Tensor, value: Tensor, plan: TilePlan, scale: float) -> Forward:
-    """FlashAttention-2: weights against the running maximum, and one division by the sum after a row's last tile.
+    """FlashAttention-2: weights use the running row maximum; rows are divided by their sum once, after the last tile.
 
     Source: arXiv 2307.08691, algorithm 1.
     """
@@ -99,26 +99,26 @@ def flash_attention_2(query: Tensor, key: Tensor, value: Tensor, plan: TilePlan,
         rows, keys = _slice(tile.rows), _slice(tile.keys)
         old_max, old_sum = maximum[rows].clone(), total[rows].clone()
         scores = tile_scores(query, key, tile, scale)
-        # Never -inf: every row sees key 0, and the first tile of every row holds it.
+        # Never -inf: every row sees key 0, which is in the first tile of every row.
         new_max = torch.maximum(old_max, scores.amax(1))
         weights, rescale = (scores - new_max[:, None]).exp(), (old_max - new_max).exp()
         new_sum = rescale * old_sum + weights.sum(1)
         gathered[rows] = rescale[:, None] * gathered[rows] + weights @ value[keys]
         maximum[rows], total[rows] = new_max, new_sum
-        mean = gathered[rows] / new_sum[:, None]  # for the reader only; the algorithm divides once, below
-        steps.append(Step(tile, scores, weights, old_max, new_max, old_sum, new_sum, rescale, mean))
+        mean = gathered[rows] / new_sum[:, None]  # recorded for the reader; the algorithm divides once, below
+        steps.append(TileStep(tile, scores, weights, old_max, new_max, old_sum, new_sum, rescale, mean))
     return Forward(gathered / total[:, None], maximum + total.log(), steps)
 
 
 def backward(
     query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, plan: TilePlan, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, tile by tile: exp(scores - lse) gives the normalised weights back.
+    """Gradients of query, key and value, tile by tile. exp(scores - lse) are the normalized weights.
 
     Source: arXiv 2205.14135, appendix B.4; arXiv 2307.08691, algorithm 2.
     """
     grad_query, grad_key, grad_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-    # Row by row sum_j A_ij dA_ij, which needs no row of A: it equals the product of out and its gradient.
+    # sum_j A_ij dA_ij = sum_c O_ic dO_ic, so that no row of A is needed.
     delta = (grad_out * out).sum(1)
     for tile in plan.tiles():
         rows, keys = _slice(tile.rows), _slice(tile.keys)
@@ -133,10 +133,10 @@ def backward(
 def unnormalised_backward(
     query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, scale: float, causal: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A common slip, kept to be compared with: P = exp(S - max) where the weights A = P / sum(P) belong.
+    """A wrong backward, for comparison: it uses P = exp(S - max) instead of the weights A = P / sum(P).
 
-    All three gradients come out wrong: dV grows by each row's sum, and dS = P * (dP - sum(P * dP)) mixes a factor of
-    the sum with one of its square, so that not even its direction is right.
+    All three gradients are wrong. dV is multiplied by each row's sum s. In dS = P * (dP - sum(P * dP)) the first term
+    is multiplied by s and the second by s^2, so that the direction is wrong too.
     """
     scores = query @ key.T * scale
     if causal:
@@ -147,13 +147,13 @@ def unnormalised_backward(
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool = False) -> Tensor:
-    """softmax(scale * query key^T) value with every score written out."""
+    """softmax(scale * query key^T) value, with the whole score matrix in memory."""
     scores = query @ key.T * scale
     return softmax(causal_mask(scores)[0] if causal else scores) @ value
 
 
 def softmax(scores: Tensor) -> Tensor:
-    """Row-wise softmax; the row's maximum is taken off first, which changes nothing but keeps exp() finite."""
+    """Row-wise softmax. The row maximum is subtracted first: the result is the same, and exp() stays finite."""
     numerator = (scores - scores.amax(1, keepdim=True)).exp()
     return numerator / numerator.sum(1, keepdim=True)
 
@@ -161,20 +161,15 @@ def softmax(scores: Tensor) -> Tensor:
 def softmax_gradient(weights: Tensor, grad_weights: Tensor) -> Tensor:
     """The gradient of the scores: each row's Jacobian diag(a) - a a^T times g, which is a * (g - sum(a * g)).
 
-    Needs O(N) per row, where the Jacobian written out takes O(N^2). `weights` must be normalised.
+    It needs O(N) memory per row; the Jacobian would need O(N^2). `weights` must be normalized.
     """
     return weights * (grad_weights - (weights * grad_weights).sum(1, keepdim=True))
 
 
 def causal_mask(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores (T, S) with -inf above the diagonal, and the bool mask of what stays visible."""
+    """Scores (T, S) with -inf above the diagonal, and the bool mask of the visible scores."""
     visible = torch.ones_like(scores, dtype=torch.bool).tril()
     return scores.masked_fill(~visible, -torch.inf), visible
-
-
-def causal_mask_gradient(grad_masked: Tensor, visible: Tensor) -> Tensor:
-    """Passes the gradient through where a score was visible; hidden scores get 0, whatever arrives, even NaN or inf."""
-    return torch.where(visible, grad_masked, 0.0)
 
 
 def _slice(positions: range) -> slice:

@@ -23,7 +23,7 @@ SMALL = ["--words", "6", "--length", "5", "--characters", "9", "--width", "8", "
 
 
 def test_every_stage_computes_the_same_both_ways():
-    timings = bench.time_stages(bench.Sizes(6, 5, 9, 8), repeats=1)
+    timings = bench.time_stages(bench.CallSizes(6, 5, 9, 8), repeats=1)
     assert len(timings) == 7
     for timing in timings:
         assert timing.error < 1e-5 and timing.direct > 0 and timing.tables > 0

@@ -167,5 +167,7 @@ def test_options_are_validated(options, message):
 def test_a_method_that_does_not_exist_is_told():
     from hf_attn_plugins.parallel.method import method_for as method
 
-    with pytest.raises(ValueError, match="'sdpa' does not run on several ranks: choose one of star_attention"):
+    with pytest.raises(
+        ValueError, match="'sdpa' does not run on several ranks: choose one of tiled_attention, star_attention"
+    ):
         method("sdpa")

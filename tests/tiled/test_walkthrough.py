@@ -11,7 +11,6 @@ from hf_attn_plugins.tiled.plan import ORDERS, TilePlan
 from hf_attn_plugins.tiled.walkthrough import (
     backward,
     causal_mask,
-    causal_mask_gradient,
     forward,
     softmax,
     softmax_gradient,
@@ -125,13 +124,8 @@ def test_softmax_is_finite_and_right_for_huge_scores():
     assert torch.allclose(softmax(scores), torch.softmax(scores, 1), atol=0, rtol=1e-14)
 
 
-def test_causal_mask_and_its_gradient():
-    scores = torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+def test_causal_mask():
+    scores = torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     masked, visible = causal_mask(scores)
     assert torch.equal(visible, visibility(4, 4, is_causal=True)[0, 0])
-    grad = torch.randn(4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    (expected,) = torch.autograd.grad(masked, scores, grad)
-    assert torch.equal(causal_mask_gradient(grad, visible), expected)
-    # A product with the mask would turn these into NaN.
-    grad[0, 1], grad[0, 2] = torch.nan, torch.inf
-    assert torch.equal(causal_mask_gradient(grad, visible), expected)
+    assert torch.equal(masked[visible], scores[visible]) and bool((masked[~visible] == -torch.inf).all())

@@ -1,4 +1,4 @@
-"""What the division buys and costs on this machine: memory and time of one worker against the whole, measured."""
+"""`hf-attn bench cqs`: measured memory and time of one CQS worker against undivided attention."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
         for row in measure(length, arguments.workers, causal, arguments.repeats, arguments.scores_up_to, dtype):
             print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
             rows[_case(row)] = row
-            # After every row: a run that is cut short keeps what it has measured.
+            # Written after every row, so that an interrupted run keeps its measurements.
             path = write_table(arguments.out, NAME, TITLE, [rows[case] for case in sorted(rows)], NOTES)
     print("written to", path)
 
@@ -89,14 +89,14 @@ def run(arguments: argparse.Namespace) -> None:
 def measure(
     tokens: int, worker_counts: list[int], is_causal: bool, repeats: int, scores_up_to: int, dtype: str = "float32"
 ) -> Iterator[dict[str, Any]]:
-    """One row per number of workers."""
+    """One table row per number of workers."""
     generator = torch.Generator().manual_seed(0)
     inputs = [
         torch.randn(1, heads, tokens, HEAD_DIM, generator=generator).to(DTYPES[dtype])
         for heads in (HEADS, KV_HEADS, KV_HEADS)
     ]
     leaves = {count: list(plan(tokens, count).leaves()) for count in worker_counts}
-    attend(*inputs, is_causal=is_causal)  # warms up
+    attend(*inputs, is_causal=is_causal)  # warm-up
     measured = tokens <= scores_up_to
     whole_linear = _peak(lambda x: attend(x[0], x[1], x[2], is_causal=is_causal), inputs)
     whole_scores = _peak(lambda x: _textbook(x[0], x[1], x[2], is_causal), inputs) if measured else None
@@ -157,7 +157,7 @@ def _textbook(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Ten
     scores = query @ key.repeat_interleave(HEADS // KV_HEADS, 1).mT
     scores *= HEAD_DIM**-0.5
     if is_causal:
-        # Row by row: a mask of that size would be measured along with the scores.
+        # Row by row, because the memory of a whole mask would be measured too.
         for row in range(scores.shape[-2]):
             scores[..., row, row + 1 + scores.shape[-1] - scores.shape[-2] :] = -torch.inf
     scores.sub_(scores.amax(-1, keepdim=True)).exp_()
@@ -174,7 +174,7 @@ def _textbook_worker(leaf: Leaf, is_causal: bool, material: list[Tensor]) -> lis
 
 
 def _peak(function: Callable[[list[Tensor]], Any], inputs: list[Tensor]) -> float | None:
-    """MiB at the peak of making the inputs and running the function on them; None where it cannot be measured."""
+    """Peak MiB of making the inputs and running the function on them; None if the system does not report it."""
     with PeakMemory(inputs[0].device) as memory:
         result = function([x.clone() for x in inputs])
     del result
@@ -201,12 +201,12 @@ def _size(span: tuple[int, int]) -> int:
 
 
 def _case(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What names a row, in the order of the table: float32 before bfloat16, full before causal."""
+    """The sort key of a row: float32 before bfloat16, full before causal."""
     return row["dtype"] != "float32", row["tokens"], row["mask"] == "causal", row["workers"]
 
 
 def _kept(folder: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """Rows measured before on the same hardware with the same versions, so that a table can be made in several runs."""
+    """Rows of an earlier run with the same hardware and versions, so that several runs can fill one table."""
     path = folder / f"{NAME}.json"
     if not path.is_file():
         return {}

@@ -1,4 +1,4 @@
-"""`hf-attn bench gpu`: on a machine with CUDA or ROCm, whether the Triton kernels are right, then how fast they are."""
+"""`hf-attn bench gpu`: check the results of the Triton kernels on a CUDA or ROCm GPU, then time them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Case(NamedTuple):
     causal: bool
 
     def flops(self) -> float:
-        """Of the matrix products: 2 forward and 5 backward, of half the scores when causal."""
+        """FLOPs of the matrix products: 2 products forward, 5 backward; half of them for causal attention."""
         if self.what == "decode":
             return 4.0 * 32 * self.length * self.head_dim
         batch = max(1, TOKENS // self.length)
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def correctness(device: torch.device, length: int = 1000, heads: tuple[int, int] = (8, 2)) -> Iterator[str]:
-    """One line a feature: errors of out and of the gradients against float64, and what the error rule allows."""
+    """One line per feature: errors of out and of the gradients against float64, and what the error rule allows."""
     lengths = torch.tensor([length, length // 3], device=device)
     right, left = (padding_from_lengths(lengths, length, side) for side in ("right", "left"))
     packed = torch.arange(length, device=device).mul(5).div(length, rounding_mode="floor").expand(2, length)
@@ -145,7 +145,7 @@ def _check(
 
 
 def cases(lengths: list[int], head_dims: list[int]) -> list[Case]:
-    """What is timed, the numbers asked about most first, so that a time limit cuts the rest."""
+    """The timed cases. The most important ones come first, because a time limit skips the last ones."""
     timed = [Case("forward", n, d, True) for d in reversed(head_dims) for n in lengths]
     timed += [Case("decode", n, d, True) for d in reversed(head_dims) for n in lengths]
     timed += [Case("backward", n, d, True) for d in reversed(head_dims) for n in lengths]
@@ -155,7 +155,7 @@ def cases(lengths: list[int], head_dims: list[int]) -> list[Case]:
 
 
 def measure(arguments: argparse.Namespace, device: torch.device, peak: float, deadline: float) -> list[dict[str, Any]]:
-    """Time the cases until the deadline, a row each, printed as they come."""
+    """Time the cases until the deadline; print each row when it is measured."""
     rows = []
     for case in cases(arguments.lengths, arguments.head_dims):
         if time.monotonic() > deadline:
@@ -199,10 +199,10 @@ def _with_backward(run: Callable[..., Tensor]) -> Callable[..., Any]:
 
 
 def alternatives(case: Case) -> dict[str, Callable[..., Tensor]]:
-    """Ours, SDPA's flash and cuDNN back ends, FlexAttention compiled, and flash-attn where it is installed."""
+    """Our kernels, SDPA's flash and cuDNN backends, compiled FlexAttention, and flash-attn if it is installed."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    causal = case.causal and case.what != "decode"  # one row at the end sees everything
+    causal = case.causal and case.what != "decode"  # the last row sees every key
     grouped = case.what == "decode"
 
     def sdpa(backend: SDPBackend) -> Callable[..., Tensor]:

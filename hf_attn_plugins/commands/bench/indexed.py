@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_attn_plugins.commands.bench import indexed_demo as demo
 from hf_attn_plugins.commands.bench import indexed_timing as bench
-from hf_attn_plugins.indexed.plan import Sizes
+from hf_attn_plugins.indexed.plan import CallSizes
 
 PARTS = ("stages", "scaling", "text")
 
@@ -19,13 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     seed = bench.SEED_SIZES
     parser.add_argument("--only", choices=PARTS, help="measure this part alone; the others are kept in --output")
     parser.add_argument("--words", type=int, default=seed.words, help="words of the stages (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=seed.length, help="characters a word (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=seed.length, help="characters per word (default: %(default)s)")
     parser.add_argument(
         "--characters", type=int, default=seed.characters, help="size of the set (default: %(default)s)"
     )
     parser.add_argument("--width", type=int, default=seed.width, help="embedding dimension (default: %(default)s)")
     parser.add_argument(
-        "--repeats", type=int, default=7, help="turns of each form, medians count (default: %(default)s)"
+        "--repeats", type=int, default=7, help="rounds per form; the median counts (default: %(default)s)"
     )
     parser.add_argument(
         "--text", type=Path, help="a UTF-8 text for the real use (default: the Python language reference)"
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.output is not None and not arguments.output.is_dir():
         raise FileNotFoundError(f"--output {arguments.output}: no such folder, create it first.")
     parts = [arguments.only] if arguments.only else list(PARTS)
-    sizes = Sizes(arguments.words, arguments.length, arguments.characters, arguments.width)
+    sizes = CallSizes(arguments.words, arguments.length, arguments.characters, arguments.width)
     found: dict[str, Any] = {"machine": bench.machine(), "repeats": dict.fromkeys(parts, arguments.repeats)}
     if "stages" in parts:
         timings = bench.time_stages(sizes, arguments.repeats)

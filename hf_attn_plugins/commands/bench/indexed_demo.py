@@ -1,4 +1,4 @@
-"""A real use: a vector for every word of a text, trained so that a misspelt word lands next to the right one."""
+"""A real use: one vector per word of a text, trained so that a misspelt word is closest to the correct word."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def nearest(vectors: Tensor, queries: Tensor, count: int) -> tuple[Tensor, Tenso
 def train(
     encoder: WordEncoder, vocabulary: Vocabulary, words: Sequence[str], steps: int, batch: int = 512, seed: int = 0
 ) -> list[float]:
-    """Teach the encoder that a word and its misspelling belong together; returns the losses.
+    """Train the encoder so that a word and its misspelling have similar vectors; returns the losses.
 
     Each step takes `batch` words with a fresh misspelling each; every other word of the batch is a wrong answer (the
     InfoNCE loss, arXiv 1807.03748, at temperature 0.05). Gradients flow through the tables.
@@ -79,7 +79,7 @@ class Settings:
 
 
 def accuracy(encoder: WordEncoder, vocabulary: Vocabulary, words: list[str], held_out: list[str], seed: int) -> float:
-    """How often the nearest of all `words` to a misspelt held-out word is the word itself."""
+    """How often the nearest of all `words` to a misspelt held-out word is the correct word."""
     generator = random.Random(seed)
     place = {word: i for i, word in enumerate(words)}
     wanted = torch.tensor([place[word] for word in held_out])
@@ -147,7 +147,7 @@ def _throughput(encoder: WordEncoder, indices: Tensor, repeats: int) -> dict[str
 
     def direct() -> Tensor:
         attention.form = "direct"
-        # In pieces, as a user of the direct form would: its query, key and value of all words would fill gigabytes.
+        # In pieces, because the direct form's query, key and value of all words would take gigabytes.
         return torch.cat([encoder(piece) for piece in indices.split(512)])
 
     def tables() -> Tensor:

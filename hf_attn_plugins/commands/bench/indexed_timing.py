@@ -21,10 +21,10 @@ from hf_attn_plugins.indexed.attention import (
     pooled_values,
 )
 from hf_attn_plugins.indexed.direct import direct_attention, direct_scores, project_direct, project_indexed
-from hf_attn_plugins.indexed.plan import Sizes, direct_cost, table_cost
+from hf_attn_plugins.indexed.plan import CallSizes, direct_cost, table_cost
 from hf_attn_plugins.indexed.tables import Projections, build_tables, project_tables, sinusoids
 
-SEED_SIZES = Sizes(words=500, length=32, characters=64, width=512)
+SEED_SIZES = CallSizes(words=500, length=32, characters=64, width=512)
 SWEEPS = {
     "words": (1, 2, 5, 20, 100, 500, 2000),
     "characters": (16, 64, 256, 1024, 4096, 8192),
@@ -71,7 +71,7 @@ def interleaved(functions: list[Callable[[], Any]], repeats: int, batch: list[in
 
 @dataclass(frozen=True)
 class Inputs:
-    """Random tables, weights (tied, as in the seed's proof) and words of the given sizes."""
+    """Random character table, positions, words and weights of the given sizes; positions use the same weights."""
 
     characters: Tensor
     positions: Tensor
@@ -79,7 +79,7 @@ class Inputs:
     weights: Projections
 
     @classmethod
-    def draw(cls, sizes: Sizes, seed: int = 0) -> Inputs:
+    def draw(cls, sizes: CallSizes, seed: int = 0) -> Inputs:
         """float32 normal characters, sinusoids, weights as nn.Linear draws them, uniform words without padding."""
         generator = torch.Generator().manual_seed(seed)
         columns, bound = sizes.heads * sizes.dim, sizes.width**-0.5
@@ -95,8 +95,8 @@ class Inputs:
         )
 
 
-def stages(sizes: Sizes) -> Iterator[tuple[str, Callable[[], Tensor], Callable[[], Tensor]]]:
-    """The stages the seed times, and the whole in its forms: (name, direct, by tables); tables are built each time."""
+def stages(sizes: CallSizes) -> Iterator[tuple[str, Callable[[], Tensor], Callable[[], Tensor]]]:
+    """The timed stages and forms of the whole call, each as (name, direct, by tables); tables are built every time."""
     x, n = Inputs.draw(sizes), sizes.characters
     tables = build_tables(x.characters, x.positions, x.weights)
     only_query = Projections(x.weights.query, x.weights.query[:1], x.weights.query[:1])
@@ -135,8 +135,8 @@ def stages(sizes: Sizes) -> Iterator[tuple[str, Callable[[], Tensor], Callable[[
 
     yield "Q: project first, then index", direct_projection, project_first
     yield "Q K^T by index", direct_qk, lambda: indexed_scores(build(), x.indices)
-    yield "Q K^T by index, V built (the seed's)", direct_qk_and_v, indexed_qk_and_v
-    yield "whole, V built (the seed's ISDPA)", direct, with_values_built
+    yield "Q K^T by index, V built", direct_qk_and_v, indexed_qk_and_v
+    yield "whole, V built", direct, with_values_built
     yield "whole, V never built", direct, lambda: indexed_attention(build(), x.indices)
     yield "whole, tables frozen", direct, lambda: indexed_attention(tables, x.indices)
     weights = column_weights(indexed_scores(tables, x.indices))
@@ -148,8 +148,8 @@ def stages(sizes: Sizes) -> Iterator[tuple[str, Callable[[], Tensor], Callable[[
 
 
 @torch.no_grad()
-def time_stages(sizes: Sizes = SEED_SIZES, repeats: int = 7) -> list[Timing]:
-    """Time every stage; each turn runs the table form five times, because it is that much shorter."""
+def time_stages(sizes: CallSizes = SEED_SIZES, repeats: int = 7) -> list[Timing]:
+    """Time every stage. Each round runs the table form five times, because it takes about a fifth of the time."""
     found = []
     for name, direct, tables in stages(sizes):
         error = (direct() - tables()).abs().max().item()
@@ -159,8 +159,8 @@ def time_stages(sizes: Sizes = SEED_SIZES, repeats: int = 7) -> list[Timing]:
 
 
 @torch.no_grad()
-def time_scaling(base: Sizes = SEED_SIZES, repeats: int = 5) -> list[dict]:
-    """Vary one size at a time: seconds of the direct form, the tables and the frozen ones, and the plan's forecast."""
+def time_scaling(base: CallSizes = SEED_SIZES, repeats: int = 5) -> list[dict]:
+    """Vary one size at a time: seconds of the direct form, of tables and of frozen tables, and the plan's ratios."""
     found = []
     for name, values in SWEEPS.items():
         for value in values:
@@ -187,13 +187,13 @@ def time_scaling(base: Sizes = SEED_SIZES, repeats: int = 5) -> list[dict]:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """The processor, threads and versions of the measurement."""
     name = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo") as lines:
             name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
     except OSError:
-        pass  # another system than Linux: the processor's name is all there is
+        pass  # no Linux: `platform` gives the name
     return {
         "processor": name,
         "cores": os.cpu_count(),

@@ -1,4 +1,4 @@
-"""`hf-attn bench parallel`: bytes, memory and work of a rank, counted from the plans and measured on real processes."""
+"""`hf-attn bench parallel`: bytes, memory and work per rank, counted from the plans and measured on processes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,9 @@ from typing import Any
 from hf_attn_plugins.bench.timing import write_table
 from hf_attn_plugins.cqs.cost import CallShape
 from hf_attn_plugins.parallel.costs import Cost, costs
+from hf_attn_plugins.plugins import PLUGINS, plugin, resolve
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
-METHODS = {
-    "star_attention": "Star",
-    "cqs_attention": "CQS",
-    "tiled_attention": "dense, keys gathered",
-}
 NAME, TITLE = "parallel", "Several ranks: what each method sends, holds and computes"
 
 
@@ -27,15 +23,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--length", type=int, default=2048, help="tokens of the prompt")
     parser.add_argument("--ranks", type=int, nargs="+", default=list(range(1, 9)), help="numbers of ranks to count for")
-    parser.add_argument("--measure-up-to", type=int, default=4, help="most processes to start; 0 only counts")
+    parser.add_argument(
+        "--measure-up-to", type=int, default=4, help="measure with up to this many processes; 0 only counts"
+    )
     parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--kv-heads", type=int, nargs="+", default=[8, 2], help="one table row for each")
+    parser.add_argument(
+        "--kv-heads", type=int, nargs="+", default=[8, 2], help="numbers of key heads; one table row for each"
+    )
     parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=2, help="of the random Llama that is measured")
+    parser.add_argument("--layers", type=int, default=2, help="layers of the random Llama that is measured")
     parser.add_argument("--dtype", choices=SIZES, default="float32")
     parser.add_argument("--block-size", type=int, help="tokens of Star's blocks; default: an eighth of the prompt")
-    parser.add_argument("--workers", type=int, help="of CQS; default: chosen for each number of ranks")
-    parser.add_argument("--rounds", type=int, default=1, help="exchanges a layer of CQS")
+    parser.add_argument("--workers", type=int, help="workers of CQS; default: chosen for each number of ranks")
+    parser.add_argument("--rounds", type=int, default=1, help="exchanges per layer of CQS")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds that one measured launch may take")
     parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/results"), help="folder for parallel.md and parallel.json"
@@ -55,12 +55,12 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {given}: at least 1 is needed.")
     if any(arguments.heads % kv_heads for kv_heads in arguments.kv_heads):
         raise ValueError(f"--heads {arguments.heads} is no multiple of each of --kv-heads {arguments.kv_heads}.")
-    cases = [(kv_heads, name) for kv_heads in arguments.kv_heads for name in METHODS]
+    cases = [(kv_heads, name) for kv_heads in arguments.kv_heads for name in methods()]
     rows = []
     for ranks in sorted(set(arguments.ranks)):
-        found = [counted(arguments, name, ranks, kv_heads) for kv_heads, name in cases]  # refuses what does not fit
+        counts = [counted(arguments, name, ranks, kv_heads) for kv_heads, name in cases]  # refuses what does not fit
         reports = measured(arguments, cases, ranks) if ranks <= arguments.measure_up_to else [None] * len(cases)
-        for (kv_heads, name), row, report in zip(cases, found, reports, strict=True):
+        for (kv_heads, name), row, report in zip(cases, counts, reports, strict=True):
             row |= _comparison(plan_costs(arguments, name, ranks, kv_heads), report, arguments.layers)
             print("  ".join(f"{k} {_cell(v)}" for k, v in row.items()), flush=True)
             rows.append(row)
@@ -68,34 +68,42 @@ def run(arguments: argparse.Namespace) -> None:
     print("written to", write_table(arguments.out, NAME, TITLE, rows, notes(arguments)))
 
 
+def methods() -> list[str]:
+    """The plugins that run on several ranks, in the order of the plugin table."""
+    return [row.name for row in PLUGINS.values() if row.ranks]
+
+
 def options_of(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
-    """The method's options that the command line asks for."""
-    if name == "star_attention":
-        return {"block_size": arguments.block_size or max(1, arguments.length // 8), "anchor": "recompute"}
-    if name == "cqs_attention":
-        return {"workers": arguments.workers, "rounds": arguments.rounds}
-    return {}
+    """The options of the command line that the method has."""
+    given = {
+        "block_size": arguments.block_size or max(1, arguments.length // 8),
+        "anchor": "recompute",
+        "workers": arguments.workers,
+        "rounds": arguments.rounds,
+    }
+    names = resolve(plugin(name).ranks).names()
+    return {option: value for option, value in given.items() if option in names}
 
 
 def plan_costs(arguments: argparse.Namespace, name: str, ranks: int, kv_heads: int) -> list[Cost]:
-    """Every rank's cost of one layer."""
+    """The cost of one layer, for each rank."""
     size = SIZES[arguments.dtype]
     shape = CallShape(arguments.heads, kv_heads, arguments.head_dim, arguments.head_dim, size)
     return costs(name, arguments.length, ranks, shape, **options_of(arguments, name))
 
 
 def counted(arguments: argparse.Namespace, name: str, ranks: int, kv_heads: int) -> dict[str, Any]:
-    """The row's figures from the plan, for the rank that has most of each."""
-    found = plan_costs(arguments, name, ranks, kv_heads)
-    most = {field: max(getattr(cost, field) for cost in found) for field in vars(found[0])}
+    """The figures of a row, counted from the plan; each is the largest of all ranks."""
+    per_rank = plan_costs(arguments, name, ranks, kv_heads)
+    most = {field: max(getattr(cost, field) for cost in per_rank) for field in vars(per_rank[0])}
     dense = arguments.length * (arguments.length + 1) // 2
     return {
-        "method": METHODS[name],
+        "method": plugin(name).short,
         "heads": f"{arguments.heads}:{kv_heads}",
         "ranks": ranks,
         "received KiB": most["received"] // 2**10,
         "sent KiB": most["sent"] // 2**10,
-        "all ranks KiB": sum(cost.sent for cost in found) // 2**10,
+        "all ranks KiB": sum(cost.sent for cost in per_rank) // 2**10,
         "held KiB": most["held"] // 2**10,
         "cache KiB": most["cache"] // 2**10,
         "decode B": most["decode"],
@@ -104,26 +112,26 @@ def counted(arguments: argparse.Namespace, name: str, ranks: int, kv_heads: int)
     }
 
 
-def _comparison(planned: list[Cost], found: list[dict[str, Any]] | None, layers: int) -> dict[str, Any]:
-    """The measured columns: whether everything counted was seen, and the peak of memory."""
-    if found is None:
+def _comparison(planned: list[Cost], reports: list[dict[str, Any]] | None, layers: int) -> dict[str, Any]:
+    """The measured columns: whether the measured figures equal the counted ones, and peak memory."""
+    if reports is None:
         return {"as counted": "", "peak MiB": ""}
-    # One rank runs the plugin itself, which exchanges nothing and is not what was counted.
-    wrong = differences(planned, found, layers) if len(found) > 1 else []
-    peaks = [report["peak"] for report in found]
+    # One rank runs the plugin itself, which makes no exchange and follows another plan than the counted one.
+    wrong = differences(planned, reports, layers) if len(reports) > 1 else []
+    peaks = [report["peak"] for report in reports]
     return {
-        "as counted": "; ".join(wrong) or ("yes" if len(found) > 1 else ""),
+        "as counted": "; ".join(wrong) or ("yes" if len(reports) > 1 else ""),
         "peak MiB": "" if None in peaks else max(peaks) / 2**20,
     }
 
 
 def measured(arguments: argparse.Namespace, cases: list[tuple[int, str]], ranks: int) -> list[list[dict[str, Any]]]:
-    """What every rank of one launch reports, for each case of (key heads, method); see `parallel_rank`."""
+    """The reports of all ranks of one launch, for each case (key heads, method); see `parallel_rank`."""
     sizes = {field: getattr(arguments, field) for field in ("length", "heads", "head_dim", "layers", "dtype")}
-    asked = [{**sizes, "kv_heads": n, "name": name, "options": options_of(arguments, name)} for n, name in cases]
+    requests = [{**sizes, "kv_heads": n, "name": name, "options": options_of(arguments, name)} for n, name in cases]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "cases.json")
-        path.write_text(json.dumps(asked), encoding="utf-8")
+        path.write_text(json.dumps(requests), encoding="utf-8")
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         done = subprocess.run(
             [*launcher, "-m", "hf_attn_plugins.commands.bench.parallel_rank", str(path)],
@@ -137,28 +145,30 @@ def measured(arguments: argparse.Namespace, cases: list[tuple[int, str]], ranks:
 
 
 def differences(costs: list[Cost], reports: list[dict[str, Any]], layers: int) -> list[str]:
-    """Where what the ranks saw in all layers is not what was counted for one, times the layers."""
+    """The figures of each rank that differ from the counted ones times the layers, as text."""
     wrong = []
     for rank, (cost, report) in enumerate(zip(costs, reports, strict=True)):
         for field in ("sent", "received", "cache", "decode", "pairs", "rows"):
-            wanted = getattr(cost, field) * (1 if field == "rows" else layers)
-            if report[field] != wanted:
-                wrong.append(f"rank {rank}: {field} {report[field]} instead of {wanted}")
+            expected = getattr(cost, field) * (1 if field == "rows" else layers)
+            if report[field] != expected:
+                wrong.append(f"rank {rank}: {field} {report[field]} instead of {expected}")
     return wrong
 
 
 def notes(arguments: argparse.Namespace) -> str:
-    """What the columns mean."""
-    cases = ", ".join(f"{METHODS[name]} {options}" for name in METHODS if (options := options_of(arguments, name)))
+    """The meaning of the columns, printed below the table."""
+    cases = ", ".join(
+        f"{plugin(name).short} {options}" for name in methods() if (options := options_of(arguments, name))
+    )
     return f"""\
 One prompt of {arguments.length} tokens, head_dim {arguments.head_dim}, {arguments.dtype}; {cases}. `heads` are those of
 queries and of keys.
-All figures are of one layer and of the rank that has most of it, counted from the plans. `received`, `sent`: bytes from
-and to other ranks in a prefill, forward; `all ranks` is what goes over the wire together. `held`: queries, keys, values
-and results on a rank at once, with what came in. `cache`: keys and values that stay. `decode`: bytes received for each
-generated token. `pairs`: (query, key) pairs computed over those of dense causal attention in one process. `rows`:
-tokens through projections and MLP over the prompt's. Ring attention and Ulysses are not measured; `hf-attn plan cqs`
-has a model of their volumes.
+All figures are for one layer and counted from the plans; each is the largest over the ranks. `received`, `sent`: bytes
+from and to other ranks in a prefill, forward; `all ranks`: bytes that all ranks together send. `held`: queries, keys,
+values and results on a rank at once, received ones included. `cache`: keys and values that stay. `decode`: bytes
+received per generated token. `pairs`: (query, key) pairs computed over those of dense causal attention in one process.
+`rows`: tokens through projections and MLP over the prompt's. Ring attention and Ulysses are not measured; `hf-attn plan
+cqs` has a model of their volumes.
 `as counted`: whether processes on gloo (random Llama, {arguments.layers} layers, hidden size \
 {arguments.heads * arguments.head_dim}) sent and received exactly these bytes, kept exactly this cache, computed exactly
 these pairs (as the kernels' masks show them) and rows, on every rank. `peak MiB`: measured, the largest peak of a rank

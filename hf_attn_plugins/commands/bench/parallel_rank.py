@@ -1,4 +1,4 @@
-"""One rank of `hf-attn bench parallel`: a launched process that runs prompts and writes down what it saw.
+"""One rank of `hf-attn bench parallel`: a launched process that runs prompts and writes what it measured to a file.
 
 python -m torch.distributed.run --standalone --nproc-per-node 4 \\
     -m hf_attn_plugins.commands.bench.parallel_rank CASES.json
@@ -26,21 +26,23 @@ from hf_attn_plugins.kernels import bound_attend as bound
 from hf_attn_plugins.parallel.costs import EXCHANGES
 from hf_attn_plugins.parallel.hf.session import context_parallel
 
-STEP = 512  # rows whose visible keys are counted at a time
+STEP = 512  # rows of the mask that are evaluated at a time
 
 
 def main(path: Path) -> None:
-    """Run the cases in the file and write `rank-N.json` beside it: for each, what exchanges, kernels and cache saw."""
+    """Run the cases in the file; write `rank-N.json` beside it, with bytes, pairs, rows, cache and memory per case."""
     reports = [run_case(case) for case in json.loads(path.read_text(encoding="utf-8"))]
     path.with_name(f"rank-{reports[0].pop('rank')}.json").write_text(json.dumps(reports), encoding="utf-8")
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
-    """One prompt through one method."""
+    """The measured figures of one prompt through one method."""
     model = tiny_model(case)
     tokens = torch.randint(0, model.config.vocab_size, (1, case["length"]), generator=torch.Generator().manual_seed(0))
     with context_parallel(model, case["name"], timeout=300, **case["options"]) as cp, torch.no_grad():
-        model(tokens[:, : max(64, 8 * cp.size)], logits_to_keep=1)  # warms up: first calls load and allocate
+        model(
+            tokens[:, : max(64, 8 * cp.size)], logits_to_keep=1
+        )  # warm-up: the first call loads code and allocates memory
         cp.traffic().reset()
         pairs = Pairs()
         with PeakMemory(cp.group.device) as memory, pairs.counted():
@@ -80,14 +82,14 @@ def tiny_model(case: dict[str, Any]) -> Any:
 
 
 class Pairs:
-    """Counts the (query, key) pairs that kernels were asked for, from the masks they were handed."""
+    """Counts the (query, key) pairs that kernels compute, from the masks that they are called with."""
 
     def __init__(self) -> None:
         self.seen = 0
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
-        """Inside, every call that a method makes is counted."""
+        """Count every kernel call inside the block."""
         bound.attend, workers.attend = self._attend, self._attend  # type: ignore[assignment]
         try:
             yield
@@ -102,13 +104,13 @@ class Pairs:
 
 
 def visible_pairs(mask: Mask, num_rows: int, num_keys: int) -> int:
-    """Pairs that a mask shows in the first row of the batch, by asking for every one."""
+    """Visible (query, key) pairs of the first batch row, found by evaluating the mask for every pair."""
     start, keys = mask.start(num_rows, num_keys), torch.arange(num_keys)
-    total = 0
+    visible = 0
     for first in range(0, num_rows, STEP):
         rows = torch.arange(first, min(first + STEP, num_rows))
-        total += int(mask.visible(rows, keys, start)[0, 0].expand(len(rows), num_keys).sum())
-    return total
+        visible += int(mask.visible(rows, keys, start)[0, 0].expand(len(rows), num_keys).sum())
+    return visible
 
 
 if __name__ == "__main__":

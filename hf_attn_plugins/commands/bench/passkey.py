@@ -20,7 +20,7 @@ CITIES = ("Paris", "Lima", "Cairo", "Oslo", "Quito")
 
 @dataclass(frozen=True)
 class Passkey:
-    """A prompt (T,) that ends where the number has to come, and the number's tokens."""
+    """A prompt (T,) that ends directly before the number, and the tokens of the number."""
 
     prompt: Tensor
     answer: Tensor
@@ -28,7 +28,7 @@ class Passkey:
 
 @dataclass(frozen=True)
 class Score:
-    """Mean negative log-likelihood of the answer's tokens in nats, and whether greedy decoding would give it."""
+    """Mean negative log-likelihood of the answer's tokens in nats, and whether greedy decoding gives it."""
 
     nll: float
     exact: bool
@@ -45,7 +45,7 @@ def passkey(tokenizer: Any, haystack: Tensor, length: int, depth: float, seed: i
     """
     draw = random.Random(f"{seed} {depth} {length}")
     names = {"city": draw.choice(CITIES), "number": str(draw.randrange(10_000, 100_000))}
-    mark = "\x1d"  # where the text goes
+    mark = "\x1d"  # replaced by the text
     message = TASK + mark + QUESTION.format(**names)
     if getattr(tokenizer, "chat_template", None):
         turn = [{"role": "user", "content": message}]
@@ -68,7 +68,7 @@ def passkey(tokenizer: Any, haystack: Tensor, length: int, depth: float, seed: i
 
 
 def _sentence_end(tokenizer: Any, text: list[int], near: int) -> int:
-    """The first place at or after `near` that follows the end of a sentence, or `near`."""
+    """The first index from `near` on that follows the end of a sentence; `near` if there is none."""
     for place in range(near, min(near + 200, len(text))):
         if place and tokenizer.decode([text[place - 1]]).rstrip(" ").endswith((".", "\n")):
             return place
@@ -77,7 +77,7 @@ def _sentence_end(tokenizer: Any, text: list[int], near: int) -> int:
 
 @torch.inference_mode()
 def score(model: Any, task: Passkey) -> Score:
-    """Prefill the prompt, then score the number token by token over the cache, as generation would."""
+    """Prefill the prompt, then score the number token by token over the cache, as in generation."""
     device = model.device
     answer = task.answer.to(device)
     filled = model(task.prompt[None].to(device), use_cache=True, logits_to_keep=1)

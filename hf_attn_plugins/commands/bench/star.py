@@ -1,4 +1,4 @@
-"""`hf-attn bench star`: what Star's sizes cost in agreement with dense attention, and save in time and memory.
+"""`hf-attn bench star`: agreement with dense attention, time and memory for several sizes of Star Attention.
 
 Every finished measurement is kept in star.json, so that the command can be stopped at any time (or by --minutes) and
 goes on where it was; star.md is written from it.
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     add_model_arguments(parser)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 6144], help="tokens of passkey prompts")
-    parser.add_argument("--depths", type=int, default=5, help="places of the passkey, from head to tail")
+    parser.add_argument("--depths", type=int, default=5, help="number of passkey positions, from the start to the end")
     parser.add_argument("--agreement-length", type=int, default=4096, help="tokens of the texts compared with dense")
     parser.add_argument("--speed-lengths", type=int, nargs="*", default=[2048, 4096, 8192], help="timed prefills")
     parser.add_argument("--call-lengths", type=int, nargs="*", default=[8192, 16384], help="timed attention calls")
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--only", choices=["agreement", "speed", "calls"], help="measure just this part")
     parser.add_argument("--text", metavar="FILE", help="UTF-8 prose; Python's own language reference by default")
-    parser.add_argument("--minutes", type=float, help="stop after so long; the same command goes on")
+    parser.add_argument("--minutes", type=float, help="stop after this time; the same command continues")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for star.md and star.json")
 
 
@@ -98,7 +98,7 @@ def named(sizes: Sizes | None) -> str:
 
 
 class Bench:
-    """Measurements, kept by name in a JSON file."""
+    """Measurements by name, stored in a JSON file."""
 
     def __init__(self, arguments: argparse.Namespace, grid: tuple[Sizes, ...]) -> None:
         self.arguments, self.grid = arguments, grid
@@ -150,7 +150,7 @@ class Bench:
         return text_tokens(self.model()[1], skip + count, self.arguments.text)[0, skip:]
 
     def using(self, sizes: Sizes | None) -> Any:
-        """The model, dense or with star of these sizes."""
+        """The model with dense attention, or with Star Attention of these sizes."""
         if sizes is None:
             return use(self.model()[0], "tiled_attention")
         return use(self.model()[0], "star_attention", **dict(zip(("block_size", "anchor_size", "query_size"), sizes)))
@@ -239,7 +239,7 @@ class Bench:
         print(length, "tokens, one call:", ", ".join(f"{n} {t:.3f} s" for n, t in row.items()), flush=True)
 
     def write(self) -> Path:
-        """Write both files; each of them appears whole."""
+        """Write both files, each in one step."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for path, text in (
             (self.path, json.dumps(self.done, indent=1) + "\n"),

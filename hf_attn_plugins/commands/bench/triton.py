@@ -1,4 +1,4 @@
-"""`hf-attn bench triton --static`: the table of what the compiler makes of every Triton kernel, without a GPU."""
+"""`hf-attn bench triton --static`: registers and instructions of every compiled Triton kernel; needs no GPU."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _without_interpreter() -> int:
-    """The interpreter replaces what the compiler needs, so the same command runs again in a process without it."""
+    """Run the command again in a process without TRITON_INTERPRET: the interpreter replaces what the compiler needs."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run([sys.executable, "-m", "hf_attn_plugins.cli", *sys.argv[1:]], env=environment).returncode
 

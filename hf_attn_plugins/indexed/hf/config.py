@@ -1,4 +1,4 @@
-"""`CharacterWordEncoderConfig`: what a `CharacterWordEncoder` is built from, known to AutoConfig."""
+"""`CharacterWordEncoderConfig`: the config of a `CharacterWordEncoder`, registered with AutoConfig."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ class CharacterWordEncoderConfig(PreTrainedConfig):
     """Sizes and settings of a `CharacterWordEncoder`.
 
     Args:
-        alphabet: the characters with an index of their own; padding (0) and the unknown character come on top.
-        max_word_length: L, the longest word in characters; `Vocabulary` cuts longer ones.
-        hidden_size: d, width of the character and position tables.
+        alphabet: the characters with an index of their own; padding (0) and the unknown character are added.
+        max_word_length: L, the longest word in characters; `Vocabulary` truncates longer words.
+        hidden_size: d, columns of the character table and of the position table.
         num_attention_heads, head_dim: heads and their width (None: hidden_size // num_attention_heads).
-        combiner: "stack" (the seed's 2-D stack over the heads) or "concatenate".
+        combiner: "stack" (`combine.Stack2D` over the heads) or "concatenate".
         combiner_hidden, combiner_outputs: sizes of the 2-D stack.
         learned_positions, tie_positions: see `indexed.modules.WordEncoder`.
-        mask_padding: leave padding characters out; False treats them as any other, as the seed does.
+        mask_padding: leave padding characters out; False treats them as any other character.
         form: "auto", "tables" or "direct".
     """
 
@@ -50,7 +50,7 @@ class CharacterWordEncoderConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     def vocabulary(self) -> Vocabulary:
-        """The characters by index."""
+        """The `Vocabulary` of this alphabet and word length."""
         return Vocabulary(self.max_word_length, self.alphabet)
 
 

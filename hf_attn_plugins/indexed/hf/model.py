@@ -1,4 +1,4 @@
-"""`CharacterWordEncoder`: indexed attention as a Transformers model, known to AutoModel."""
+"""`CharacterWordEncoder`: indexed attention as a Transformers model, registered with AutoModel."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_attn_plugins.indexed.modules import WordEncoder
 
 
 class CharacterWordEncoder(PreTrainedModel):
-    """Words as character indices in, one vector a word out: embedding, positions, indexed attention, combiner."""
+    """From character indices to one vector per word: embedding, positions, indexed attention, combiner."""
 
     config_class = CharacterWordEncoderConfig
     base_model_prefix = "encoder"
@@ -39,7 +39,7 @@ class CharacterWordEncoder(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        """Leave every weight as its module drew it: the positions are no noise to be redrawn."""
+        """Change nothing: each module initializes its own weights, and the positions are sinusoids."""
 
     def forward(self, input_ids: Tensor, return_dict: bool | None = None) -> BaseModelOutput | tuple[Tensor]:
         """Encode words.
@@ -48,7 +48,8 @@ class CharacterWordEncoder(PreTrainedModel):
             input_ids: (W, L') integer character indices as `config.vocabulary().encode` gives, L' <= L.
 
         Returns:
-            `last_hidden_state` (W, output_size): one vector a word, 0 before the combiner for words of padding alone.
+            `last_hidden_state` (W, output_size), one vector per word. For a word of padding only, the combiner's input
+            is zero.
 
         Raises:
             ValueError: words longer than `config.max_word_length`, or indices that are no integer matrix.
@@ -61,13 +62,13 @@ class CharacterWordEncoder(PreTrainedModel):
         return self.encoder(self.config.vocabulary().encode(words).to(self.device))
 
     def freeze(self) -> CharacterWordEncoder:
-        """Evaluation mode with kept tables, rebuilt when a weight has changed."""
+        """Evaluation mode with frozen tables, which are built again after a weight has changed."""
         self.eval()
         self.encoder.freeze()
         return self
 
     def unfreeze(self) -> CharacterWordEncoder:
-        """Undo `freeze`, evaluation mode aside."""
+        """Undo `freeze`; the model stays in evaluation mode."""
         self.encoder.unfreeze()
         return self
 

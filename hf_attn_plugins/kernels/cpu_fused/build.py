@@ -23,6 +23,8 @@ from pathlib import Path
 
 import torch
 
+from hf_attn_plugins.core.staging import put
+
 logger = logging.getLogger(__name__)
 
 SWITCH = "HF_ATTN_PLUGINS_COMPILE"  # "0" keeps the package from calling a compiler
@@ -96,13 +98,14 @@ def _built(compiler: str) -> Path:
         if os.path.lexists(path):
             logger.warning("%s is not a file that only this user can write: compiled anew.", path)
             path.unlink()
-        with tempfile.TemporaryDirectory(dir=path.parent) as staging:
-            made = Path(staging) / path.name
-            sources = [str(source) for source in sorted(folder.glob("*.c"))]
-            _output(compiler, *FLAGS, *sources, "-o", str(made), "-lm")
-            made.chmod(0o700)
-            os.replace(made, path)
+        put(path, lambda made: _compile(compiler, folder, made))
     return path
+
+
+def _compile(compiler: str, folder: Path, library: Path) -> None:
+    sources = [str(source) for source in sorted(folder.glob("*.c"))]
+    _output(compiler, *FLAGS, *sources, "-o", str(library), "-lm")
+    library.chmod(0o700)
 
 
 def _output(*command: str) -> str:

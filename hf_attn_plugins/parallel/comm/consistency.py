@@ -1,4 +1,4 @@
-"""Whether all ranks mean the same: options, models, versions and inputs are compared before any work is done."""
+"""Checks before any attention is computed that all ranks have equal options, models, versions and inputs."""
 
 from __future__ import annotations
 
@@ -13,37 +13,42 @@ from hf_attn_plugins.parallel.comm.group import Group
 
 
 def agree(group: Group, values: Mapping[str, Any], *, what: str) -> None:
-    """Compare small printable values on all ranks.
+    """Check that named values are equal on all ranks, compared as text.
+
+    Args:
+        group: the ranks; all of them must call it.
+        values: name -> value with a short text.
+        what: what the values are, for the error: "set-up", "inputs".
 
     Raises:
-        ValueError: on every rank, with what differs, where, and from what.
+        ValueError: on every rank, if a value differs; the text says which value, on which rank, and both values.
     """
     everyone = group.objects({name: str(value) for name, value in values.items()}, what=what)
     lines = []
     for name in everyone[0]:
         first = everyone[0][name]
-        others = [(rank, found.get(name)) for rank, found in enumerate(everyone) if found.get(name) != first]
+        others = [(rank, given.get(name)) for rank, given in enumerate(everyone) if given.get(name) != first]
         if others:
-            rank, found = others[0]
+            rank, other = others[0]
             more = f" (and {len(others) - 1} more ranks)" if len(others) > 1 else ""
-            lines.append(f"{name} is {found} on rank {rank}{more} and {first} on rank 0")
+            lines.append(f"{name} is {other} on rank {rank}{more} and {first} on rank 0")
     if lines:
         raise ValueError(f"the ranks differ in their {what}: {'; '.join(lines)}. Nothing was computed.")
 
 
 def digest(tensor: Tensor | None) -> str:
-    """Shape and a short hash of a tensor's contents."""
+    """A tensor's shape and the first 12 hex digits of the SHA-256 of its elements; "None" for None."""
     if tensor is None:
         return "None"
     contents = tensor.detach().cpu().contiguous()
     if contents.dtype == torch.bool:
         contents = contents.to(torch.uint8)
-    numbers = contents.flatten().view(torch.uint8).numpy().tobytes()
-    return f"{tuple(tensor.shape)} {hashlib.sha256(numbers).hexdigest()[:12]}"
+    raw = contents.flatten().view(torch.uint8).numpy().tobytes()
+    return f"{tuple(tensor.shape)} {hashlib.sha256(raw).hexdigest()[:12]}"
 
 
 def same_random_state(group: Group) -> None:
-    """Give every rank the state of rank 0's generators, so that all of them sample the same tokens."""
+    """Set every rank's random generators to the state of rank 0's, so that all ranks sample the same tokens."""
     state: Any = None
     if group.rank == 0:
         state = (torch.get_rng_state(), torch.cuda.get_rng_state() if group.device.type == "cuda" else None)

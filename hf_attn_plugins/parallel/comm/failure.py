@@ -1,7 +1,8 @@
-"""Who is to blame when an exchange fails: every rank keeps a short record in the launch's store, and reads the others'.
+"""Finds the rank at fault when an exchange fails. Every rank writes a short record to the launch's key-value store.
 
-A record is how many exchanges the rank has been through, whether it stands in one, an error it ended with, and a beat
-that a thread renews, so that a rank which hangs (it beats, but is behind) can be told from one that is gone (no beat).
+A record holds the number of exchanges that the rank completed, the exchange that it is in, the error that it ended
+with, and a counter ("beat") that a thread raises every `BEAT` seconds. A rank that hangs has a
+growing beat and has completed fewer exchanges. The beat of a rank whose process ended no longer grows.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from hf_attn_plugins.core.compat import default_store
 
 BEAT = 0.5  # seconds between two beats
 GONE = 6 * BEAT  # seconds without a beat after which a rank counts as gone
-_SESSIONS = itertools.count()  # every rank opens its groups in the same order
+_SESSIONS = itertools.count()  # numbers the groups: every rank opens them in the same order
 Records = dict[int, dict[str, Any]]
 
 
@@ -27,7 +28,7 @@ class RankError(RuntimeError):
     """An exchange that failed because of another rank.
 
     Attributes:
-        rank: the rank at fault, or None where it cannot be told.
+        rank: the rank at fault, or None if that is unknown.
     """
 
     def __init__(self, message: str, rank: int | None) -> None:
@@ -36,7 +37,7 @@ class RankError(RuntimeError):
 
 
 class Watch:
-    """This rank's record, and the others' when something went wrong."""
+    """Writes this rank's record; reads the records of the other ranks after an error."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
@@ -48,16 +49,16 @@ class Watch:
         self._thread.start()
 
     def enter(self, what: str) -> None:
-        """This rank stands in an exchange."""
+        """This rank has entered the exchange `what`."""
         self._record["in"] = what
 
     def passed(self) -> None:
-        """It is through."""
+        """This rank has completed the exchange."""
         self._record["done"] += 1
         self._record["in"] = None
 
     def stop(self, error: BaseException | None) -> None:
-        """End the beat; an `error` of this rank is left for the others to read."""
+        """End the beat; an `error` of this rank is written to its record, so that the other ranks can read it."""
         self._end.set()
         self._thread.join(timeout=2 * BEAT)
         self._record["left"] = True
@@ -65,7 +66,7 @@ class Watch:
             text = str(error).splitlines()
             self._record["error"] = f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ")
             self._record["victim"] = isinstance(error, RankError)
-        with contextlib.suppress(RuntimeError):  # the store may be what is gone
+        with contextlib.suppress(RuntimeError):  # the process that keeps the store may have ended
             self._write()
             if error is not None:
                 if not self._record["victim"]:
@@ -74,7 +75,7 @@ class Watch:
                     self._outlive()
 
     def somebody_failed(self) -> bool:
-        """Whether a rank has left an error of its own."""
+        """Whether some rank has recorded an error that another rank did not cause."""
         return self._store.check(["failed"])
 
     def diagnose(self, what: str, timeout: float, error: BaseException) -> RankError:
@@ -108,7 +109,7 @@ class Watch:
         return RankError(f"{head} failed, and no rank says why: {str(error).splitlines()[0]}", None)
 
     def _outlive(self) -> None:
-        """Rank 0 may keep the store in its own process: after an error it stays until the others have read it."""
+        """Keep rank 0 alive, as it may run the store, until all ranks have left or 3 x GONE seconds have passed."""
         end = time.monotonic() + 3 * GONE
         while time.monotonic() < end and not all(record["left"] for record in self._read().values()):
             time.sleep(BEAT)
@@ -131,5 +132,5 @@ class Watch:
 
 
 def _failed(records: Records) -> Records:
-    """Those that ended by an error of their own, not by one about another rank."""
+    """The records with an error that another rank did not cause."""
     return {rank: record for rank, record in records.items() if record["error"] and not record["victim"]}

@@ -1,7 +1,7 @@
-"""The ranks of one launch and the few exchanges between them, on NCCL or gloo, counted in bytes.
+"""The ranks of one launch and the exchanges between them, on NCCL or gloo, with their bytes counted.
 
-In one process every exchange is a no-op with the same interface, so that nothing above this file asks how many ranks
-there are. Tensors travel as bytes: every dtype works on every backend, and out and lse fit into one message.
+In one process every exchange returns its input, so callers need no case for a single rank. Tensors are sent as bytes:
+every dtype then works on every backend, and one message can hold both out and lse.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from hf_attn_plugins.parallel.comm.traffic import Traffic
 __all__ = ["Group", "RankError"]
 
 _GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
-LOOK = 1.0  # seconds between two looks at whether another rank has failed
+LOOK = 1.0  # seconds between two checks whether another rank has failed
 
 
 class Group:
-    """All ranks of a launch, with a process group of their own.
+    """All ranks of a launch, connected by a process group of this package.
 
     Attributes:
-        rank, size: this process among all of them.
-        device: where Accelerate wants this process's model.
+        rank, size: the number of this process, from 0, and the number of processes.
+        device: the device that Accelerate gives this process.
         timeout: seconds that a rank waits for the others in one exchange.
-        traffic: bytes exchanged so far, by kind.
+        traffic: bytes exchanged so far, by the name of the exchange.
     """
 
     def __init__(self, rank: int, size: int, device: torch.device, timeout: float = 60.0, handle: Any = None) -> None:
@@ -51,13 +51,13 @@ class Group:
 
     @classmethod
     def join(cls, timeout: float = 60.0) -> Group:
-        """The group of this launch as Accelerate knows it; a group of one outside of a distributed launch.
+        """The group of this launch; a group of one outside of a distributed launch.
 
-        Every rank of the launch must call it, and `leave` the group again.
+        Every rank of the launch must call it, and must call `leave` at the end.
 
         Raises:
-            ValueError: a timeout that is no positive number of seconds, or see `launch.place`.
-            RuntimeError: the processes cannot meet.
+            ValueError: a timeout that is not positive, or the errors of `launch.place`.
+            RuntimeError: the processes cannot connect.
         """
         if not timeout > 0:
             raise ValueError(f"timeout={timeout}: a positive number of seconds is needed.")
@@ -65,8 +65,8 @@ class Group:
         if size == 1:
             return cls.alone(device, timeout)
         backend = "nccl" if device.type == "cuda" and "nccl" in str(dist.get_backend()) else None
-        # The backend's own limit comes right after ours, which knows who is missing: an exchange that was given up
-        # keeps this process from ending until then.
+        # The backend's limit is a little longer than ours, because only our error names the missing rank. It is not
+        # much longer, because an abandoned exchange keeps this process alive until the backend's limit.
         limit = datetime.timedelta(seconds=timeout + LOOK)
         return cls(rank, size, device, timeout, dist.new_group(backend=backend, timeout=limit))
 
@@ -76,10 +76,10 @@ class Group:
         return cls(0, 1, device or torch.device("cpu"), timeout)
 
     def leave(self, error: BaseException | None = None) -> None:
-        """Take the group down again, once all have come; after an `error` the others are told, to name this rank.
+        """Close the group. Without an `error`, wait until all ranks have called it; with one, record it for the others.
 
         Raises:
-            RankError: this rank is done and another one is not, and never will be.
+            RankError: another rank failed or does not answer, so that it will not call `leave`.
         """
         if self._watch is None:
             return
@@ -97,16 +97,16 @@ class Group:
         handle, self._handle, self._watch = self._handle, None, None
         dist.destroy_process_group(handle)
         del handle
-        gc.collect()  # connections close with the last reference: whoever waits for this rank learns it at once
+        gc.collect()  # connections close with the last reference, so that waiting ranks fail at once
 
     def all_gather(
         self, tensor: Tensor, sizes: Sequence[int] | None = None, dim: int = 0, *, what: str = "gather"
     ) -> list[Tensor]:
-        """Every rank's tensor, on every rank, in the order of the ranks; differentiable.
+        """The tensors of all ranks, in the order of the ranks, on every rank; differentiable.
 
         Args:
-            tensor: of one shape on all ranks, but for dimension `dim` where `sizes` are given.
-            sizes: length of dimension `dim` on each rank; shorter shards travel padded to the longest.
+            tensor: of the same shape on all ranks; with `sizes`, dimension `dim` may differ.
+            sizes: length of dimension `dim` on each rank; shorter tensors are sent padded to the longest.
 
         Raises:
             RankError: a rank is gone or does not answer.
@@ -125,8 +125,8 @@ class Group:
         """Send `pieces[r]` to rank r; return what each rank sent here, in the order of the ranks; not differentiable.
 
         Args:
-            pieces: one tensor for every rank, of any shapes (empty ones included) and one dtype.
-            shapes: the shape of what every rank sends here: both sides know the plan, no sizes travel.
+            pieces: one tensor per rank, of any shapes (also empty ones) and one dtype.
+            shapes: the shape of the tensor that each rank sends here. Both sides know it, so no sizes are sent.
 
         Raises:
             RankError: a rank is gone or does not answer.
@@ -136,9 +136,9 @@ class Group:
         return self._all_to_all(pieces, shapes, what)
 
     def gather_partials(self, part: Partial, *, what: str = "merge") -> list[Partial]:
-        """Every rank's partial result over its own keys, out and lse in one message; not differentiable.
+        """The partial results of all ranks, in the order of the ranks, each sent as one message; not differentiable.
 
-        Bytes from each rank to each other one: rows x heads x (Dv x bytes of out + bytes of lse).
+        Bytes from each rank to each other rank: rows x heads x (Dv x bytes per element of out + bytes per lse).
         """
         if self.size == 1:
             return [part]
@@ -153,7 +153,7 @@ class Group:
         ]
 
     def broadcast(self, tensor: Tensor, source: int, *, what: str = "broadcast") -> Tensor:
-        """The tensor of rank `source`; the others pass one of the same shape and dtype, which is left as it is."""
+        """The tensor of rank `source`, on every rank; other ranks pass one of the same shape and dtype."""
         if self.size == 1:
             return tensor
         message = to_bytes(tensor).to(self._wire, copy=True)
@@ -164,33 +164,33 @@ class Group:
         return from_bytes(message.to(tensor.device), tensor.dtype, tensor.shape)
 
     def collect(self, tensor: Tensor, *, what: str = "collect") -> Tensor:
-        """One tensor of which every element is filled in by one rank at most, and zero on the others."""
+        """Combine tensors of one shape in which each element is non-zero on at most one rank."""
         if self.size == 1:
             return tensor
         message = to_bytes(tensor).to(self._wire, copy=True)
         others = (self.size - 1) * len(message)
         with self._exchange(what, others, others) as wait:
-            # A sum of bytes: all but one of them are zero.
+            # The bytes are added up; at each place all ranks but one have zero bytes.
             wait(dist.all_reduce(message, group=self._handle, async_op=True))
         return from_bytes(message.to(tensor.device), tensor.dtype, tensor.shape)
 
     def sum(self, tensor: Tensor, *, what: str = "sum") -> Tensor:
-        """The sum of all ranks' tensors, of one shape and dtype, on every rank."""
+        """The sum over ranks of tensors with one shape and dtype, on every rank; not differentiable."""
         if self.size == 1:
             return tensor
-        found = tensor.detach().to(self._wire, copy=True)
-        others = (self.size - 1) * found.numel() * found.element_size()
+        total = tensor.detach().to(self._wire, copy=True)
+        others = (self.size - 1) * total.numel() * total.element_size()
         with self._exchange(what, others, others) as wait:
-            wait(dist.all_reduce(found, group=self._handle, async_op=True))
-        return found.to(tensor.device)
+            wait(dist.all_reduce(total, group=self._handle, async_op=True))
+        return total.to(tensor.device)
 
     def objects(self, value: Any, *, what: str = "objects") -> list[Any]:
-        """Every rank's picklable value, in the order of the ranks. Small things only."""
+        """The values of all ranks, in the order of the ranks, on every rank. Each is pickled: for small values only."""
         if self.size == 1:
             return [value]
         message = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
         sizes = [int(size) for size in self._all_gather(torch.tensor([len(message)]), None, 0, what)]
-        return [pickle.loads(found.numpy().tobytes()) for found in self._all_gather(message, sizes, 0, what)]
+        return [pickle.loads(data.numpy().tobytes()) for data in self._all_gather(message, sizes, 0, what)]
 
     def _all_gather(self, tensor: Tensor, sizes: Sequence[int] | None, dim: int, what: str) -> list[Tensor]:
         lengths = [tensor.shape[dim]] * self.size if sizes is None else list(sizes)
@@ -203,12 +203,12 @@ class Group:
         if len(moved) < longest:
             moved = torch.cat([moved, moved.new_zeros(longest - len(moved), *moved.shape[1:])])
         message = to_bytes(moved).to(self._wire)
-        found = message.new_empty(self.size * len(message))
+        gathered = message.new_empty(self.size * len(message))
         others = (self.size - 1) * len(message)
         with self._exchange(what, others, others) as wait:
             if len(message):
-                wait(_GATHER(found, message, group=self._handle, async_op=True))
-        shards = from_bytes(found.to(tensor.device), tensor.dtype, (self.size, *moved.shape))
+                wait(_GATHER(gathered, message, group=self._handle, async_op=True))
+        shards = from_bytes(gathered.to(tensor.device), tensor.dtype, (self.size, *moved.shape))
         return [shard[:length].movedim(0, dim) for shard, length in zip(shards, lengths, strict=True)]
 
     def _all_to_all(self, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]], what: str) -> list[Tensor]:
@@ -220,23 +220,23 @@ class Group:
         messages = [to_bytes(piece).to(self._wire) for piece in pieces]
         sent = [len(message) for message in messages]
         arriving = [num_bytes(shape, dtype) for shape in shapes]
-        found = messages[0].new_empty(sum(arriving))
+        received = messages[0].new_empty(sum(arriving))
         with self._exchange(what, sum(sent) - sent[self.rank], sum(arriving) - arriving[self.rank]) as wait:
             all_sent = torch.cat(messages)
-            wait(dist.all_to_all_single(found, all_sent, arriving, sent, group=self._handle, async_op=True))
-        parts = found.to(device).split(arriving)
+            wait(dist.all_to_all_single(received, all_sent, arriving, sent, group=self._handle, async_op=True))
+        parts = received.to(device).split(arriving)
         return [from_bytes(part, dtype, shape) for part, shape in zip(parts, shapes, strict=True)]
 
     @contextlib.contextmanager
     def _exchange(self, what: str, sent: int, received: int) -> Iterator[Callable[[Any], None]]:
-        """Count an exchange, wait for it, and turn a backend's error into one that names the rank at fault."""
+        """Count an exchange, give the function that waits for it, and turn a backend's error into a `RankError`."""
         if self._handle is None or self._watch is None:
             raise RuntimeError(f"the group of rank {self.rank} was left: open a new context_parallel(...).")
         self.traffic.add(what, sent, received)
         self._watch.enter(what)
         try:
             yield self._wait
-        except RuntimeError as error:  # what both gloo and NCCL raise for a lost or silent peer
+        except RuntimeError as error:  # gloo and NCCL raise it for a lost or silent rank
             raise self._watch.diagnose(what, self.timeout, error) from error
         self._watch.passed()
 
@@ -251,9 +251,9 @@ class Group:
             try:
                 work.wait(datetime.timedelta(seconds=max(0.01, min(LOOK, left))))
                 return
-            except RuntimeError:  # not yet, or never: a backend says both by the same type of error
+            except RuntimeError:  # the backend raises one type both for "not yet" and for "failed"
                 if work.is_completed():
-                    work.wait()  # done in the meantime; or its own error, which must not be lost
+                    work.wait()  # completed in the meantime, or raises the backend's own error
                     return
                 if left <= 0 or self._watch.somebody_failed():
                     raise

@@ -1,4 +1,4 @@
-"""Where this process stands: Accelerate's state, or a process of its own, with launch mistakes told in one line."""
+"""This process's rank, the number of ranks and its device, from Accelerate; launch mistakes raise one-line errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ logger = logging.getLogger("hf_attn_plugins")
 
 
 class Place(NamedTuple):
-    """Rank and size of the launch, and the device Accelerate gives this process."""
+    """Rank, number of ranks, and the device that Accelerate gives this process."""
 
     rank: int
     size: int
@@ -21,18 +21,18 @@ class Place(NamedTuple):
 
 
 def place() -> Place:
-    """This process's place in the launch; joins the launch's process group if nobody has yet.
+    """This process's `Place`; joins the launch's process group unless that has happened already.
 
     Raises:
-        ValueError: the launch's environment makes no sense (a world of 0 processes, a rank outside of it).
-        RuntimeError: the processes cannot meet (a port in use, a host that does not answer).
+        ValueError: the environment variables WORLD_SIZE and RANK contradict each other or are no numbers from 1 and 0.
+        RuntimeError: the processes cannot connect (a port in use, a host that does not answer).
     """
     from accelerate import PartialState
 
     _check_environment()
     where = f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{os.environ.get('MASTER_PORT', '29500')}"
     try:
-        # Without an accelerator Accelerate looks for other processes only when it is told to use the CPU.
+        # Without an accelerator, Accelerate looks for other processes only with cpu=True.
         state = PartialState(cpu=not torch.accelerator.is_available())
     except dist.DistNetworkError as error:
         if "EADDRINUSE" in str(error) or "already in use" in str(error):

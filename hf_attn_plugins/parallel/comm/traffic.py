@@ -1,4 +1,4 @@
-"""Bytes on the wire, counted where they are sent."""
+"""Counts of exchanges and of the bytes that a rank sent and received in them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Tally:
-    """What one kind of exchange has cost this rank so far.
+    """What this rank exchanged so far under one name.
 
     Attributes:
         calls: number of collectives.
-        sent: bytes that other ranks had to be given from here, once for every rank that gets them.
-        received: bytes of other ranks that arrived here.
+        sent: bytes sent to other ranks; the same bytes sent to two ranks count twice.
+        received: bytes received from other ranks.
     """
 
     calls: int = 0
@@ -22,31 +22,38 @@ class Tally:
 
 @dataclass
 class Traffic:
-    """Tallies by the name of the exchange ("merge", "anchor", "keys", ...), for one rank.
+    """The tallies of one rank by the name of the exchange: "merge", "anchor", "keys and values", ...
 
-    The figures are those of the exchange itself, whatever way a backend takes to carry it out.
+    The bytes are those that the exchange needs. A backend may move more, for example in a ring.
+
+    Example: with 3 ranks, an all-gather of 100 bytes per rank adds 1 call, 200 bytes sent and 200 received.
     """
 
     tallies: dict[str, Tally] = field(default_factory=dict)
 
     def add(self, what: str, sent: int, received: int) -> None:
+        """Count one exchange called `what`, with the bytes that this rank sent and received."""
         tally = self.tallies.setdefault(what, Tally())
         tally.calls += 1
         tally.sent += sent
         tally.received += received
 
     def __getitem__(self, what: str) -> Tally:
+        """The tally of one exchange; zeros if there was none of this name."""
         return self.tallies.get(what, Tally())
 
     @property
     def sent(self) -> int:
+        """Bytes sent in all exchanges."""
         return sum(tally.sent for tally in self.tallies.values())
 
     @property
     def received(self) -> int:
+        """Bytes received in all exchanges."""
         return sum(tally.received for tally in self.tallies.values())
 
     def reset(self) -> None:
+        """Forget everything counted so far."""
         self.tallies.clear()
 
     def as_dict(self) -> dict[str, dict[str, int]]:

@@ -1,7 +1,4 @@
-"""A cache of which every rank holds a part: it counts all tokens, and keeps the keys and values of its own.
-
-It stands beside the folder `parallel/` because it needs Transformers' classes to derive from.
-"""
+"""A key-value cache sharded over the ranks: it counts the tokens of all ranks and stores the keys of this rank only."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ DynamicLayer: Any = dynamic_layer()
 
 
 class ShardedLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values of one layer on this rank, (B, Hkv, S, D) and (B, Hkv, S, Dv)."""
+    """The keys (B, Hkv, S, D) and values (B, Hkv, S, Dv) of one layer that this rank stores."""
 
     keys: Any
     values: Any
@@ -30,7 +27,15 @@ class ShardedLayer(DynamicLayer):  # type: ignore[misc]
         self.cache = cache
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keep what this rank stores; return what its rows need: a sharded prompt's own slots, else the shard."""
+        """Store this rank's part of new keys and values, as the cache's current `Step` says.
+
+        Args:
+            key_states, value_states: (B, Hkv, T, D) and (B, Hkv, T, Dv), one per slot of this forward.
+
+        Returns:
+            the keys and values that attention gets. For a sharded prompt these are all T slots of this forward; for
+            rows that every rank has, all keys that this rank stores.
+        """
         step, stored = self.cache.current, self.cache.stored
         own_key, own_value = key_states[:, :, stored], value_states[:, :, stored]
         if self.keys is None or self.values is None:
@@ -41,25 +46,31 @@ class ShardedLayer(DynamicLayer):  # type: ignore[misc]
         return (key_states, value_states) if step.layout is not None else (self.keys, self.values)
 
     def get_seq_length(self) -> int:
+        """Columns of the prompt so far, on all ranks together."""
         return self.cache.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(keys that `update` returns in this forward, 0)."""
         return self.cache.visible, 0
 
     def select(self, index: Tensor, dim: int) -> None:
+        """Keep the entries `index` of dimension `dim`: 0 for batch rows, 2 for keys."""
         if self.keys is not None and self.values is not None:
             self.keys = self.keys.index_select(dim, index.to(self.keys.device))
             self.values = self.values.index_select(dim, index.to(self.values.device))
 
 
 class ShardedCache(DynamicCache):
-    """The cache that a model gets inside `context_parallel`.
+    """The cache of a model inside `context_parallel`. Its layers are `ShardedLayer`s.
 
     Attributes:
-        length: columns seen so far, on all ranks together: what `get_seq_length()` gives.
-        columns: (B, S) long, the column of every key on this rank, -1 for padding.
-        loads: keys (per row of the batch) that each rank stores.
-        group: the ranks that hold its shards.
+        length: columns of the prompt so far, on all ranks together; `get_seq_length()` returns it.
+        columns: (B, S) long, the column of each key that this rank stores; -1 for padding.
+        loads: keys per batch row that each rank stores.
+        gaps: whether a column so far was padding.
+        stored: the slots of the current forward that this rank stores, as a slice or a long tensor.
+        visible: keys that `ShardedLayer.update` returns in the current forward.
+        group: the ranks.
     """
 
     def __init__(self, group: Group) -> None:
@@ -74,16 +85,24 @@ class ShardedCache(DynamicCache):
 
     @property
     def current(self) -> Step:
+        """The forward under way.
+
+        Raises:
+            RuntimeError: there is none: the cache was used outside of `context_parallel`.
+        """
         if self._step is None:
-            raise RuntimeError("this cache grows inside `with context_parallel(...)` only: use it there.")
+            raise RuntimeError("a ShardedCache grows inside `with context_parallel(...)` only: call the model there.")
         return self._step
 
     def begin(self, real: Tensor, layout: Layout | None) -> Step:
-        """Make room for a forward over new columns.
+        """Start a forward over T new columns: decide which of them this rank stores.
 
         Args:
             real: (B, T) bool on the model's device, False for padding.
-            layout: of a sharded prompt, or None for rows that every rank computes.
+            layout: the layout of a sharded prompt; None for rows that every rank computes.
+
+        Returns:
+            the forward, also as `current` until `finish`.
         """
         device, fresh = real.device, range(0)
         if layout is not None:
@@ -107,28 +126,34 @@ class ShardedCache(DynamicCache):
         return self._step
 
     def finish(self, count: int) -> None:
-        """The forward over `count` new columns is done."""
+        """End the forward over `count` new columns."""
         self.length += count
         self._step = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns of the prompt so far, on all ranks together; the same for every layer."""
         return self.length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """(keys that `ShardedLayer.update` returns in this forward, 0); the same for every layer."""
         return self.visible, 0
 
     @property
     def bytes(self) -> int:
-        """Bytes of keys and values on this rank."""
-        held = [x for layer in self._shards for x in (layer.keys, layer.values) if x is not None]
-        return sum(x.numel() * x.element_size() for x in held)
+        """Bytes of the keys and values that this rank stores."""
+        stored = [x for layer in self._shards for x in (layer.keys, layer.values) if x is not None]
+        return sum(x.numel() * x.element_size() for x in stored)
 
     @property
     def _shards(self) -> list[ShardedLayer]:
         return self.layers  # type: ignore[return-value]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last -n columns for a negative n, all but the first n for a positive one."""
+        """Remove columns from the end, as `DynamicCache.crop`: a negative n removes the last -n, a positive n keeps n.
+
+        Every rank must call it: the ranks exchange their new loads. Example: after 10 columns, crop(-3) and crop(7)
+        both keep columns 0 .. 6.
+        """
         length = self.length + tokens_to_remove if tokens_to_remove <= 0 else min(self.length, tokens_to_remove)
         if self.columns is None or length >= self.length:
             return
@@ -138,16 +163,20 @@ class ShardedCache(DynamicCache):
         self.loads = self.group.objects(self.columns.shape[1], what="crop")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Replace batch row i by row beam_idx[i] (beam search)."""
         self._keep(beam_idx, 0)
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these batch rows: a bool mask or indices."""
         self._keep(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices, 0)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every batch row `repeats` times: 0, 0, 1, 1 for 2 rows and repeats=2."""
         if self.columns is not None:
             self._keep(torch.arange(len(self.columns)).repeat_interleave(repeats), 0)
 
     def reset(self) -> None:
+        """Empty the cache."""
         self.__init__(self.group)  # type: ignore[misc]
 
     def _keep(self, index: Tensor, dim: int) -> None:

@@ -1,8 +1,9 @@
-"""A model's forward inside `context_parallel`: inputs cut to this rank's slots, hidden states put together again.
+"""A model's forward inside `context_parallel`: inputs are divided into slots, hidden states are collected again.
 
-Two pairs of hooks do it. Those of the decoder give it its slots, their true positions and a sharded cache, and hand on
-the hidden states that the head needs; those of the whole model say which these are and make the logits one. In training
-nothing is put together: head and loss, too, see this rank's tokens only.
+Two pairs of hooks do it. The decoder's hooks replace its inputs by this rank's slots, their true positions and a
+sharded cache; afterwards they collect the hidden states that the head needs. The model-level hooks record how many
+logits are wanted and broadcast rank 0's logits. In training nothing is collected: head and loss see this rank's tokens
+only.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ OWN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", *NAMES, "
 
 
 class Forward:
-    """The hooks, and what they pass to each other within one forward.
+    """The hooks, and the state that they share within one forward.
 
     Attributes:
-        step: the forward under way.
-        prefill_tokens: slots that this rank's last sharded prompt had, padding and repeated tokens included.
-        merged_rows: rows that all layers together have merged over the ranks.
+        step: the forward under way; None outside of a forward.
+        prefill_tokens: slots of this rank's last sharded prompt; padding and recomputed tokens are counted.
+        merged_rows: rows merged over the ranks so far, summed over all layers.
         cache: the cache of the last forward.
-        columns: (B, T) long, the places in the prompt of the last forward's rows on this rank, -1 for padding.
+        columns: (B, T) long, the column of each row of the last forward on this rank; -1 for padding.
     """
 
     def __init__(self, model: nn.Module, group: Group, method: Method) -> None:
@@ -44,10 +45,10 @@ class Forward:
         self.step: Step | None = None
         self.cache: ShardedCache | None = None
         self.prefill_tokens = self.merged_rows = 0
-        self._keep: int | None = None  # last columns whose hidden states are wanted, None for all
-        self._one = False  # whether logits are made the same on every rank
+        self._logits_kept: int | None = None  # the last columns whose hidden states the head needs; None for all
+        self._share_logits = False  # whether rank 0's logits are broadcast
         self._use_cache = True
-        self._trains = False  # whether this forward's hidden states stay sharded
+        self._trains = False  # whether this forward's hidden states stay sharded, for training
         self._loss: ShardedLoss | None = None
         self.columns: Tensor | None = None
         self._layout: Layout | None = None
@@ -56,16 +57,18 @@ class Forward:
         self.handles: list[Any] = []
 
     def attach(self) -> None:
+        """Register the hooks on the model and its decoder."""
         pre, post = {"with_kwargs": True, "prepend": False}, {"with_kwargs": True}
         if self.decoder is not self.model:
             self.handles.append(self.model.register_forward_pre_hook(self._before_model, **pre))
             self.handles.append(self.model.register_forward_hook(self._after_model, **post))
         self.handles.append(self.decoder.register_forward_pre_hook(self._before, **pre))
         self.handles.append(self.decoder.register_forward_hook(self._after, **post))
-        # A second one that also runs when the decoder raised: nothing of a broken forward is left behind.
+        # This hook also runs if the decoder raised, so that no state of a broken forward remains.
         self.handles.append(self.decoder.register_forward_hook(self._close, always_call=True))
 
     def detach(self) -> None:
+        """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
@@ -79,17 +82,17 @@ class Forward:
             self._loss = ShardedLoss(model, labels, kwargs.get("num_items_in_batch"))
             kwargs = {name: x for name, x in kwargs.items() if name not in ("labels", "num_items_in_batch")}
         keep = kwargs.get("logits_to_keep")
-        self._one = isinstance(keep, int) and keep > 0
-        self._keep = keep if self._one and kwargs.get("labels") is None else None
+        self._share_logits = isinstance(keep, int) and keep > 0
+        self._logits_kept = keep if self._share_logits and kwargs.get("labels") is None else None
         return args, kwargs
 
     def _learns(self, with_labels: bool) -> bool:
         return self.method.trains and torch.is_grad_enabled() and (self.model.training or with_labels)
 
     def _after_model(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if self._one and getattr(output, "logits", None) is not None:
+        if self._share_logits and getattr(output, "logits", None) is not None:
             output.logits = self.group.broadcast(output.logits, 0, what="logits")
-        self._one, self._keep = False, None
+        self._share_logits, self._logits_kept = False, None
         if self._loss is not None:
             assert self._layout is not None
             begin = sum(self._layout.loads[: self.group.rank])
@@ -123,7 +126,7 @@ class Forward:
                 "every text a row of its own."
             )
         positions = positions.expand(len(inputs), -1)
-        if follows_length(self.model):  # ranks see different positions, their frequencies must not differ
+        if follows_length(self.model):  # ranks have different positions, and must use the same rotary frequencies
             self._rope = frozen_rope(self.model, int(positions.max()) + 1)
             self._rope.__enter__()
         if first == 0 or self._count > 1:
@@ -136,7 +139,7 @@ class Forward:
         if self._trains and layout is None:
             raise ValueError(
                 f"{self._count} tokens after {first} are not cut into shards for {self.group.size} ranks, and only "
-                "shards are trained: give every rank and worker a token at least, and no cache."
+                "sharded prompts can be trained: pass at least one token per rank and worker, and no cache."
             )
         self.step, self._layout = cache.begin(real, layout), layout
         self.columns = self.step.columns
@@ -147,7 +150,7 @@ class Forward:
             **given,
             name: inputs,
             "position_ids": positions,
-            # Without a cache and a mask Transformers would look for packed texts in the positions of padding.
+            # Given neither a cache nor a mask, Transformers would take the positions of padding for packed texts.
             "attention_mask": torch.ones_like(self.step.columns) if self._trains else None,
             self.cache_keyword: None if self._trains else cache,
             "use_cache": not self._trains,
@@ -157,7 +160,7 @@ class Forward:
         assert self.step is not None and self.cache is not None
         layout = self.step.layout
         if layout is not None and not self._trains:
-            output.last_hidden_state = self._together(output.last_hidden_state, layout)
+            output.last_hidden_state = self._collect(output.last_hidden_state, layout)
         self.cache.finish(self._count)
         set_returned_cache(output, self.cache if self._use_cache and not self._trains else None)
         return output
@@ -168,16 +171,16 @@ class Forward:
             self._rope.__exit__(None, None, None)
             self._rope = None
 
-    def _together(self, hidden: Tensor, layout: Layout) -> Tensor:
-        """(B, n, H): the hidden states of the last n columns (all when None are named), on every rank."""
+    def _collect(self, hidden: Tensor, layout: Layout) -> Tensor:
+        """The hidden states (B, n, H) of the last n columns on every rank; n is `_logits_kept`, or all if None."""
         count = self._count
-        first = count - (count if self._keep is None else min(self._keep, count))
+        first = count - (count if self._logits_kept is None else min(self._logits_kept, count))
         reported = layout.reported.to(hidden.device)
         columns = layout.columns.to(hidden.device)[:, reported]
         row, slot = (columns >= first).nonzero(as_tuple=True)
-        found = hidden.new_zeros(len(hidden), count - first, hidden.shape[2])
-        found[row, columns[row, slot] - first] = hidden[row, reported[slot]]
-        return self.group.collect(found, what="hidden states")
+        collected = hidden.new_zeros(len(hidden), count - first, hidden.shape[2])
+        collected[row, columns[row, slot] - first] = hidden[row, reported[slot]]
+        return self.group.collect(collected, what="hidden states")
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         given: dict[str, Any] = {}
@@ -192,7 +195,7 @@ class Forward:
             if isinstance(value, Tensor) or (name.startswith("output_") and value):
                 raise NotImplementedError(
                     f"context_parallel does not know how to cut {name!r} into shards: leave it out, or run this call "
-                    "outside of it."
+                    "outside of context_parallel."
                 )
         return given
 
@@ -227,7 +230,7 @@ class Forward:
 
 
 def _take(tensor: Tensor, columns: Tensor) -> Tensor:
-    """(B, T, ...) of the columns (B, T), anything where they are -1."""
+    """The entries (B, T, ...) of `tensor` (B, L, ...) at `columns` (B, T); an arbitrary entry where a column is -1."""
     index = columns.clamp_min(0).to(tensor.device)
     if tensor.ndim == 2:
         return tensor.gather(1, index)

@@ -39,17 +39,22 @@ _NUMBERS = itertools.count()
 
 @dataclass(frozen=True, eq=False)
 class StepMask(Mask):
-    """A mask with the forward it was made in."""
+    """A mask that carries the `Step` of the forward in which it was built.
+
+    Gradient checkpointing runs a layer a second time during the backward pass, when `Forward.step` is already None or
+    belongs to a later forward. The mask is the one argument that such a layer is given again unchanged, so the layer
+    finds its step in the mask.
+    """
 
     step: Step | None = None
 
 
 class Session:
-    """What `context_parallel` hands out.
+    """The object that `with context_parallel(...) as session` gives.
 
     Attributes:
-        group: the ranks, `group.rank` and `group.size`.
-        method: the plan over them.
+        group: the ranks; `group.rank` and `group.size` are this process and their number.
+        method: the attention method on these ranks.
     """
 
     def __init__(self, model: nn.Module, group: Group, method: Method) -> None:
@@ -59,10 +64,12 @@ class Session:
 
     @property
     def rank(self) -> int:
+        """This process among all of them, from 0."""
         return self.group.rank
 
     @property
     def size(self) -> int:
+        """The number of processes."""
         return self.group.size
 
     def traffic(self) -> Traffic:
@@ -71,37 +78,38 @@ class Session:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of keys and values that this rank holds of the last cache."""
+        """Bytes of keys and values of the last cache that this rank stores; 0 in one process."""
         return self.forward.cache.bytes if self.forward.cache is not None else 0
 
     @property
     def columns(self) -> Tensor | None:
-        """(B, T): the places in the prompt of the tokens that this rank's last forward was about, -1 for padding.
+        """(B, T) long: the columns of the prompt that this rank computed in its last forward; -1 for padding.
 
-        In training the logits are of these tokens only.
+        In training the model returns the logits of these columns only.
         """
         return self.forward.columns
 
     def sum_gradients(self) -> None:
-        """Add up every parameter's gradients over all ranks: after the last backward pass of a step, on every rank.
+        """Replace every parameter's gradient by its sum over all ranks.
 
-        The loss of a sharded forward is the whole one, its gradient on a rank that of the rank's own tokens. Once
-        summed, gradients are the same on every rank, to clip and to step with.
+        Call it on every rank, after the last backward pass of an optimizer step and before clipping. The loss of a
+        sharded forward is the loss over all tokens, but its gradient on a rank comes from that rank's tokens only.
+        After the sum, all ranks have the same gradients.
         """
         sum_gradients(self.forward.model, self.group)
 
     @property
     def loads(self) -> list[int]:
-        """Keys of each row of the batch that every rank holds of the last cache; empty in one process."""
+        """Keys per batch row of the last cache, for each rank; empty in one process."""
         return list(self.forward.cache.loads) if self.forward.cache is not None else []
 
     @property
     def prefill_tokens(self) -> int:
-        """Tokens of each row of the last prompt that this rank computed, those that others computed too included."""
+        """Tokens per row of the last prompt that this rank computed, including tokens that other ranks computed too."""
         return self.forward.prefill_tokens
 
     def summary(self) -> str:
-        """What this rank computed, holds and sent, as lines to print."""
+        """What this rank computed, stores and sent, as lines to print."""
         merge = self.traffic()["merge"]
         lines = [
             f"rank {self.rank} of {self.size}: {self.prefill_tokens} tokens of the last prompt computed, "
@@ -125,8 +133,14 @@ class Session:
         dropout: float,
         options: Options,
     ) -> Partial:
-        """What the layers call: a sharded prompt goes to the method, everything later is alike for all of them."""
-        # A layer that gradient checkpointing runs again, after its forward, finds that forward's step in its mask.
+        """The layers' attention call: `method.attention` for a sharded prompt, `decode.later` for all later rows.
+
+        The signature is that of a plugin's entry (see `Plugin.entry`); `options` is unused.
+
+        Raises:
+            RuntimeError: the call comes from outside of the model's own forward.
+        """
+        # A layer that gradient checkpointing runs again finds the step of its forward in the mask: see StepMask.
         step = mask.step if isinstance(mask, StepMask) else self.forward.step
         if step is None:
             raise RuntimeError("attention was called outside of the model's own forward: call the model itself.")
@@ -147,42 +161,51 @@ class Session:
         config: Any = None,
         **_: Any,
     ) -> StructuredMask:
-        """Of the model's mask only the window is new here: padding and places are the step's."""
+        """The mask function that Transformers calls: it reads the window from the model's mask.
+
+        Padding and positions are not read here, since the `Step` has them.
+
+        Raises:
+            NotImplementedError: a mask that is neither causal nor a sliding window.
+        """
         place = Place(batch_size, q_length, kv_length, q_offset, kv_offset, False)
-        found = recognise(mask_function, place).mask if mask_function is not None else Mask(causal=True)
-        if not found.has_no_tensors():
+        recognised = recognise(mask_function, place).mask if mask_function is not None else Mask(causal=True)
+        if not recognised.has_no_tensors():
             raise NotImplementedError(
                 f"{type(config).__name__} builds a mask that is neither causal nor a sliding window, which "
                 "context_parallel cannot cut into shards: run this model in one process."
             )
-        whole = StepMask(causal=found.causal, window=found.window, prefix=found.prefix, step=self.forward.step)
+        whole = StepMask(
+            causal=recognised.causal, window=recognised.window, prefix=recognised.prefix, step=self.forward.step
+        )
         return StructuredMask(Structure(whole, (batch_size, 1, q_length, kv_length), True, ("causal",)))
 
 
 @contextlib.contextmanager
 def context_parallel(model: nn.Module, name: str, *, timeout: float = 60.0, **options: Any) -> Iterator[Session]:
-    """Run a model's long prompts on all processes of this launch, each holding a part of the keys and values.
+    """Run a model's long prompts on all processes of this launch; each process stores a part of the keys and values.
 
-    Every rank opens it with the same model and options and calls `model(...)` or `model.generate(...)` with the same
-    inputs; every rank gets the same tokens. Outside of `accelerate launch` it is `hap.use` in one process. On exit the
-    model is as before.
+    Every rank opens it with the same model and options, and calls `model(...)` or `model.generate(...)` with the same
+    inputs. Every rank gets the same tokens. In one process it does what `hap.use` does. On exit the model is as before.
 
     Args:
         model: a causal decoder on this process's device, the same weights everywhere.
         name: "cqs_attention", "star_attention" or "tiled_attention".
-        timeout: seconds that a rank waits for the others in one exchange before it names the one that is missing.
-        **options: of the method: those of the plugin, and for star_attention `anchor` ("auto", "recompute" or
-            "broadcast"), for cqs_attention `rounds` (see `parallel.cqs.CQS`).
+        timeout: seconds that a rank waits in one exchange before it raises an error that names the missing rank.
+        **options: the options of the plugin; in addition, for star_attention `anchor` ("auto", "recompute" or
+            "broadcast"), and for cqs_attention `rounds` (see `parallel.cqs.CQS`).
 
-    With cqs_attention a model also trains: in training mode `model(**batch, labels=labels).loss` is the whole loss,
-    and between `loss.backward()` and the optimizer's step `cp.sum_gradients()` adds up what every rank found.
+    Training works with cqs_attention. In training mode `model(**batch, labels=labels).loss` is the loss over all
+    tokens; call `session.sum_gradients()` between `loss.backward()` and the optimizer's step.
+
+    Yields:
+        The `Session`.
 
     Raises:
         ValueError: an unknown name or option, or ranks that differ in model, options or library versions.
         NotImplementedError: a model whose context is not made of causal keys and values.
-        parallel.RankError: later, where another rank fails or does not answer; it names the rank.
+        parallel.RankError: inside the block, if another rank fails or does not answer; it names the rank.
     """
-    method = method_for(name, **options)
     method, model = method_for(name, **options), language_model(model)
     check(model, name).raise_if_refused()
     group = Group.join(timeout)
@@ -202,14 +225,14 @@ def context_parallel(model: nn.Module, name: str, *, timeout: float = 60.0, **op
 
 
 @contextlib.contextmanager
-def _session(model: nn.Module, group: Group, method: Method, asked: dict[str, Any]) -> Iterator[Session]:
+def _session(model: nn.Module, group: Group, method: Method, settings: dict[str, Any]) -> Iterator[Session]:
     versions = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "hf_attn_plugins": __version__,
     }
     _check_device(model, group)
-    agree(group, {**asked, "model": fingerprint(model, whole=True), **versions, "size": group.size}, what="set-up")
+    agree(group, {**settings, "model": fingerprint(model, whole=True), **versions, "size": group.size}, what="set-up")
     check_model(model)
     method = method.settle(text_config(model).to_dict(), group)
     session = Session(model, group, method)

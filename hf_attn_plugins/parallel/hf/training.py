@@ -1,4 +1,4 @@
-"""Training inside `context_parallel`: labels and loss of this rank's tokens, gradients of all ranks together."""
+"""Training inside `context_parallel`: the loss of this rank's tokens, and the sum of gradients over all ranks."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from hf_attn_plugins.hf.compat import has_causal_lm_loss
 from hf_attn_plugins.parallel.comm.group import Group
 
 IGNORED = -100  # the label that Transformers' losses leave out
-BUCKET = 2**25  # numbers summed in one exchange
+BUCKET = 2**25  # elements summed in one exchange
 
 
 class ShardedLoss:
-    """The causal language-model loss of one forward, each rank computing the terms of its own tokens.
+    """The causal language-model loss of one forward; each rank computes the terms of its own tokens.
 
-    A token's label is the next token, which the next rank may own; since every rank is given all labels, they are
-    shifted before they are cut.
+    The label of a token is the next token, which another rank may own. Every rank has all labels, so they are shifted
+    first and divided afterwards.
 
     Args:
-        model: whose `loss_function` it is.
-        labels: (B, L) long of the whole prompt, `IGNORED` for those that do not count.
-        num_items: what the sum is divided by, as Trainer gives it; None for the number of labels that count.
+        model: its `loss_function` is used.
+        labels: (B, L) long of the whole prompt, `IGNORED` for tokens without a loss.
+        num_items: the divisor of the sum, as Trainer passes it; None for the number of labels that are not ignored.
+
+    Raises:
+        NotImplementedError: a model with another loss than `ForCausalLMLoss`, or with a router's auxiliary loss.
     """
 
     def __init__(self, model: nn.Module, labels: Tensor, num_items: Tensor | int | None) -> None:
@@ -43,21 +46,23 @@ class ShardedLoss:
         self.vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
 
     def __call__(self, logits: Tensor, columns: range, group: Group) -> Tensor:
-        """The whole loss, the same on every rank; its gradient is that of this rank's terms.
+        """The loss over all tokens, the same on every rank. Its gradient is the gradient of this rank's terms.
 
         Args:
             logits: (B, T, V) of the tokens at `columns`.
+            columns: the run of columns that this rank owns.
+            group: the ranks.
         """
         mine = self.next[:, columns.start : columns.stop].to(logits.device).contiguous()
         terms = self._function(
             logits=logits, labels=None, vocab_size=self.vocabulary, num_items_in_batch=self.num_items, shift_labels=mine
         )
         whole = group.sum(terms.detach(), what="loss")
-        return terms - terms.detach() + whole  # the same bits on every rank
+        return terms - terms.detach() + whole  # the value is `whole`, the same on every rank
 
 
 def sum_gradients(model: nn.Module, group: Group) -> None:
-    """Replace every parameter's gradient by the sum over all ranks; parameters without one anywhere keep none."""
+    """Replace each parameter's gradient by its sum over all ranks; a parameter that has none on any rank keeps none."""
     if group.size == 1:
         return
     parameters = [p for p in model.parameters() if p.requires_grad]

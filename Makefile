@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 # A CPU build of torch first, so that no other package pulls in one of several gigabytes.
 TORCH_INDEX ?=
 
-.PHONY: demo eval test test-grid test-slow test-gpu lint format bench readme clean
+.PHONY: demo eval test test-grid test-slow test-gpu test-versions test-floor lint format bench readme clean
 
 $(VENV)/.dev: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -37,6 +37,13 @@ test-slow: $(VENV)/.demo
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu
+
+# The smoke set on the oldest Transformers that is supported, two in between and the one installed here.
+test-versions: $(VENV)/.dev
+	$(BIN)/python -m tests.versions
+
+test-floor: $(VENV)/.dev
+	$(BIN)/python -m tests.versions --floor
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hf_attn_plugins.bench.hardware import describe
-from hf_attn_plugins.hf.load import load
+from hf_attn_plugins.hf.load import add_loading_arguments, load
 
 from . import baselines
 from .configuration import DTYPES, Configuration, configuration
@@ -22,7 +22,7 @@ from .records import RunFolder
 from .report.command import finish, show
 
 # Keys that do not change what is measured: a run may be resumed with others.
-FREE = ("online", "device")
+FREE = ("online", "device", "device_map")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="DIR_OR_ID", help="folder or hub id of a causal language model")
     add("--dtype", choices=DTYPES)
     add("--device", help="cpu, cuda, cuda:1, ...; CUDA when there is one, by default")
+    add_loading_arguments(parser)
+    add("--max-positions", type=int, metavar="N", help="the longest text that the model can take, against its config")
     add("--attn", metavar="LIST", help="implementations: sdpa,tiled_attention,star_attention:block_size=512,...")
     add("--baseline", metavar="LABEL", help="the one to compare with, as written in --attn; the first by default")
     add("--tasks", metavar="LIST", help="tasks or groups: ruler,ppl,agreement,speed,longbench/qasper,...")
@@ -46,6 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--haystack", metavar="LIST", help="essay, SQuAD or HotpotQA files, datasets names, or pydoc")
     add("--data", metavar="LIST", help="where data sets are: longbench=DIR,babilong=DIR,...; hub ids by default")
     add("--chat", choices=CHATS, help="chat template: auto (where the tokenizer has one), yes, no")
+    add(
+        "--template-arg",
+        action="append",
+        dest="template_args",
+        metavar="NAME=VALUE",
+        help="a variable of the chat template, such as enable_thinking=false; can be given several times",
+    )
     add("--context-parallel", action="store_true", default=None, help="one sample over all processes")
     add("--online", action="store_true", default=None, help="download models and data sets that are not cached")
     add("--offline", dest="online", action="store_false", default=None, help="download nothing (the default)")
@@ -66,7 +75,14 @@ def run(arguments: argparse.Namespace) -> int:
     with _network(settings.online), processes(settings.device) as group:
         from .runner import Runner
 
-        model, tokenizer = load(settings.model, settings.dtype, group.device)
+        model, tokenizer = load(
+            settings.model,
+            settings.dtype,
+            group.device if settings.device_map is None else settings.device,
+            settings.device_map,
+            settings.revision,
+            settings.trust_remote_code,
+        )
         with baselines.registered():
             runner = Runner(settings, model, tokenizer, process=group.process, processes=group.processes)
             if group.process == 0:
@@ -89,9 +105,10 @@ def _check_folder(folder: RunFolder, settings: Configuration) -> bool:
     if not folder.path.joinpath("config.json").is_file():
         raise ValueError(f"--out {folder.path} is a folder with other files in it: choose another.")
     known, wanted = folder.read_json("config"), settings.as_dict()
-    other = [name for name in wanted if name not in FREE and known.get(name) != wanted[name]]
+    before = {**Configuration().as_dict(), **known}  # runs of earlier versions lack keys: they ran with the defaults
+    other = [name for name in wanted if name not in FREE and before.get(name) != wanted[name]]
     if other:
-        differences = "; ".join(f"{name}: {known.get(name)!r} there, {wanted[name]!r} here" for name in other)
+        differences = "; ".join(f"{name}: {before.get(name)!r} there, {wanted[name]!r} here" for name in other)
         raise ValueError(f"--out {folder.path} holds another run ({differences[:400]}): choose another folder.")
     return True
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from hf_attn_plugins.hf.load import DEMO, options_from
+from hf_attn_plugins.hf.compat import registered_names
+from hf_attn_plugins.hf.load import DEMO, options_from, read_text
 from hf_attn_plugins.plugins import PLUGINS
 
 from .baselines import BASELINES
 from .prompts import CHATS
 from .tasks import names_of
+from .tasks.paths import split_paths
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -39,6 +42,9 @@ class Configuration:
         max_new_tokens: generation budget for all tasks, in place of each benchmark's own.
         text: source of the text tasks; haystack: of essays and documents, several with commas; data: suite -> source.
         chat: "auto" (the chat template where the tokenizer has one), "yes" or "no".
+        template_args: variables of the chat template, such as {"enable_thinking": False}.
+        device_map, revision, trust_remote_code: how the model is loaded, as in `from_pretrained`.
+        max_positions: the longest text that the model can take, where its config says less.
         context_parallel: one sample over all processes, instead of samples dealt to processes.
         online: whether models and data sets may be downloaded.
     """
@@ -60,6 +66,11 @@ class Configuration:
     haystack: str | None = None
     data: dict[str, str] = field(default_factory=dict)
     chat: str = "auto"
+    template_args: dict[str, Any] = field(default_factory=dict)
+    device_map: str | dict[str, Any] | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    max_positions: int | None = None
     context_parallel: bool = False
     online: bool = False
     out: str = "runs/eval"
@@ -68,6 +79,7 @@ class Configuration:
         for name in ("samples", "text_samples", "rounds", "max_new_tokens"):
             _whole(name, getattr(self, name), 1, name == "max_new_tokens")
         _whole("decode_tokens", self.decode_tokens, 2)
+        _whole("max_positions", self.max_positions, 2, optional=True)
         _whole("seed", self.seed, 0)
         for length in self.lengths:
             _whole("lengths", length, 2)
@@ -138,9 +150,7 @@ def _attention(label: str) -> Attention:
     options = options_from([word for word in rest.split(",") if word])
     chosen = PLUGINS.get(name) or BASELINES.get(name)
     if chosen is None:
-        from transformers import AttentionInterface
-
-        known = ["eager", *AttentionInterface._global_mapping]
+        known = ["eager", *registered_names()]
         if name not in known:
             names = dict.fromkeys([*PLUGINS, *BASELINES, "eager", "sdpa"])
             raise ValueError(
@@ -168,7 +178,9 @@ def _value(name: str, value: Any) -> Any:
         return ",".join(map(str, value))
     if name == "data":
         return _sources(value)
-    if name in ("context_parallel", "online") and not isinstance(value, bool):
+    if name == "template_args":
+        return _template_args(value)
+    if name in ("context_parallel", "online", "trust_remote_code") and not isinstance(value, bool):
         raise ValueError(f"{name}={value!r}: true or false is needed.")
     return value
 
@@ -177,7 +189,7 @@ def _sources(value: Any) -> dict[str, str]:
     if isinstance(value, Mapping):
         found = {str(suite): str(source) for suite, source in value.items()}
     else:
-        pairs = [word.partition("=") for word in str(value).split(",") if word]
+        pairs = [word.partition("=") for word in split_paths(str(value)) if word]
         if not all(sign and source for _, sign, source in pairs):
             raise ValueError(f"data={value!r}: write suite=folder, for example longbench=data/LongBench.")
         found = {suite: source for suite, _, source in pairs}
@@ -185,6 +197,22 @@ def _sources(value: Any) -> dict[str, str]:
     unknown = sorted(set(found) - set(suites))
     if unknown:
         raise ValueError(f"data names the suite {', '.join(unknown)}: known are {', '.join(suites)}.")
+    return found
+
+
+def _template_args(value: Any) -> dict[str, Any]:
+    """Words name=value, or a mapping: numbers, true, false, null, lists and objects as in JSON, the rest as text."""
+    if isinstance(value, Mapping):
+        return {str(name): one for name, one in value.items()}
+    found: dict[str, Any] = {}
+    for word in value if isinstance(value, list) else [value]:
+        name, sign, text = str(word).partition("=")
+        if not sign or not name.isidentifier():
+            raise ValueError(f"--template-arg {word}: write NAME=VALUE, for example enable_thinking=false.")
+        try:
+            found[name] = json.loads(text.lower() if text.lower() in ("true", "false") else text)
+        except ValueError:
+            found[name] = None if text == "None" else text
     return found
 
 
@@ -220,8 +248,8 @@ def _yaml(file: str) -> Mapping[str, Any]:
         carried = sorted(p.name[:-5] for p in files(__package__).iterdir() if p.name.endswith(".yaml"))
         raise ValueError(f"--config {file}: no such file; the package itself carries {', '.join(carried)}.")
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        value = yaml.safe_load(read_text(path))
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"--config {file}: {error}") from error
     if not isinstance(value, Mapping):
         raise ValueError(f"--config {file}: keys and values are needed, such as 'lengths: [1024, 2048]'.")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from hf_attn_plugins.bench.peak_memory import PeakMemory
 from hf_attn_plugins.hf.compare import CHUNK, backbone, logits_at, synchronize
+from hf_attn_plugins.hf.compat import cache_keyword, returned_cache
 
 BUCKETS = 8  # ranges of positions that loss and agreement are reported for
 
@@ -48,17 +50,25 @@ class _Clock:
 
 
 @torch.inference_mode()
-def answer(model: Any, ids: list[int], max_new_tokens: int, *, to_the_end: bool = False) -> Answer:
+def answer(
+    model: Any,
+    ids: list[int],
+    max_new_tokens: int,
+    *,
+    to_the_end: bool = False,
+    eos: int | Sequence[int] | None = None,
+) -> Answer:
     """Greedy decoding by the model's own `generate`.
 
     Args:
-        to_the_end: generate exactly `max_new_tokens`, whatever the model says; otherwise it ends at the model's EOS.
+        to_the_end: generate exactly `max_new_tokens`, whatever the model says; otherwise the answer ends at an EOS.
+        eos: ids that end an answer beside those of the model's generation config, such as the tokenizer's.
     """
     from transformers import GenerationConfig
 
     device = model.device
     inputs = torch.tensor([ids], device=device)
-    end = getattr(model.generation_config, "eos_token_id", None)
+    end = ends(model, eos)
     settings = GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -66,8 +76,8 @@ def answer(model: Any, ids: list[int], max_new_tokens: int, *, to_the_end: bool 
         no_repeat_ngram_size=0,
         max_new_tokens=max_new_tokens,
         min_new_tokens=max_new_tokens if to_the_end else None,
-        eos_token_id=end,
-        pad_token_id=_first(end),
+        eos_token_id=end or None,
+        pad_token_id=end[0] if end else None,
         return_dict_in_generate=False,
     )
     with PeakMemory(device) as memory:
@@ -87,6 +97,38 @@ def answer(model: Any, ids: list[int], max_new_tokens: int, *, to_the_end: bool 
         "total": total,
     }
     return Answer(output[0, len(ids) :].tolist(), seconds, memory.bytes)
+
+
+def ends(model: Any, eos: int | Sequence[int] | None = None) -> list[int]:
+    """Every token that ends an answer: those of the model's generation config, and `eos`; each once."""
+    of_model = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return list(dict.fromkeys([*_several(of_model), *_several(eos)]))
+
+
+@torch.inference_mode()
+def reference_nll(model: Any, ids: list[int], answer_ids: list[int]) -> float:
+    """Negative log-likelihood in nats of an answer behind a prompt, summed over the answer's tokens.
+
+    The prompt is prefilled into an empty cache, as for generating; then the answer's tokens are run over that cache in
+    one call, as a turn that goes on. An attention that treats a prefill otherwise than later tokens is thereby measured
+    as it answers.
+
+    Raises:
+        ValueError: an empty answer.
+    """
+    if not answer_ids:
+        raise ValueError("an answer without tokens has no likelihood.")
+    inputs = torch.tensor([ids], device=model.device)
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    output = model(inputs, use_cache=True, **last_only)
+    nll = -output.logits[0, -1].double().log_softmax(-1)[answer_ids[0]]
+    if len(answer_ids) > 1:
+        fed = torch.tensor([answer_ids[:-1]], device=model.device)
+        mask = torch.ones(1, len(ids) + fed.shape[1], dtype=torch.long, device=model.device)
+        cache = {cache_keyword(model): returned_cache(output)}
+        logits = model(fed, attention_mask=mask, use_cache=True, **cache).logits[0].double()
+        nll = nll - _picked(logits.log_softmax(-1), torch.tensor(answer_ids[1:], device=logits.device)).sum()
+    return float(nll)
 
 
 @dataclass(frozen=True)
@@ -188,5 +230,10 @@ def _picked(logp: Tensor, targets: Tensor) -> Tensor:
     return logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
-def _first(value: Any) -> Any:
-    return value[0] if isinstance(value, list) else value
+def _several(value: Any) -> list[int]:
+    """A setting that holds nothing, one id or several, as a list."""
+    if value is None:
+        return []
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    return [int(one) for one in value] if isinstance(value, (list, tuple)) else [int(value)]

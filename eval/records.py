@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
 
+from hf_attn_plugins.core.staging import put
+
 PROMPT_TAIL = 600  # characters of a prompt's end that are kept; the context itself is never stored
 
 
@@ -48,12 +50,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What came back for one (sample, attn): base of the four kinds. With an `error`, the other fields are empty."""
+    """What came back for one (sample, attn): base of the four kinds. With an `error`, the other fields are empty.
+
+    plan: what the attention did, in words, such as "dense: 1024 tokens, below 2048"; None where it is not known.
+    """
 
     kind: ClassVar[str] = ""
     sample: str
     attn: str
     error: str | None = None
+    plan: str | None = field(default=None, kw_only=True)
 
     def as_dict(self) -> dict[str, Any]:
         """The line of predictions.jsonl, JSON-ready."""
@@ -65,6 +71,8 @@ class Generation(Prediction):
     """Greedy tokens and their score, 0.0 - 1.0; seconds: prefill, first_token, decode, total.
 
     `first_token` is the time to the first token (prefill included), `decode` the time of all later ones.
+    `reference_nll` is the negative log-likelihood in nats of the sample's reference answer behind the same prompt,
+    summed over its `reference_tokens` tokens; None where it was not measured.
     """
 
     kind: ClassVar[str] = "generation"
@@ -75,6 +83,8 @@ class Generation(Prediction):
     new_tokens: int = 0
     prompt_tokens: int = 0
     peak_bytes: int | None = None
+    reference_nll: float | None = None
+    reference_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -141,7 +151,7 @@ class RunFolder:
         """
         path = self.path / f"{name}.json"
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
+            value = json.loads(path.read_text(encoding="utf-8-sig"))
         except FileNotFoundError as error:
             raise ValueError(f"{self.path} is no folder of an evaluation: {path.name} is missing.") from error
         except ValueError as error:
@@ -157,12 +167,8 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> Path:
         """Replace the file `name` as a whole: a reader sees the old text or the new one, never a part."""
         self.path.mkdir(parents=True, exist_ok=True)
-        path, building = self.path / name, self.path / f".{name}.{os.getpid()}"
-        with open(building, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(building, path)
+        path = self.path / name
+        put(path, lambda file: file.write_text(text, encoding="utf-8"))
         return path
 
     def samples(self) -> dict[str, Sample]:

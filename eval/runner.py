@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from hf_attn_plugins.hf.compare import evaluating
+from hf_attn_plugins.core import interrupt
 from hf_attn_plugins.hf.configure import use
+from hf_attn_plugins.hf.evaluating import evaluating
+from hf_attn_plugins.hf.load import check_length, positions
+from hf_attn_plugins.hf.trace import trace
 from hf_attn_plugins.parallel.hf.session import context_parallel
 from hf_attn_plugins.plugins import PLUGINS
 
@@ -19,6 +23,14 @@ from .plan import Unit, units
 from .prompts import Prompter
 from .records import KINDS, Agreement, Generation, Loss, Prediction, RunFolder, Sample, Speed
 from .tasks import Item, Setting, Task, task
+
+
+@dataclass
+class Ran:
+    """What an attention did while it was switched on: `plan` as in `records.Prediction`."""
+
+    plan: str | None = None
+
 
 WARM_UP = 32  # tokens of the first, unrecorded call of every implementation
 
@@ -42,12 +54,11 @@ class Runner:
         together = settings.context_parallel  # then every process asks every sample, and one records it
         part, parts = (0, 1) if together else (process, processes)
         self.writes = part == process
-        self.limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.limit = settings.max_positions or positions(model.config)
         longest = max(settings.lengths)
-        if self.limit is not None and longest > self.limit:
-            raise ValueError(f"--lengths {longest} is beyond the model's {self.limit} positions: choose at most those.")
+        check_length(f"--lengths {longest}", longest, self.limit)
         setting = Setting(
-            Prompter(tokenizer, settings.chat),
+            Prompter(tokenizer, settings.chat, settings.template_args),
             settings.seed,
             settings.max_new_tokens,
             settings.decode_tokens,
@@ -55,7 +66,9 @@ class Runner:
             settings.haystack,
             settings.data,
             settings.online,
+            longest * settings.text_samples,
         )
+        self.eos = getattr(tokenizer, "eos_token_id", None)
         self.tasks = [task(name, setting) for name in settings.tasks]
         if settings.context_parallel:
             self._check_context_parallel()
@@ -87,6 +100,7 @@ class Runner:
             stack.enter_context(evaluating(self.model))
             stack.enter_context(_frozen())
             for unit in self.units:
+                interrupt.check()
                 asked = self.tasks[unit.task]
                 name = asked.sample_id(unit.length, unit.number)
                 progress(f"{asked.title} {unit.length}", passed, total)
@@ -130,12 +144,8 @@ class Runner:
                     score(item.sample.metric, "", item.sample.references, **item.arguments)
 
     def _check_length(self, item: Item) -> None:
-        whole = len(item.ids) + item.sample.max_new_tokens
-        if self.limit is not None and whole > self.limit:
-            raise ValueError(
-                f"{item.sample.sample} has {len(item.ids)} tokens and {item.sample.max_new_tokens} to generate, "
-                f"beyond the model's {self.limit} positions: choose shorter --lengths."
-            )
+        whole, budget = len(item.ids) + item.sample.max_new_tokens, item.sample.max_new_tokens
+        check_length(f"{item.sample.sample} with {len(item.ids)} tokens and {budget} to generate", whole, self.limit)
 
     def _sample(self, asked: Task, unit: Unit, attn: list[Attention]) -> tuple[Sample, Iterable[Prediction]]:
         """The sample and its answers to come; one that cannot be made has an error for every implementation."""
@@ -143,6 +153,7 @@ class Runner:
             item = asked.item(unit.length, unit.number)
             self._check_length(item)
         except Exception as error:
+            interrupt.check()
             name, text = asked.sample_id(unit.length, unit.number), _one_line(error)
             failed = [KINDS[asked.kind](name, each.label, error=text) for each in attn]
             return Sample(name, asked.title, asked.suite, unit.length, 0, metric=asked.metric), failed
@@ -161,6 +172,7 @@ class Runner:
     def _ask(self, asked: Task, item: Item, unit: Unit, attn: list[Attention]) -> Iterator[Prediction]:
         base: measure.Hidden | None = None
         for each in attn:
+            interrupt.check()
             try:
                 if asked.kind == "generation":
                     yield self._generation(item, each)
@@ -172,13 +184,17 @@ class Runner:
                     base = base or self._hidden(item, self._baseline())
                     yield self._agreement(item, each, base)
             except Exception as error:  # one failing sample must not end a run of hours
+                interrupt.check()  # Ctrl-C is no failing sample, whatever error it came out as
                 self._forget()
                 yield KINDS[asked.kind](item.sample.sample, each.label, error=_one_line(error))
 
     def _generation(self, item: Item, attn: Attention) -> Generation:
-        with self._attention(attn):
+        nll = None
+        with self._attention(attn) as ran:
             self._warm_up(attn, 0, item)
-            found = measure.answer(self.model, item.ids, item.sample.max_new_tokens)
+            found = measure.answer(self.model, item.ids, item.sample.max_new_tokens, eos=self.eos)
+            if item.answer_ids and not self.settings.context_parallel:  # there the cache is spread over processes
+                nll = measure.reference_nll(self.model, item.ids, item.answer_ids)
         text = self.tokenizer.decode(found.token_ids, skip_special_tokens=True)
         counted = text.lstrip(item.stop).split(item.stop)[0] if item.stop else text
         return Generation(
@@ -191,10 +207,13 @@ class Runner:
             new_tokens=len(found.token_ids),
             prompt_tokens=len(item.ids),
             peak_bytes=found.peak_bytes,
+            reference_nll=nll,
+            reference_tokens=len(item.answer_ids) if nll is not None else 0,
+            plan=ran.plan,
         )
 
     def _loss(self, item: Item, attn: Attention) -> Loss:
-        with self._attention(attn):
+        with self._attention(attn) as ran:
             self._warm_up(attn, 0, item)
             states = measure.hidden(self.model, item.ids)
         nll = measure.losses(self.model, item.ids, states)
@@ -206,17 +225,20 @@ class Runner:
             buckets=measure.loss_buckets(nll),
             seconds={"prefill": states.seconds},
             peak_bytes=states.peak_bytes,
+            plan=ran.plan,
         )
 
     def _agreement(self, item: Item, attn: Attention, base: measure.Hidden) -> Agreement:
-        figures = measure.agreement(self.model, item.ids, base, self._hidden(item, attn))
-        return Agreement(item.sample.sample, attn.label, **figures)
+        with self._attention(attn) as ran:
+            states = measure.hidden(self.model, item.ids)
+        figures = measure.agreement(self.model, item.ids, base, states)
+        return Agreement(item.sample.sample, attn.label, **figures, plan=ran.plan)
 
     def _speed(self, item: Item, unit: Unit, attn: Attention) -> Speed:
         tokens = item.sample.max_new_tokens
-        with self._attention(attn):
+        with self._attention(attn) as ran:
             self._warm_up(attn, unit.length, item)
-            found = measure.answer(self.model, item.ids, tokens, to_the_end=True)
+            found = measure.answer(self.model, item.ids, tokens, to_the_end=True, eos=self.eos)
         seconds = {name: found.seconds[name] for name in ("prefill", "first_token")}
         seconds["decode_per_token"] = found.seconds["decode"] / (tokens - 1)
         return Speed(
@@ -226,6 +248,7 @@ class Runner:
             round=unit.number,
             seconds=seconds,
             peak_bytes=found.peak_bytes,
+            plan=ran.plan,
         )
 
     def _hidden(self, item: Item, attn: Attention) -> measure.Hidden:
@@ -238,10 +261,15 @@ class Runner:
             measure.answer(self.model, item.ids[: length or WARM_UP], 2, to_the_end=True)
             self._warm.add((attn.label, length))
 
-    def _attention(self, attn: Attention) -> contextlib.AbstractContextManager[Any]:
-        if self.settings.context_parallel and attn.implementation in PLUGINS:
-            return context_parallel(self.model, attn.implementation, **attn.options)
-        return use(self.model, attn.implementation, **attn.options)
+    @contextlib.contextmanager
+    def _attention(self, attn: Attention) -> Iterator[Ran]:
+        """The model with an attention for a while. The one place that learns, at its end, what the attention did."""
+        ran, sharded = Ran(), self.settings.context_parallel and attn.implementation in PLUGINS
+        chosen: Any = (context_parallel if sharded else use)(self.model, attn.implementation, **attn.options)
+        with chosen, trace(self.model) as seen:
+            yield ran
+        if attn.implementation in PLUGINS and not sharded:
+            ran.plan = seen.plan()
 
     def _baseline(self) -> Attention:
         return next(a for a in self.settings.attn if a.label == self.settings.baseline)

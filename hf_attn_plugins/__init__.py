@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hf_attn_plugins.hf.compare import compare
     from hf_attn_plugins.hf.configure import configure, use
     from hf_attn_plugins.hf.intercept import intercept
+    from hf_attn_plugins.hf.trace import trace
     from hf_attn_plugins.parallel.hf.session import context_parallel
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "register_plugin",
     "star",
     "tiled",
+    "trace",
     "unregister",
     "use",
 ]
@@ -48,6 +50,7 @@ _VERBS = {
     "configure": "hf.configure",
     "context_parallel": "parallel.hf.session",
     "intercept": "hf.intercept",
+    "trace": "hf.trace",
     "use": "hf.configure",
 }
 _FOLDERS = ("cqs", "indexed", "kernels", "parallel", "star", "tiled")

@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Mapping
 
+from hf_attn_plugins.core import interrupt
 from hf_attn_plugins.plugins import PLUGINS
 
 Table = Mapping[str, "tuple[str, str] | Table"]
@@ -17,6 +18,11 @@ _BENCH = {
     "memory": "peak memory of one call over the length",
     "parallel": "several ranks: bytes, memory and work of each method",
     "triton": "--static: the kernels as compiled, without a GPU",
+}
+
+HOW_TO_GO_ON = {
+    "eval": "run the same command to continue, with the same --out",
+    "patch": "nothing is half done; run the same command again",
 }
 
 
@@ -51,7 +57,11 @@ def commands() -> Table:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `hf-attn` with these arguments; returns the exit status: 0 done, 2 for bad input, with one line on stderr."""
+    """Run `hf-attn` with these arguments.
+
+    Returns:
+        the exit status: 0 done, 2 for bad input and 130 after Ctrl-C, each with one line on stderr.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     table, path = commands(), ["hf-attn"]
     while True:
@@ -70,18 +80,28 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(entry: tuple[str, str], path: list[str], words: list[str]) -> int:
-    module = importlib.import_module(entry[0])
-    parser = argparse.ArgumentParser(prog=" ".join(path), description=entry[1])
-    module.add_arguments(parser)
-    arguments = parser.parse_args(words)  # exits with status 2 and one line of its own
+    program = " ".join(path)
     try:
-        return module.run(arguments) or 0
+        with interrupt.remembered():
+            module = importlib.import_module(entry[0])
+            parser = argparse.ArgumentParser(prog=program, description=entry[1])
+            module.add_arguments(parser)
+            arguments = parser.parse_args(words)  # exits with status 2 and one line of its own
+            return module.run(arguments) or 0
     except KeyboardInterrupt:
-        return 130
+        return _interrupted(program)
     except (ValueError, NotImplementedError, OSError, ImportError) as error:
+        if interrupt.asked():  # an import that was interrupted may end in another error
+            return _interrupted(program)
         text = " ".join(str(error).split())
-        print(f"{parser.prog}: {text or type(error).__name__}", file=sys.stderr)
+        print(f"{program}: {text or type(error).__name__}", file=sys.stderr)
         return 2
+
+
+def _interrupted(program: str) -> int:
+    how = HOW_TO_GO_ON.get(program.split()[1], "run the same command again")
+    print(f"{program}: interrupted: {how}.", file=sys.stderr)
+    return 130
 
 
 def _overview(path: list[str], table: Table) -> str:

@@ -26,6 +26,7 @@ class Plugin:
         entry: the method's function (query, key, value, mask, *, scale, softcap, dropout, options) -> Partial, as
             "module:name" or the function itself.
         options: the dataclass that validates its options, as "module:name" or the class itself.
+        decide: function (CallFacts, options) -> Decision that says what the method does with a call.
         command: module of `hf-attn plan`, or None.
         bench: module of `hf-attn bench`, or None.
         ranks: class that runs the method on several ranks, as "module:name"; None when it runs in one process only.
@@ -37,6 +38,7 @@ class Plugin:
     source: str
     entry: str | Callable[..., Any]
     options: str | type[Options]
+    decide: str | Callable[..., Any] = "hf_attn_plugins.tiled.decide:decide"
     command: str | None = None
     bench: str | None = None
     ranks: str | None = None
@@ -49,6 +51,10 @@ class Plugin:
     def attention(self) -> Callable[..., Any]:
         """The method's function."""
         return resolve(self.entry)
+
+    def decision(self) -> Callable[..., Any]:
+        """The function that says what the method does with a call."""
+        return resolve(self.decide)
 
     def options_type(self) -> type[Options]:
         """The dataclass that validates this plugin's options."""
@@ -81,6 +87,7 @@ PLUGINS: dict[str, Plugin] = {
             source="Star Attention, arXiv 2411.17116",
             entry="hf_attn_plugins.star.entry:attention",
             options="hf_attn_plugins.star.options:StarOptions",
+            decide="hf_attn_plugins.star.decide:decide",
             command="hf_attn_plugins.star.command",
             bench="hf_attn_plugins.commands.bench.star",
             ranks="hf_attn_plugins.parallel.star:Star",
@@ -92,6 +99,7 @@ PLUGINS: dict[str, Plugin] = {
             source="CQS-Attention, IEEE Access 13 (2025) 35527",
             entry="hf_attn_plugins.cqs.entry:attention",
             options="hf_attn_plugins.cqs.options:CQSOptions",
+            decide="hf_attn_plugins.cqs.decide:decide",
             command="hf_attn_plugins.cqs.command",
             bench="hf_attn_plugins.commands.bench.cqs",
             ranks="hf_attn_plugins.parallel.cqs:CQS",

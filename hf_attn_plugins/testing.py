@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -23,20 +25,39 @@ def allowed_error(low: Tensor, ref: Tensor, factor: float = 2.0) -> float:
     return max(factor * plain + 2.0 * rounding, floor)
 
 
-def assert_close_to_reference(out: Tensor, low: Tensor, ref: Tensor, factor: float = 2.0, name: str = "out") -> None:
-    """Assert the error rule: max|out - ref| <= `allowed_error(low, ref, factor)`, and that `out` is finite.
+def closeness(out: Tensor, low: Tensor, ref: Tensor, factor: float = 2.0) -> str | None:
+    """What breaks the error rule max|out - ref| <= `allowed_error(low, ref, factor)`, or None where it holds.
 
-    Raises:
-        AssertionError: with both errors and the place of the worst element.
+    Code that runs for users raises its own error with this text; unlike an assert, it also holds under `python -O`.
+
+    Args:
+        out: the result under test; low, ref, factor: as in `allowed_error`, all three of one shape.
+
+    Returns:
+        the shapes that differ, a limit that is not finite (NaN or inf in `low` or `ref`, which nothing may be measured
+        by), or both errors and the place of the worst element; a NaN in `out` counts as an infinite error.
     """
-    assert out.shape == ref.shape, f"{name}: shape {tuple(out.shape)}, the reference has {tuple(ref.shape)}"
+    for name, given in (("the result", out), ("the plain low-precision result", low)):
+        if given.shape != ref.shape:
+            return f"{name} has shape {tuple(given.shape)}, the reference {tuple(ref.shape)}"
     if not ref.numel():
-        return
-    error = (out.to(ref.dtype) - ref).abs()
+        return None
     limit = allowed_error(low, ref, factor)
-    worst = int(error.nan_to_num(torch.inf).argmax())
+    if not math.isfinite(limit):
+        return f"the allowed error is {limit}: the reference or the plain low-precision result is not finite"
+    error = (out.to(ref.dtype) - ref).abs().nan_to_num(torch.inf, torch.inf)
+    worst = int(error.argmax())
     where = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), error.shape))
-    assert bool((error <= limit).all()), f"{name}: error {error.flatten()[worst]:.3e} > {limit:.3e} at {where}"
+    if not bool((error <= limit).all()):
+        return f"error {error.flatten()[worst]:.3e} > {limit:.3e} at {where}"
+    return None
+
+
+def assert_close_to_reference(out: Tensor, low: Tensor, ref: Tensor, factor: float = 2.0, name: str = "out") -> None:
+    """For tests: raise AssertionError with what `closeness` finds wrong."""
+    wrong = closeness(out, low, ref, factor)
+    if wrong is not None:
+        raise AssertionError(f"{name}: {wrong}")
 
 
 def dense_attention(
@@ -134,6 +155,7 @@ def sharp_inputs(
 __all__ = [
     "allowed_error",
     "assert_close_to_reference",
+    "closeness",
     "dense_attention",
     "sharp_inputs",
     "visibility",

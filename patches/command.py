@@ -12,7 +12,15 @@ from types import ModuleType
 from hf_attn_plugins.patches import RECIPES
 
 from hf_attn_plugins.checkpoint.source import CONFIG, Source, as_json, open_source
-from hf_attn_plugins.checkpoint.write import Patch, patches_of, undo, write_copy, write_in_place
+from hf_attn_plugins.checkpoint.write import (
+    Patch,
+    interrupted,
+    patches_of,
+    refuse_in_place,
+    undo,
+    write_copy,
+    write_in_place,
+)
 
 
 def recipe(name: str) -> ModuleType:
@@ -71,6 +79,12 @@ def _patch(arguments: argparse.Namespace) -> None:
     if arguments.in_place == (arguments.destination is not None) and not arguments.dry_run:
         raise ValueError("give either a new folder DST or --in-place.")
     source = open_source(arguments.source)
+    if arguments.in_place:
+        refuse_in_place(source)
+        if not arguments.dry_run and interrupted(source.folder):
+            entry = undo(source.folder)
+            print(f"{source.folder}: {entry['recipe']} of {entry['time']} had been interrupted and was taken back.")
+            source = open_source(arguments.source)
     patch: Patch = recipe(arguments.recipe).plan(source, arguments)
     for note in patch.notes:
         print(note)
@@ -97,7 +111,9 @@ def _show(folder: Path) -> None:
     if not entries:
         print(f"{folder}: never patched by hf-attn.")
     for entry in entries:
-        print(f"{entry['number']}. {entry['recipe']} {json.dumps(entry['options'])}")
+        print(f"{entry['number']}. {entry['recipe']} {json.dumps(entry.get('options'))}")
         print(f"   {entry['time']}, transformers {entry['transformers']}, torch {entry['torch']}")
         for name, file in entry["files"].items():
             print(f"   {name}: {'added' if file['before'] is None else 'changed, the original is kept'}")
+    if entries and interrupted(folder):
+        print(f"   interrupted before its end: `hf-attn patch --undo {folder}` takes it back.")

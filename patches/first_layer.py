@@ -1,4 +1,4 @@
-"""First-layer tables: a row per token id in place of the first layer's norm and projections."""
+"""First-layer tables: a row per token id in place of the first layer's projections."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hf_attn_plugins.checkpoint.config import naming
 from hf_attn_plugins.checkpoint.source import Source
 from hf_attn_plugins.checkpoint.write import Patch
 
-SUMMARY = "add a table row per token that replaces the first layer's norm and projections"
+SUMMARY = "add a table row per token that replaces the first layer's projections"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,9 +27,7 @@ def plan(source: Source, arguments: argparse.Namespace) -> Patch:
         ValueError: the audit refuses the model, or the patched logits break the error rule.
         FileNotFoundError: there is no such text.
     """
-    from transformers import AutoModelForCausalLM
-
-    from hf_attn_plugins.checkpoint import first_layer
+    from hf_attn_plugins.checkpoint import fingerprint, first_layer
 
     if arguments.text is not None and not arguments.text.is_file():
         raise FileNotFoundError(f"--text {arguments.text}: no such file.")
@@ -37,16 +36,22 @@ def plan(source: Source, arguments: argparse.Namespace) -> Patch:
         raise ValueError(
             f"{source.folder} already has a quantization_config ({method}): it cannot take tables as well."
         )
-    original: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto").eval()
+    named = _kernel_name(source.config)
+    if named is not None:
+        raise ValueError(f"{source.folder} names the attention {named!r}, code of a hub: name another one first.")
+    with naming(source.folder):
+        original = _load(source.folder)
     audit = first_layer.audit(original)
     places = audit.require()
     tables = first_layer.build(original, places)
+    tables.update(fingerprint.take(original, places, tables))
     gain = first_layer.gain(original, places)
     config = copy.deepcopy(source.config)
     from hf_attn_plugins.checkpoint.loader import METHOD, TABLES
 
     config["quantization_config"] = {"quant_method": METHOD, **places.as_dict(), "tables": TABLES}
     text = None if arguments.text is None else arguments.text.read_text(encoding="utf-8")
+    size = sum(table.numel() * table.element_size() for table in tables.values())
 
     def write(path: Path) -> None:
         from safetensors.torch import save_file
@@ -58,21 +63,53 @@ def plan(source: Source, arguments: argparse.Namespace) -> Patch:
         {"places": places.as_dict(), "bytes_added": gain.bytes_added, "flops_saved": gain.flops_saved},
         config,
         [*audit.reasons, *gain.lines()],
-        {TABLES: (write, gain.bytes_added + 1024)},
+        {TABLES: (write, size + 4096)},
         partial(_verify, original, text),
     )
 
 
-def _verify(original: Any, text: str | None, folder: Path) -> None:
+def _kernel_name(config: Any) -> str | None:
+    """The attention implementation that a config or a sub-config names as a hub's repository, if any."""
+    for key, value in config.items():
+        if key.lstrip("_") == "attn_implementation":
+            names = value.values() if isinstance(value, dict) else [value]
+            found = next((name for name in names if isinstance(name, str) and "/" in name), None)
+        else:
+            found = _kernel_name(value) if isinstance(value, dict) else None
+        if found is not None:
+            return found
+    return None
+
+
+def _load(folder: Path) -> Any:
+    """The model with plain attention: what its config names (a plugin, a kernel of the hub) has no part in tables."""
     from transformers import AutoModelForCausalLM
 
+    # The families without "sdpa" say so when they are loaded; what else is wrong is found again with "eager".
+    for implementation in ("sdpa", "eager"):
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                folder, dtype="auto", attn_implementation=implementation, trust_remote_code=False
+            ).eval()
+        except ValueError as error:
+            if implementation == "eager" or "scaled_dot_product_attention" not in str(error):
+                raise
+    raise AssertionError  # not reached
+
+
+def _verify(original: Any, text: str | None, folder: Path) -> None:
     from hf_attn_plugins.checkpoint import loader
     from hf_attn_plugins.checkpoint.attach import ATTRIBUTE
     from hf_attn_plugins.checkpoint.verify import compare, samples
 
     loader.register()
-    patched: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-    if getattr(patched, ATTRIBUTE, None) is None:
+    patched = _load(folder)
+    layer = getattr(patched, ATTRIBUTE, None)
+    if layer is None:
         raise ValueError("the tables did not attach when the patched folder was loaded.")
-    for line in compare(original, patched, samples(folder, original.config.get_text_config().vocab_size, text)):
+    compared = samples(folder, original.config.get_text_config().vocab_size, text)
+    lines = compare(original, patched, compared)
+    if layer.looked_up != len(compared):
+        raise ValueError(f"the patched model does not use its tables: {'; '.join(sorted(layer.said))}.")
+    for line in lines:
         print(line)

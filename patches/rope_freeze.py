@@ -7,7 +7,8 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from hf_attn_plugins.checkpoint.source import Source
+from hf_attn_plugins.checkpoint.config import naming
+from hf_attn_plugins.checkpoint.source import CONFIG, Source
 from hf_attn_plugins.checkpoint.write import Patch
 
 SUMMARY = "fix a RoPE that changes with length (dynamic, longrope) at one length"
@@ -34,13 +35,14 @@ def plan(source: Source, arguments: argparse.Namespace) -> Patch:
         raise ValueError(f"--max-length {length}: at least 1 token is needed.")
     config = copy.deepcopy(source.config)
     notes: list[str] = []
-    for name, part in _configs(config):
-        for place, rope in _ropes(part):
-            kind = rope.get("rope_type", rope.get("type"))
-            if kind == "dynamic":
-                notes.append(_freeze_dynamic(part, rope, length, name + place))
-            elif kind == "longrope":
-                notes.append(_freeze_longrope(part, rope, length, name + place))
+    with naming(source.folder / CONFIG):
+        for name, part in _configs(config):
+            for place, rope in _ropes(part):
+                kind = rope.get("rope_type", rope.get("type"))
+                if kind == "dynamic":
+                    notes.append(_freeze_dynamic(part, rope, length, name + place))
+                elif kind == "longrope":
+                    notes.append(_freeze_longrope(part, rope, length, name + place))
     if not notes:
         raise ValueError(f"{source.folder}: no rope_type is one of {', '.join(KINDS)}, nothing changes with length.")
     notes.append("Keys cached at one length now fit queries at any other, which blockwise methods rely on.")

@@ -67,11 +67,12 @@ def plan(source: Source, arguments: argparse.Namespace) -> Patch:
         config["attn_implementation"] = chosen.name
     # A plugin reads its options from the config of the module it runs in, which in a composite model is a part's.
     for holder in [config[part] for part in parts] or [config, *_parts(config).values()]:
-        holder["hf_attn_plugins"] = {**holder.get("hf_attn_plugins", {}), chosen.name: options}
+        holder["hf_attn_plugins"] = {**(holder.get("hf_attn_plugins") or {}), chosen.name: options}
     where = f"in {', '.join(parts)}" if parts else "everywhere"
     notes = [
         f"attention: {chosen.name} {where}, {'options ' + json.dumps(options) if options else 'default options'}.",
         "Needs `import hf_attn_plugins` before from_pretrained; an explicit attn_implementation= there still wins.",
+        "save_pretrained keeps the options but, as for every name, not attn_implementation: patch what is saved again.",
     ]
     if not chosen.exact:
         notes.append(f"{chosen.name} approximates by design: outputs differ from full attention.")
@@ -101,8 +102,15 @@ def _verify(folder: Path, name: str, parts: list[str], options: dict[str, Any]) 
     import torch
     from transformers import AutoConfig, AutoModel
 
+    from hf_attn_plugins.hf.compat import config_carries_attention
+
+    if not config_carries_attention():
+        raise ValueError(
+            "this version of Transformers does not read attn_implementation from config.json (5.4 and later do): "
+            f"upgrade it, or load the model with attn_implementation={name!r}."
+        )
     register()
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModel.from_config(config)
     targets = [getattr(model.config, part) for part in parts] or [model.config]

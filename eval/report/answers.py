@@ -44,9 +44,31 @@ class Answers:
                 errors = sum(one.error is not None for one in self._of(label, names))
                 row = {"task": task, "length": length, "attn": label, "n": own.n, **own.as_dict()}
                 row |= {"pairs": difference.n, **difference.as_dict("difference"), "errors": errors}
+                row |= {**self.counts(label, names), **self.likelihood(label, names)}
                 if own.n or errors:
                     rows.append(row)
         return rows
+
+    def counts(self, label: str, names: Iterable[str]) -> Row:
+        """`total`, the sum of the scores, and `changed`, how many of the paired scores are not the baseline's."""
+        names = list(names)
+        changed = sum(difference != 0 for difference in self._differences(label, names))
+        return {"total": math.fsum(self._scored(label, names)), "changed": changed}
+
+    def likelihood(self, label: str, names: Iterable[str]) -> Row:
+        """How likely the reference answers are, on the answers that the baseline was measured on too.
+
+        answer_nll: nats per token of the reference answers. answer_difference: mean over answers of this attention's
+        nats per token less the baseline's, above 0 where the references are less likely than under the baseline; its
+        interval where there are enough answers.
+        """
+        ours, theirs = self.generations[label], self.generations.get(self.baseline, {})
+        both = [name for name in names if _has_nll(ours.get(name)) and _has_nll(theirs.get(name))]
+        pairs = [(ours[name], theirs[name]) for name in both]
+        tokens = sum(one.reference_tokens for one, _ in pairs)
+        found = estimate([(one.reference_nll - base.reference_nll) / one.reference_tokens for one, base in pairs])  # type: ignore[operator]
+        nll = math.fsum(one.reference_nll for one, _ in pairs) / tokens if tokens else None  # type: ignore[misc]
+        return {"answer_pairs": len(pairs), "answer_nll": nll, **found.as_dict("answer_difference")}
 
     def average(self, label: str, length: int | None = None) -> tuple[Estimate, Estimate, int]:
         """Score and difference over all tasks (of a length), every cell counting alike, and the number of cells."""
@@ -123,6 +145,16 @@ def first_divergence(ours: list[int], theirs: list[int]) -> int | None:
         if a != b:
             return index
     return None if len(ours) == len(theirs) else min(len(ours), len(theirs))
+
+
+def _has_nll(one: Generation | None) -> bool:
+    return (
+        one is not None
+        and one.error is None
+        and one.reference_tokens > 0
+        and one.reference_nll is not None
+        and math.isfinite(one.reference_nll)
+    )
 
 
 def _is_round(depth: float) -> bool:

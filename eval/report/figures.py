@@ -22,15 +22,41 @@ def points(share: float | None) -> str:
 
 
 def difference(row: Mapping[str, Any]) -> str:
-    """The paired difference of a row with its interval: −12.5 [−20.0, −5.0]."""
+    """The paired difference of a row with its interval: −12.5 [−20.0, −5.0]; below ten pairs, how many differ."""
+    if few(row, "pairs") and row.get("difference") is not None:
+        return changed(row)
     text = points(row.get("difference"))
     if row.get("difference_low") is None or row.get("difference") is None:
         return text
     return f"{text} [{points(row['difference_low'])},{SPACE}{points(row['difference_high'])}]"
 
 
+FEW = 10  # samples below which scores are counts
+
+
+def few(row: Mapping[str, Any], count: str = "n") -> bool:
+    """Whether a row has too few samples (or pairs) for a percentage to mean something."""
+    return 0 < (row.get(count) or 0) < FEW
+
+
+def interval(row: Mapping[str, Any], low: str = "low", high: str = "high", count: str = "n") -> Any:
+    """(low, high) of a row's interval; (None, None) where it has none, or rests on too few samples to be shown."""
+    return (None, None) if few(row, count) else (row.get(low), row.get(high))
+
+
+def changed(row: Mapping[str, Any]) -> str:
+    """How many of few answers have another score than the baseline's: 1 of 8 answers differs."""
+    number, pairs = row.get("changed"), row["pairs"]
+    if number is None:  # written before answers were counted
+        return f"{points(row.get('difference'))} ({pairs} pairs)"
+    return f"{number} of {pairs} answers differ{'s' if number == 1 else ''}" if number else f"0 of {pairs} differ"
+
+
 def score(row: Mapping[str, Any], name: str = "mean") -> str:
-    """Mean and standard error in per cent: 87.5 ± 3.3."""
+    """Mean and standard error in per cent: 87.5 ± 3.3; below ten samples the sum of their scores: 7 of 8."""
+    if few(row) and row.get(name) is not None:
+        total = row.get("total")
+        return f"{round(row[name] * row['n'] if total is None else total, 2):g} of {row['n']}"
     error = row.get("se" if name == "mean" else f"{name}_se")
     return percent(row.get(name)) + ("" if error is None else f" ± {100 * error:.1f}")
 
@@ -60,6 +86,23 @@ def nats(value: float | None) -> str:
         return f"{value:.3f}".replace("-", MINUS)
     digits, exponent = f"{value:.1e}".split("e")
     return f"{digits}e{int(exponent)}".replace("-", MINUS)
+
+
+def answer_difference(row: Mapping[str, Any]) -> str:
+    """By how many nats per token the reference answers are less likely than under the baseline: +0.012 [...]."""
+    value = row.get("answer_difference")
+    if value is None:
+        return NOTHING
+    low, high = row.get("answer_difference_low"), row.get("answer_difference_high")
+    interval = (
+        "" if low is None or high is None or few(row, "answer_pairs") else f" [{_signed(low)},{SPACE}{_signed(high)}]"
+    )
+    return _signed(value) + interval
+
+
+def _signed(value: float) -> str:
+    text = nats(value)
+    return f"+{text}" if value > 0 else text
 
 
 def seconds(value: float | None) -> str:

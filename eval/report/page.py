@@ -12,7 +12,7 @@ from typing import Any
 
 from hf_attn_plugins.plugins import PLUGINS
 
-from . import charts, sections, tables
+from . import charts, figures, sections, tables
 from .charts import Series
 from .findings import sentences
 from .tables import Table
@@ -114,8 +114,10 @@ def _body(report: Report) -> str:
     )
 
 
-SCORES = "Mean score of each task, with its 95 % bootstrap interval over samples."
-TRADE = "Further up is more accurate, further right is faster; bars are 95 % intervals of the score."
+SCORES = "Mean score of each task, from ten samples on with its 95 % bootstrap interval over samples."
+TRADE = (
+    "Further up is more accurate, further right is faster; bars are 95 % intervals of the score, from ten samples on."
+)
 DEPTH = "Mean score in per cent by place of the needle: 0 % is the beginning of the context, 100 % its end."
 POSITION = "Next-token predictions on the same text, in buckets of positions; lower is closer and better."
 SPEED = "Medians; ratios to the baseline within the same round (or sample), above 1 is faster."
@@ -134,15 +136,10 @@ def _overview(report: Report) -> str:
         label: f"{charts.swatch(Series(label, number, ()))} <span>{_breakable(label)} {badges.get(label, '')}</span>"
         for label, number in numbers.items()
     }
-    reach = max(
-        (
-            abs(row[name] or 0)
-            for row in metrics["overall"]
-            for name in ("difference_low", "difference_high", "difference")
-        ),
-        default=0,
-    )
-    rulers = {row["attn"]: _ruler(row, reach) for row in metrics["overall"] if row["attn"] not in report.baselines}
+    many = [row for row in metrics["overall"] if not figures.few(row, "pairs")]
+    names_of_ends = ("difference_low", "difference_high", "difference")
+    reach = max((abs(row[name] or 0) for row in many for name in names_of_ends), default=0)
+    rulers = {row["attn"]: _ruler(row, reach) for row in many if row["attn"] not in report.baselines}
     findings = f'<ul class="findings">{said}</ul>' if said else ""
     return f"{findings}{_table(table, 'headline', names, rulers)}<p class=note>{escape(table.note)}</p>"
 

@@ -128,7 +128,7 @@ def _steps(
             label,
             number,
             [
-                Point(lengths.index(row["length"]), row["mean"], _at(row, text), row.get("low"), row.get("high"))
+                Point(lengths.index(row["length"]), row["mean"], _at(row, text), *figures.interval(row))
                 for row in rows
                 if row["attn"] == label
             ],
@@ -176,16 +176,16 @@ def _over_position(
 def _trade(caption: str, rows: Sequence[Row], speed: Mapping[str, float], numbers: Numbers) -> Chart:
     ratios = [1.0, *speed.values()]
     x = axes.linear("prefill speed-up", (0.95 * min(ratios), 1.05 * max(ratios)), lambda value: f"{value:g}×")
-    ends = [100 * row[name] for row in rows for name in ("mean", "low", "high") if row[name] is not None]
+    ends = [100 * end for row in rows for end in (row["mean"], *figures.interval(row)) if end is not None]
     y = axes.linear("score, %", ends, lambda value: f"{value:g}")
     series = []
     for row in rows:
-        mean, low, high = (_hundred(row[name]) for name in ("mean", "low", "high"))
-        said = f"{figures.percent(row['mean'])} at {figures.ratio(speed[row['attn']])}"
+        mean, low, high = map(_hundred, (row["mean"], *figures.interval(row)))
+        said = f"{_score(row)} at {figures.ratio(speed[row['attn']])}"
         series.append(
             Series(row["attn"], numbers[row["attn"]], [Point(speed[row["attn"]], mean or 0.0, said, low, high)])
         )
-    cells = [[row["attn"], figures.ratio(speed[row["attn"]]), figures.percent(row["mean"])] for row in rows]
+    cells = [[row["attn"], figures.ratio(speed[row["attn"]]), _score(row)] for row in rows]
     data = Table(caption, ["attention", "prefill speed-up", "score, %"], cells)
     words = "Score against prefill speed-up, upper right is better. " + _ends(series)
     return Chart(caption, charts.plot(caption, words, series, x, y, joined=False), data)
@@ -233,6 +233,11 @@ def _depth(begin: float, end: float) -> str:
 
 def _depth_cells(row: Row) -> list[str]:
     return [f"{row['length']:,}", _depth(row["begin"], row["end"]), str(row["n"]), figures.percent(row["mean"])]
+
+
+def _score(row: Row) -> str:
+    """The mean in per cent, or a count where samples are few."""
+    return figures.score(row) if figures.few(row) else figures.percent(row["mean"])
 
 
 def _hundred(share: float | None) -> float | None:

@@ -47,6 +47,7 @@ def summarise(
                 **pooled(_of(label, losses), _of(label, agreements)),
                 **_at_longest(_of(label, speed)),
                 "errors": sum(one.attn == label and one.error is not None for one in known),
+                "plans": _plans(label, known),
             }
             for label in labels
         ],
@@ -83,7 +84,18 @@ def _of(label: str, rows: list[Row]) -> list[Row]:
 def _scores(answers: Answers, label: str) -> Row:
     own, difference, cells = answers.average(label)
     row = {"n": own.n, "cells": cells, **own.as_dict("score"), "pairs": difference.n}
-    return {**row, **difference.as_dict("difference")}
+    names = [name for cell in answers.cells.values() for name in cell]
+    return {
+        **row,
+        **difference.as_dict("difference"),
+        **answers.counts(label, names),
+        **answers.likelihood(label, names),
+    }
+
+
+def _plans(label: str, predictions: Iterable[Prediction]) -> list[str]:
+    """What an attention did, in words, each once and in the order in which it was met."""
+    return list(dict.fromkeys(one.plan for one in predictions if one.attn == label and one.plan))
 
 
 def _exact_match(rows: list[Row]) -> Row:

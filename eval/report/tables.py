@@ -34,15 +34,19 @@ def brief(metrics: Row) -> Table:
     """The headline in 80 columns, for the terminal."""
     columns: list[Column] = [
         ("attention", lambda row: row["attn"]),
-        ("score,\n%", lambda row: figures.percent(row["score"])),
+        ("score,\n%", lambda row: figures.score(row, "score").split(" ±")[0]),
         ("difference", _paired(metrics)),
+        ("answer\nnats", lambda row: _signed_answer(row, metrics)),
         ("KL,\nnats", lambda row: figures.nats(row["kl"])),
         ("ppl\nratio", lambda row: figures.fine_ratio(row["perplexity_ratio"])),
         ("prefill", lambda row: figures.ratio(row.get("speed_up"))),
         ("peak\nmemory", lambda row: figures.ratio(row.get("memory_ratio"))),
         ("errors", lambda row: str(row["errors"] or figures.NOTHING)),
     ]
-    note = "Differences are paired, in points, with 95 % intervals; prefill: times as fast; memory: of the baseline's."
+    note = (
+        "Differences are paired: in points with 95 % intervals, counts below ten answers; answer: nats by which a "
+        "token of the reference is less likely; prefill: times as fast; memory: of the baseline's."
+    )
     return _table(f"Against {metrics['baseline']}", columns, metrics["overall"], note)
 
 
@@ -57,6 +61,7 @@ def headline(metrics: Row) -> Table:
         ("score, %", lambda row: figures.score(row, "score")),
         (f"difference to {metrics['baseline']}", paired),
         ("same answers, %", lambda row: figures.percent(row["exact_match"])),
+        ("reference less likely, nats/token", lambda row: _answer_difference(row, metrics)),
         ("KL, nats", lambda row: figures.nats(row["kl"])),
         ("perplexity", lambda row: figures.perplexity(row["perplexity"])),
         ("perplexity ratio", lambda row: figures.fine_ratio(row["perplexity_ratio"])),
@@ -64,12 +69,14 @@ def headline(metrics: Row) -> Table:
         ("decode speed-up", lambda row: figures.ratio(row.get("decode_speed_up"))),
         ("peak memory", figures.memory),
         ("errors", lambda row: str(row["errors"] or figures.NOTHING)),
+        ("what ran", lambda row: "; ".join(row.get("plans") or ()) or figures.NOTHING),
     ]
     sources = {row["speed_source"] for row in rows if row.get("speed_source")}
     timed = "" if sources <= {"speed"} else " Seconds are those of the answers themselves, not of repeated rounds."
     note = (
         "Score: mean over tasks and lengths ± standard error. Difference: paired per sample, in points, with its 95 % "
-        "bootstrap interval (one of no width: every pair gave the same). Ratios are to the baseline; a speed-up "
+        "bootstrap interval (one of no width: every pair gave the same); below ten samples both are counts. Reference: "
+        "by how much the right answer is less likely than under the baseline. Ratios are to the baseline; a speed-up "
         f"above 1 is faster.{timed}"
     )
     return _table("Overview", columns, rows, note)
@@ -88,6 +95,8 @@ def details(metrics: Row) -> list[Table]:
         ("score, %", figures.score),
         (f"difference to {metrics['baseline']}", _paired(metrics)),
         ("same answers, %", lambda row: figures.percent(row.get("exact_match"))),
+        ("reference, nats/token", lambda row: figures.nats(row.get("answer_nll"))),
+        ("less likely by", lambda row: _answer_difference(row, metrics)),
         ("first differing token", lambda row: _number(row.get("first_divergence_median"))),
         ("errors", lambda row: str(row["errors"] or figures.NOTHING)),
     ]
@@ -206,6 +215,19 @@ def _paired(metrics: Row) -> Callable[[Row], str]:
     return lambda row: BASELINE if row["attn"] in baselines else figures.difference(row)
 
 
+def _answer_difference(row: Row, metrics: Row) -> str:
+    baselines = metrics.get("baselines", [metrics["baseline"]])
+    if row["attn"] in baselines:
+        return figures.NOTHING if row.get("answer_nll") is None else BASELINE
+    return figures.answer_difference(row)
+
+
+def _signed_answer(row: Row, metrics: Row) -> str:
+    """Without its interval, and without a word for the baseline: the terminal is narrow."""
+    text = _answer_difference(row, metrics)
+    return figures.NOTHING if text == BASELINE else text.split(" [")[0]
+
+
 def _number(value: float | None) -> str:
     return figures.NOTHING if value is None else f"{value:g}"
 
@@ -220,7 +242,7 @@ def _log_ratio(row: Row) -> str:
 
 def _ratio_with_interval(row: Row) -> str:
     text = figures.fine_ratio(row["ratio"])
-    if row["ratio_low"] is None:
+    if row["ratio_low"] is None or figures.few(row):
         return text
     return f"{text} [{figures.fine_ratio(row['ratio_low'])}, {figures.fine_ratio(row['ratio_high'])}]"
 

@@ -64,7 +64,7 @@ class BabiLong(Task):
         parts = Parts(before + row["input"], f"\n</context>\nQuestion: {row['question']}".rstrip())
         arguments = {"labels": form["labels"], "question": row["question"]}
         ids = self.setting.prompter.whole(parts)
-        return self.make(ids, length, index, references=[row["target"]], arguments=arguments)
+        return self.make(ids, length, index, references=[row["target"]], arguments=arguments, parts=parts)
 
 
 def _file(folder: Path, task: str, config: str) -> Path:

@@ -8,13 +8,17 @@ ones.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_attn_plugins.hf.load import read_text
+
+from .paths import split_paths
 from .rows import load
 from .task import Setting
 
@@ -25,11 +29,17 @@ LONGEST = 60  # words of a sentence; tables and code have no full stops
 
 @dataclass(frozen=True)
 class Essay:
-    """Sentences to hide needles between, repeated where more are asked for than there are."""
+    """Sentences to hide needles between, repeated where more are asked for than there are.
+
+    Sentences are cut from the text as they are asked for: of a very long text only the beginning is looked at.
+    """
 
     source: str
-    parts: tuple[str, ...]
     text: str
+
+    @functools.cached_property
+    def _cut(self) -> tuple[list[str], Iterator[str]]:
+        return [], _sentences(self.text)
 
     @property
     def suffix(self) -> str:
@@ -37,8 +47,10 @@ class Essay:
 
     def sentences(self, count: int) -> list[str]:
         """The first `count` sentences of the essay, over and over."""
-        rounds = -(-count // len(self.parts))
-        return list((self.parts * rounds)[:count])
+        known, more = self._cut
+        known.extend(itertools.islice(more, max(0, count - len(known))))
+        rounds = -(-count // len(known))
+        return (known * rounds)[:count] if rounds > 1 else known[:count]
 
 
 @dataclass(frozen=True)
@@ -97,8 +109,8 @@ def documents_for(setting: Setting, task: str, kind: str) -> Documents:
 
 
 def sources(haystack: str | None) -> list[str]:
-    """The haystacks of a run, which are given with commas between them."""
-    return [word for word in (haystack or "").split(",") if word]
+    """The haystacks of a run, which are given with commas between them; a path that exists may hold commas itself."""
+    return split_paths(haystack or "")
 
 
 @functools.cache
@@ -123,7 +135,7 @@ def read(source: str, online: bool) -> Essay | Documents:
     if isinstance(found, Mapping) and isinstance(found.get("text"), str):
         found = found["text"]
     if isinstance(found, str):
-        return Essay(name, _sentences(found, source), found)
+        return _essay(name, found, source)
     rows = found.get("data", ()) if isinstance(found, Mapping) else found
     if not isinstance(rows, Sequence) or not rows or not isinstance(rows[0], Mapping):
         raise ValueError(f"--haystack {source}: neither a text nor questions over documents are in it.")
@@ -134,7 +146,7 @@ def read(source: str, online: bool) -> Essay | Documents:
         return _rows(name, source, rows)
     if isinstance(first.get("text"), str):
         whole = "\n".join(row["text"] for row in rows)
-        return Essay(name, _sentences(whole, source), whole)
+        return _essay(name, whole, source)
     raise ValueError(
         f"--haystack {source}: fields {', '.join(first)}; needed are text, or question, context and answers."
     )
@@ -152,21 +164,25 @@ def _json(path: Path) -> Any:
 
 
 def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    return read_text(path)
 
 
-def _sentences(text: str, source: str) -> tuple[str, ...]:
-    found = []
-    for sentence in re.split(r"(?<=[.!?]) ", re.sub(r"\s+", " ", text).strip()):
-        words = sentence.split(" ")
-        found += [" ".join(words[i : i + LONGEST]) for i in range(0, len(words), LONGEST)]
-    sentences = tuple(sentence for sentence in found if sentence)
-    if not sentences:
+def _essay(name: str, text: str, source: str) -> Essay:
+    if not re.search(r"\S", text):
         raise ValueError(f"--haystack {source}: there is no text in it.")
-    return sentences
+    return Essay(name, text)
+
+
+def _sentences(text: str) -> Iterator[str]:
+    """Sentences of at most `LONGEST` words, one space between words, one at a time: the text is never copied whole."""
+    words: list[str] = []
+    for found in re.finditer(r"\S+", text):
+        words.append(found.group())
+        if words[-1][-1] in ".!?" or len(words) == LONGEST:
+            yield " ".join(words)
+            words = []
+    if words:
+        yield " ".join(words)
 
 
 def _squad(name: str, articles: Sequence[Sequence[Mapping[str, Any]]]) -> Documents:

@@ -18,6 +18,8 @@ from .rows import load
 from .task import Setting
 
 HUB_ID = "xinrongzhang2022/InfiniteBench"
+# The hub's files hold answers of several types: all are read as lists of text.
+FEATURES = {"id": "int64", "context": "string", "input": "string", "answer": "strings", "options": "strings"}
 WITH_OPTIONS = {"longbook_choice_eng", "code_debug"}
 
 
@@ -40,7 +42,9 @@ class InfiniteBench(DatasetTask):
     def read(self) -> Sequence[Mapping[str, Any]]:
         fields = ["context", "input", "answer", *(["options"] if self.name in WITH_OPTIONS else [])]
         source, online = self.setting.data.get(self.suite, HUB_ID), self.setting.online
-        return load("infinitebench", source, self.name, split=self.name, fields=fields, online=online)
+        return load(
+            "infinitebench", source, self.name, split=self.name, fields=fields, features=FEATURES, online=online
+        )
 
     def parts(self, row: Mapping[str, Any]) -> Parts:
         prompt = self.format["chat" if self.setting.prompter.uses_chat else "plain"]

@@ -6,6 +6,7 @@ template, and of four of them only the answer's first line counts.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,8 @@ from ..prompts import Parts
 from .rows import load
 from .task import Item, Setting, Task
 
-HUB_ID, HUB_ID_V2 = "THUDM/LongBench", "THUDM/LongBench-v2"
+HUB_ID, HUB_ID_V2 = "zai-org/LongBench", "zai-org/LongBench-v2"  # THUDM/... until the organisation's name changed
+ARCHIVE = "data.zip"  # LongBench's files; the script beside them is not run by `datasets` from version 4 on
 WITHOUT_CHAT = {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
 FIRST_LINE = {"trec", "triviaqa", "samsum", "lsht"}
 
@@ -69,8 +71,11 @@ class DatasetTask(Task):
 
     def item(self, length: int, index: int) -> Item:
         row = self.rows[index]
-        ids = self.setting.prompter.cut_in_the_middle(self.parts(row), length - self.max_new_tokens)
-        return self.make(ids, length, index, references=self.references(row), arguments=self.arguments(row))
+        parts = self.parts(row)
+        ids = self.setting.prompter.cut_in_the_middle(parts, length - self.max_new_tokens)
+        return self.make(
+            ids, length, index, references=self.references(row), arguments=self.arguments(row), parts=parts
+        )
 
 
 class LongBench(DatasetTask):
@@ -88,7 +93,8 @@ class LongBench(DatasetTask):
     def read(self) -> Sequence[Mapping[str, Any]]:
         source, classes = self.source(HUB_ID), ("all_classes",) if self.metric == "classification" else ()
         online, fields = self.setting.online, (*self.fields, *classes)
-        return load("longbench", source, self.name, name=self.name, fields=fields, online=online)
+        archive = (HUB_ID, ARCHIVE, f"data/{self.name}.jsonl")
+        return load("longbench", source, self.name, name=self.name, fields=fields, archive=archive, online=online)
 
     def parts(self, row: Mapping[str, Any]) -> Parts:
         before, _, after = self.format.prompt.partition("{context}")
@@ -103,7 +109,7 @@ class LongBench(DatasetTask):
 
     def item(self, length: int, index: int) -> Item:
         item = super().item(length, index)
-        return Item(item.sample, item.ids, item.arguments, "\n" if self.base in FIRST_LINE else "")
+        return dataclasses.replace(item, stop="\n") if self.base in FIRST_LINE else item
 
 
 class LongBenchV2(DatasetTask):
@@ -130,3 +136,6 @@ class LongBenchV2(DatasetTask):
 
     def references(self, row: Mapping[str, Any]) -> list[str]:
         return [row["answer"]]
+
+    def reference_answer(self, references: list[str]) -> str:
+        return f"The correct answer is ({references[0]})"

@@ -64,4 +64,4 @@ class RulerTask(Task):
             ids = prompter.exact(asked.parts, tokens)
         except ValueError as error:
             raise ValueError(f"{self.name} at --lengths {length}: {error}") from error
-        return self.make(ids, length, index, references=asked.references, depth=asked.depth)
+        return self.make(ids, length, index, references=asked.references, depth=asked.depth, parts=asked.parts)

@@ -6,23 +6,31 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..prompts import Prompter, digest
+from ..prompts import Parts, Prompter, digest
 from ..records import PROMPT_TAIL, Sample
 
 
 @dataclass(frozen=True)
 class Item:
-    """One sample with its prompt's token ids; `arguments` go to the metric, `stop` ends an answer (its first line)."""
+    """One sample with its prompt's token ids; `arguments` go to the metric, `stop` ends an answer (its first line).
+
+    `answer_ids` are the tokens of the reference answer behind the prompt, whose likelihood is measured; none where the
+    sample has no reference.
+    """
 
     sample: Sample
     ids: list[int]
     arguments: dict[str, Any] = field(default_factory=dict)
     stop: str = ""
+    answer_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What tasks need to know of a run: how prompts are made, seeds, and where texts and data sets are."""
+    """What tasks need to know of a run: how prompts are made, seeds, and where texts and data sets are.
+
+    `text_tokens` is how many tokens of a text the run reads at most, None for all; a longer text is cut first.
+    """
 
     prompter: Prompter
     seed: int = 42
@@ -32,6 +40,7 @@ class Setting:
     haystack: str | None = None
     data: dict[str, str] = field(default_factory=dict)
     online: bool = False
+    text_tokens: int | None = None
 
 
 class Task:
@@ -70,6 +79,10 @@ class Task:
         """
         raise NotImplementedError
 
+    def reference_answer(self, references: list[str]) -> str:
+        """The answer whose likelihood is measured: all references where all are wanted, else the first."""
+        return ", ".join(references) if self.metric == "string_match_all" else "".join(references[:1])
+
     def draw(self, length: int, index: int) -> random.Random:
         """The sample's own random numbers: adding samples, lengths or tasks changes no other sample."""
         return random.Random(f"{self.setting.seed} {self.suite} {self.name} {length} {index}")
@@ -87,8 +100,11 @@ class Task:
         depth: float | None = None,
         arguments: dict[str, Any] | None = None,
         stop: str = "",
+        parts: Parts | None = None,
     ) -> Item:
-        """An item from finished token ids."""
+        """An item from finished token ids; with the `parts` of its prompt, its reference answer in tokens as well."""
+        answer = self.reference_answer(references or [])
+        answer_ids = self.setting.prompter.answer_ids(parts, answer) if parts is not None and answer else []
         sample = Sample(
             sample=self.sample_id(length, index),
             task=self.title,
@@ -102,4 +118,4 @@ class Task:
             max_new_tokens=self.max_new_tokens,
             digest=digest(ids),
         )
-        return Item(sample, ids, arguments or {}, stop)
+        return Item(sample, ids, arguments or {}, stop, answer_ids[: self.max_new_tokens])

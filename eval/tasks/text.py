@@ -25,7 +25,8 @@ class TextTask(Task):
     @property
     def ids(self) -> tuple[int, ...]:
         """The whole text's token ids."""
-        return _ids(self.setting.prompter, self.setting.text or PYDOC, self.setting.online)
+        setting = self.setting
+        return _ids(setting.prompter, setting.text or PYDOC, setting.online, setting.text_tokens)
 
     def available(self, length: int) -> int | None:
         if self.kind == "speed":
@@ -50,12 +51,21 @@ class TextTask(Task):
         return room
 
 
+EDGE = 64  # tokens beside the place where a text was cut, which may not be those of the whole text
 KINDS = {"ppl": "loss", "agreement": "agreement", "speed": "speed"}
 
 
 @functools.lru_cache(maxsize=1)  # three tasks read the same text
-def _ids(prompter: Prompter, source: str, online: bool) -> tuple[int, ...]:
+def _ids(prompter: Prompter, source: str, online: bool, tokens: int | None) -> tuple[int, ...]:
     found = read(source, online)
     if not isinstance(found, Essay):
         raise ValueError(f"--text {source}: a text is needed, not questions over documents.")
-    return tuple(prompter.ids(found.text))
+    text = found.text
+    characters = len(text) if tokens is None else 8 * tokens + 4096
+    while True:
+        ids = prompter.ids(text[:characters])
+        if characters >= len(text):
+            return tuple(ids)
+        if len(ids) >= tokens + EDGE:  # type: ignore[operator]
+            return tuple(ids[:-EDGE])
+        characters *= 2

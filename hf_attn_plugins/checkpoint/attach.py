@@ -1,7 +1,14 @@
-"""First-layer tables in a live model: look-ups instead of the first layer's norm and projections, and back again."""
+"""First-layer tables in a live model: look-ups instead of the first layer's projections, and back again.
+
+The norm before the projections computes as ever, so whoever reads its output (adapters, hooks) reads the true states.
+A projection looks its result up only when it is given the very output of that norm, the norm's input is bit for bit the
+embedded tokens that the tables were made from, and when norm and projections are bit for bit those of the tables
+(`fingerprint`). Everything else computes, and says so once.
+"""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections.abc import Mapping
@@ -13,8 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_attn_plugins.checkpoint import fingerprint
+from hf_attn_plugins.checkpoint.circumstances import circumstance
+
 logger = logging.getLogger("hf_attn_plugins")
 ATTRIBUTE = "hf_attn_first_layer"
+BUFFERS = ("first_layer_rows", "first_layer_weights")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_numbers = itertools.count()
+_compiled: set[int] = set()  # numbers of the layers whose compilation was warned of
 
 
 @dataclass(frozen=True)
@@ -24,7 +38,7 @@ class Places:
     Attributes:
         decoder: the module that is called with token ids and owns the layers.
         embedding: the input embedding.
-        norm: the norm before the first attention that only the projections read, or None where others read it too.
+        norm: the norm whose output the projections read, or None where they read the layer's bare input.
         projections: the first layer's query, key and value projections (fused ones count as one).
     """
 
@@ -39,106 +53,267 @@ class Places:
 
 
 class _Tokens(threading.local):
-    """The token ids of the forward pass that this thread is in; None outside, and whenever tables must not be used."""
+    """The forward pass that this thread is in: its token ids, and the states that were proved to be theirs."""
 
-    now: Tensor | None = None
+    now: Tensor | None = None  # None outside of a pass, and whenever tables must not be used
+    states: Tensor | None = None
+    version: int = 0
+    counted: bool = False
 
     def __reduce__(self) -> tuple[type[_Tokens], tuple[()]]:
         return _Tokens, ()
 
 
 class FirstLayer:
-    """Tables attached to one model by `attach`; `detach` undoes it."""
+    """Tables attached to one model by `attach`; `detach` undoes it.
+
+    Attributes:
+        looked_up: forward passes that used the tables.
+        said: the reasons for which others did not; each was a warning, once.
+    """
 
     def __init__(self, model: nn.Module, places: Places, tables: Mapping[str, Tensor]) -> None:
         self.decoder = model.get_submodule(places.decoder)
         self.embedding: Any = model.get_submodule(places.embedding)
         self.norm: Any = None if places.norm is None else model.get_submodule(places.norm)
         self.projections: list[Any] = [model.get_submodule(path) for path in places.projections]
-        self.tokens = _Tokens()
+        under = len(places.decoder) + 1 if places.decoder else 0
+        paths = ([] if places.norm is None else [places.norm]) + list(places.projections)
+        self.paths = [path[under:] for path in paths]
+        _check_model(model, places)
+        _check_tables(model, places, tables)
+        if not all(key in tables for key in fingerprint.KEYS):
+            tables = {**tables, **fingerprint.take(model, places, tables)}
+        _check_fingerprints(places, tables)
+        self.number, self.tokens, self.looked_up, self.said = next(_numbers), _Tokens(), 0, set[str]()
+        self.settings = int(tables[fingerprint.SETTINGS])
+        self.digests = tables[fingerprint.TABLES].tolist()
+        device = self.projections[0].weight.device
+        for name, key in zip(BUFFERS, (fingerprint.ROWS, fingerprint.WEIGHTS), strict=True):
+            self.projections[0].register_buffer(name, tables[key].to(device), persistent=False)
         for projection, path in zip(self.projections, places.projections, strict=True):
-            table = tables[path]
-            wanted = (self.embedding.num_embeddings, projection.out_features)
-            if tuple(table.shape) != wanted or table.dtype != projection.weight.dtype:
-                raise ValueError(
-                    f"the table of {path} is {tuple(table.shape)} {table.dtype}, the model needs {wanted} "
-                    f"{projection.weight.dtype}."
-                )
-            table = table.to(projection.weight.device)
+            table = tables[path].to(projection.weight.device)
             projection.register_buffer("first_layer_table", table, persistent=False)
-            projection.forward = partial(_project, projection, self.tokens)
-        if self.norm is not None:
-            self.norm.forward = partial(_normalise, self.norm, self.tokens)
-        self.versions: list[int] | None = self._versions()
+        # Tables whose digest was compared.
+        self.read: list[Tensor] = [projection.first_layer_table for projection in self.projections]
+        self.before = {module: vars(module).get("forward") for module in self._modules()}
+        for module in self._modules():
+            run = _normalise if module is self.norm else _project
+            module.forward = partial(run, self, module, self.before[module])
+            # A replica shares its original's __dict__, so the forward of the original with the original's weights.
+            module._replicate_for_data_parallel = partial(_replica, module)
+        self.forwards = {module: vars(module)["forward"] for module in self._modules()}
         self.hooks = (
             self.decoder.register_forward_pre_hook(self._enter, with_kwargs=True),
             self.decoder.register_forward_hook(self._leave, always_call=True),
         )
 
+    def _modules(self) -> list[Any]:
+        return [*([] if self.norm is None else [self.norm]), *self.projections]
+
     def detach(self) -> None:
         """Put the model back as it was."""
         for hook in self.hooks:
             hook.remove()
-        for projection in self.projections:
-            del projection.forward, projection.first_layer_table
-        if self.norm is not None:
-            del self.norm.forward
+        for module in self._modules():
+            module.__dict__.pop("_replicate_for_data_parallel", None)
+            if vars(module).get("forward") is self.forwards[module]:  # else somebody wrapped it: it goes on computing
+                if self.before[module] is None:
+                    del module.forward
+                else:
+                    module.forward = self.before[module]
+            for name in ("first_layer_table", *BUFFERS):
+                module._buffers.pop(name, None)
+                module._non_persistent_buffers_set.discard(name)
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            _say_compiled(self.number)
+            return
+        self._leave()
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if kwargs.get("inputs_embeds") is not None or not isinstance(ids, Tensor) or ids.is_floating_point():
+            return  # no tokens, nothing to look up: not a change that a warning is owed for
+        reason = circumstance(ids, [self.embedding, *self._modules()]) or self._changed(module)
+        if reason is None:
+            self.tokens.now = ids
+        else:
+            self._say(reason)
+
+    def _leave(self, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.tokens.now = self.tokens.states = None
+            self.tokens.counted = False
+
+    def _changed(self, decoder: nn.Module) -> str | None:
+        """Why the modules are not those of the tables, as far as their structure tells."""
+        if getattr(decoder, "_is_replica", False):
+            return "the model runs as replicas (DataParallel)"
+        for path, module in zip(self.paths, self._modules(), strict=True):
+            try:
+                now = decoder.get_submodule(path)
+            except AttributeError:
+                now = None
+            if now is not module:
+                return f"{path} was replaced, wrapped, moved or removed (adapters, quantisation, pruning)"
+            if vars(module).get("forward") is not self.forwards[module]:
+                return f"the forward of {path} was replaced or wrapped"
+            if any(vars(module)[kind] for kind in HOOKS):
+                return f"{path} has hooks"
+        if fingerprint.settings(self.norm) != self.settings:
+            return f"the settings of {self.paths[0]} have changed (eps)"
+        for i, projection in enumerate(self.projections):
+            table = projection.first_layer_table
+            # Casts of the model (half, float) replace the tables' tensors: read a new one once, it may be rounded.
+            if table is not self.read[i]:
+                if table.is_meta or int(fingerprint.tables_digest([table])[0]) != self.digests[i]:
+                    return "the tables' own bits have changed (a cast of the model, meta tensors)"
+                self.read[i] = table
+        return None
+
+    def _say(self, reason: str) -> None:
+        if reason not in self.said:
+            self.said.add(reason)
+            logger.warning("first-layer tables are not used, the projections are computed: %s.", reason)
+
+    def prove(self, hidden: Tensor, output: Tensor) -> None:
+        """Accept `output` as the states of this pass's tokens if `hidden` is what the tables' embedding gave them."""
+        ids, self.tokens.now = self.tokens.now, None
+        if ids is None or hidden.shape[:-1] != ids.shape:
+            return
+        if hidden.requires_grad or output.requires_grad:
+            return self._say("a gradient is wanted of the states before the first layer's projections")
+        first = self.projections[0]
+        rows, weights = first.first_layer_rows, first.first_layer_weights
+        if type(hidden) is not Tensor or not hidden.device == first.weight.device == rows.device == weights.device:
+            return self._say("the first layer's states and weights are on several devices, or no plain tensors")
+        if hidden.dtype != first.first_layer_table.dtype or output.dtype != hidden.dtype:
+            return self._say(f"the states are {output.dtype}, the tables {first.first_layer_table.dtype}")
+        now = fingerprint.weights_checksum(self.norm, self.projections)
+        if now.shape != weights.shape or not torch.equal(now, weights):
+            return self._say("the weights have changed since the first-layer tables were made")
+        ids = ids.to(rows.device)
+        known = ids.clamp(0, len(rows) - 1)
+        same = (fingerprint.row_digests(hidden) == rows[known]) & (known == ids)
+        if not bool(same.all()):
+            return self._say(
+                "the weights have changed since the first-layer tables were made, or something else changes the "
+                "embedded tokens (hooks, new tokens, dropout)"
+            )
+        self.tokens.now, self.tokens.states, self.tokens.version = ids, output, _version(output)
+
+    def look_up(self, projection: Any, hidden: Tensor) -> Tensor | None:
+        """The rows of the pass's tokens; None where the projection must be computed."""
+        if self.norm is None and self.tokens.states is None:
+            self.prove(hidden, hidden)
+        ids, states = self.tokens.now, self.tokens.states
+        if ids is None or states is None:
+            return None
+        if hidden is not states or _version(hidden) != self.tokens.version:
+            self._say("the states are changed between the norm and the projections")
+            return None
+        if not self.tokens.counted:
+            self.looked_up, self.tokens.counted = self.looked_up + 1, True
+        return F.embedding(ids, projection.first_layer_table)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, whose parameters count versions anew: [] marks tables that are stale already."""
-        return {**self.__dict__, "versions": None if self._versions() == self.versions else []}
+        """For copies and pickles. Dictionaries by module would be filled before the modules can be hashed: lists."""
+        state = {**self.__dict__, "hooks": list(self.hooks)}
+        for name in ("before", "forwards"):
+            state[name] = list(state[name].values())
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if self.versions is None:
-            self.versions = self._versions()
-
-    def _versions(self) -> list[int]:
-        owners = [self.embedding, *self.projections, *([] if self.norm is None else [self.norm])]
-        parameters = [parameter for owner in owners for parameter in owner.parameters(recurse=False)]
-        return [-1 if parameter.is_inference() else parameter._version for parameter in parameters]
-
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if kwargs.get("inputs_embeds") is not None or not isinstance(ids, Tensor) or ids.is_floating_point():
-            ids = None
-        # Gradients need the projections themselves, and tables of weights that have changed since are wrong.
-        if torch.is_grad_enabled() and any(p.weight.requires_grad for p in self.projections):
-            ids = None
-        if ids is not None and not torch.compiler.is_compiling() and self._versions() != self.versions:
-            logger.warning("the weights have changed since the first-layer tables were made: computing without them.")
-            ids = None
-        self.tokens.now = ids
-
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.tokens.now = None
+        for name in ("before", "forwards"):
+            setattr(self, name, dict(zip(self._modules(), state[name], strict=True)))
 
 
-def _project(module: Any, tokens: _Tokens, hidden: Tensor) -> Tensor:
-    ids = tokens.now
-    if ids is None or hidden.shape[:-1] != ids.shape:
-        return F.linear(hidden, module.weight, module.bias)
-    return F.embedding(ids.to(module.first_layer_table.device), module.first_layer_table)
+def _check_model(model: nn.Module, places: Places) -> None:
+    """ValueError unless the projections are plain matrices in memory."""
+    for path in places.projections:
+        projection: Any = model.get_submodule(path)
+        if type(projection) is not nn.Linear:
+            raise ValueError(f"{path} is a {type(projection).__name__}, tables replace a plain nn.Linear only.")
+        if projection.weight.is_meta:
+            raise ValueError(f"{path} is offloaded (meta tensors): keep the first layer in memory to use tables.")
 
 
-def _normalise(module: Any, tokens: _Tokens, hidden: Tensor) -> Tensor:
-    ids = tokens.now
-    if ids is None or hidden.shape[:-1] != ids.shape:
-        return type(module).forward(module, hidden)
-    return hidden
+def _check_tables(model: nn.Module, places: Places, tables: Mapping[str, Tensor]) -> None:
+    """ValueError unless tables and fingerprints fit the model and each other."""
+    rows = getattr(model.get_submodule(places.embedding), "num_embeddings", None)
+    for path in places.projections:
+        if path not in tables:
+            raise ValueError(f"there is no table for {path}.")
+        projection: Any = model.get_submodule(path)
+        wanted, dtype = (rows, projection.out_features), projection.weight.dtype
+        if tuple(tables[path].shape) != wanted or tables[path].dtype != dtype:
+            raise ValueError(
+                f"the table of {path} is {tuple(tables[path].shape)} {tables[path].dtype}, the model needs {wanted} "
+                f"{dtype}."
+            )
+
+
+def _check_fingerprints(places: Places, tables: Mapping[str, Tensor]) -> None:
+    """ValueError unless the fingerprints are those of the tables."""
+    found = [tables[path] for path in places.projections]
+    given = [tables[key] for key in fingerprint.KEYS]
+    if any(each.dtype != torch.int64 for each in given) or tables[fingerprint.ROWS].shape != (len(found[0]),):
+        raise ValueError("the tables' fingerprints are malformed: make the tables anew.")
+    if not torch.equal(fingerprint.tables_digest(found).cpu(), tables[fingerprint.TABLES].cpu()):
+        raise ValueError("the tables are not those that were written (their digests differ): make them anew.")
+
+
+@torch.compiler.assume_constant_result
+def _say_compiled(number: int) -> None:
+    """A warning while a graph is traced: it is said then, and is no part of the graph."""
+    if number not in _compiled:
+        _compiled.add(number)
+        logger.warning("first-layer tables are not used, the projections are computed: the model is compiled.")
+
+
+def _compute(module: Any, before: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if before is not None:
+        return before(hidden, *args, **kwargs)
+    return type(module).forward(module, hidden, *args, **kwargs)
+
+
+def _project(layer: FirstLayer, module: Any, before: Any, input: Tensor) -> Any:
+    rows = None if torch.compiler.is_compiling() else layer.look_up(module, input)
+    return _compute(module, before, input) if rows is None else rows
+
+
+def _normalise(layer: FirstLayer, module: Any, before: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    output = _compute(module, before, hidden, *args, **kwargs)
+    if not torch.compiler.is_compiling() and isinstance(output, Tensor):
+        layer.prove(hidden, output)
+    return output
+
+
+def _replica(module: Any) -> Any:
+    copied = type(module)._replicate_for_data_parallel(module)
+    for name in ("forward", "_replicate_for_data_parallel"):
+        copied.__dict__.pop(name, None)
+    return copied
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def attach(model: nn.Module, places: Places, tables: Mapping[str, Tensor]) -> FirstLayer:
     """Let a model look its first layer's projections up; the model's own weights stay where they are.
 
-    The tables are used whenever the decoder is called with token ids and no gradient of the projections is wanted;
-    calls with `inputs_embeds`, training, and calls after a weight has changed compute as before.
+    The tables are used whenever the decoder is called with token ids and everything they were made from is proved to be
+    unchanged; other calls compute as before. The first call for each reason that is not used is a warning.
 
     Args:
-        tables: by the paths of `places.projections`, each (vocabulary, out_features) in the projection's dtype.
+        tables: by the paths of `places.projections`, each (vocabulary, out_features) in the projection's dtype; and
+            what `fingerprint.take` found when they were made. Without it, tables are those of the model as it stands.
 
     Raises:
-        ValueError: tables are attached already, or one has another shape or dtype than the model needs.
+        ValueError: tables are attached already, one has another shape, dtype or digest than it should have, or the
+            first layer is offloaded or no plain nn.Linear.
         AttributeError: a path of `places` is not in this model.
     """
     if getattr(model, ATTRIBUTE, None) is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_attn_plugins.checkpoint import fingerprint
 from hf_attn_plugins.checkpoint.attach import ATTRIBUTE, Places
 
 PROBE = 12  # tokens of the audit's trial run
@@ -61,10 +62,6 @@ class Gain:
             f"saves {self.flops_saved / 1e6:.2f} of {self.flops_of_model / 1e6:.1f} MFLOP a token ({saved:.2%}).",
             verdict,
         ]
-
-
-class _Stop(Exception):
-    """Ends a trial run once the first layer's attention has been reached."""
 
 
 def audit(model: Any) -> Audit:
@@ -119,12 +116,14 @@ def audit(model: Any) -> Audit:
         f"layer 0 projects {', '.join(names[m].rpartition('.')[2] for m in projections)} from "
         + ("its bare input" if norm is None else f"{names[norm]} ({type(norm).__name__})")
     )
-    alone = norm is not None and len(readers) == len(projections)
     places = Places(
-        names[decoder], names[embedding], names[norm] if alone and norm else None, tuple(names[m] for m in projections)
+        names[decoder],
+        names[embedding],
+        None if norm is None else names[norm],
+        tuple(names[m] for m in projections),
     )
-    rows = _inputs(model, places, ids)[0]
-    singles = torch.cat([_inputs(model, places, ids[:, t : t + 1])[0] for t in range(PROBE)])
+    rows = fingerprint.inputs(model, places.projections[0], ids)[0]
+    singles = torch.cat([fingerprint.inputs(model, places.projections[0], ids[:, t : t + 1])[0] for t in range(PROBE)])
     if not torch.allclose(rows.float(), singles.float(), rtol=1e-2, atol=1e-4 * float(rows.float().abs().max())):
         return refuse("the projections' input differs with position or context")
     reasons.append("each row equals that of its token alone at position 0")
@@ -155,7 +154,7 @@ def build(model: nn.Module, places: Places, batch: int = 1024) -> dict[str, Tens
     rows: dict[str, list[Tensor]] = {path: [] for path in places.projections}
     for start in range(0, embedding.num_embeddings, batch):
         ids = torch.arange(start, min(start + batch, embedding.num_embeddings), device=embedding.weight.device)
-        hidden = _inputs(model, places, ids.unsqueeze(1))[:, 0]
+        hidden = fingerprint.inputs(model, places.projections[0], ids.unsqueeze(1))[:, 0]
         for path in places.projections:
             rows[path].append(model.get_submodule(path)(hidden).cpu())
     return {path: torch.cat(each) for path, each in rows.items()}
@@ -174,25 +173,6 @@ def gain(model: nn.Module, places: Places) -> Gain:
         flops_saved=2 * sum(p.weight.numel() for p in projections),
         flops_of_model=2 * matrices,
     )
-
-
-def _inputs(model: nn.Module, places: Places, ids: Tensor) -> Tensor:
-    """What the first projection is given for ids (B, T): (B, T, width); the rest of the model is not run."""
-    caught: list[Tensor] = []
-
-    def catch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        caught.append(args[0])
-        raise _Stop
-
-    hook = model.get_submodule(places.projections[0]).register_forward_pre_hook(catch)
-    try:
-        with torch.no_grad():
-            model(input_ids=ids, use_cache=False)
-    except _Stop:
-        pass
-    finally:
-        hook.remove()
-    return caught[0].unflatten(0, ids.shape) if caught[0].ndim == 2 else caught[0]
 
 
 @contextmanager

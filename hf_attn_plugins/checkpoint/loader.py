@@ -15,6 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hf_attn_plugins.checkpoint import fingerprint
 from hf_attn_plugins.checkpoint.attach import Places, attach
 
 logger = logging.getLogger("hf_attn_plugins")
@@ -70,6 +71,9 @@ class FirstLayerLoader(HfQuantizer):
         path = cached_file(model.name_or_path, self.quantization_config.tables)
         assert path is not None  # cached_file raises OSError unless it is asked not to
         tables = load_file(path)
+        missing = [key for key in fingerprint.KEYS if key not in tables]
+        if missing:
+            raise ValueError(f"{path} lacks {', '.join(missing)}: undo the patch and make it anew")
         prefix = model.base_model_prefix + "."
         if not hasattr(model, model.base_model_prefix):  # the bare model of a checkpoint made with a head
             tables = {path.removeprefix(prefix): table for path, table in tables.items()}
@@ -89,6 +93,12 @@ class FirstLayerLoader(HfQuantizer):
     def is_trainable(self) -> bool:
         """Training computes without tables."""
         return True
+
+
+# Transformers refuses a second quantization_config with this name in its one line of text: the name has to be the hint.
+FirstLayerConfig.__name__ = (
+    "FirstLayerConfig (first-layer tables, no quantisation: `hf-attn patch --undo DIR` takes them out, then quantise)"
+)
 
 
 def register() -> None:

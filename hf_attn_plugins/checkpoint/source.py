@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from hf_attn_plugins.checkpoint.config import as_json, check_config
+from hf_attn_plugins.checkpoint.record import KEPT, patches_of
+from hf_attn_plugins.core.files import digest, read_json
+from hf_attn_plugins.core.staging import is_staging
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -49,40 +53,67 @@ def open_source(given: str | Path) -> Source:
 
     Raises:
         FileNotFoundError: no such folder, no cached snapshot, no config.json, or a shard of the index is missing.
-        ValueError: a config that is no JSON object, a symlink that leaves the folder, a damaged safetensors file, or
-            weights that exist as pickles only.
+        ValueError: a config that is no JSON object or has fields of the wrong kind, a symlink that leaves the folder
+            (one into the blobs of the hub's cache may), a damaged safetensors file, or weights that exist as pickles
+            only.
     """
     folder, root = _locate(given)
-    files = tuple(sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink() or p.is_file()))
-    for name in files:
-        path = folder / name
-        if not path.resolve().is_relative_to(root):
-            raise ValueError(f"{path} is a symlink to {path.resolve()}, outside of the checkpoint: copy the file in.")
-        if path.is_dir():
-            raise ValueError(f"{path} is a symlink to a folder: checkpoints with such links are not patched.")
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is a symlink to nothing.")
+    files = tuple(sorted(_files(folder, None if root == folder else root / "blobs")))
     config = read_json(folder / CONFIG)
+    check_config(folder / CONFIG, config)
     return Source(folder, files, config, _weights(folder, files), root != folder)
+
+
+def _files(folder: Path, blobs: Path | None) -> Iterator[str]:
+    """Names of the checkpoint's files; what a killed patch has left in the folder is none of them."""
+    named = {str(entry["number"]) for entry in patches_of(folder)}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder)
+        if is_staging(name.parts[0]) or (name.parts[0] == KEPT and len(name.parts) > 1 and name.parts[1] not in named):
+            continue
+        if path.is_symlink():
+            try:
+                target = path.resolve()
+            except (OSError, RuntimeError) as error:  # RuntimeError: Python below 3.13, on links in a circle
+                raise ValueError(f"{path} is a symlink that leads nowhere: {error}.") from error
+            if not target.is_relative_to(folder) and (blobs is None or not target.is_relative_to(blobs)):
+                raise ValueError(f"{path} is a symlink to {target}, outside of the checkpoint: copy the file in.")
+            if path.is_dir():
+                raise ValueError(f"{path} is a symlink to a folder: checkpoints with such links are not patched.")
+            if not path.exists():
+                raise FileNotFoundError(f"{path} is a symlink to nothing.")
+        elif path.is_dir():
+            continue
+        if not path.is_file():
+            raise ValueError(f"{path} is no regular file (a pipe, a socket or a device): remove it.")
+        yield str(name)
 
 
 def _locate(given: str | Path) -> tuple[Path, Path]:
     folder = Path(given)
     if folder.is_dir():
-        return folder.resolve(), folder.resolve()
+        folder = folder.resolve()
+        return folder, _hub_repository(folder) or folder
     if folder.exists() or not HUB_ID.fullmatch(str(given)):
         raise FileNotFoundError(f"{given}: no checkpoint folder there (nor an id of the form org/name).")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         snapshot = Path(snapshot_download(str(given), local_files_only=True)).resolve()
-    except LocalEntryNotFoundError as error:
+    except (LocalEntryNotFoundError, HFValidationError) as error:
         raise FileNotFoundError(
             f"{given}: neither a folder nor in the hub's local cache; download it first."
         ) from error
-    # A snapshot's files are links to blobs two folders up.
     return snapshot, snapshot.parent.parent
+
+
+def _hub_repository(folder: Path) -> Path | None:
+    """The repository in the hub's cache that a snapshot's folder belongs to, whose blobs its links may lead to."""
+    for path in (folder, *folder.parents):
+        if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+            return path.parent.parent
+    return None
 
 
 def _weights(folder: Path, files: tuple[str, ...]) -> tuple[str, ...]:
@@ -90,8 +121,11 @@ def _weights(folder: Path, files: tuple[str, ...]) -> tuple[str, ...]:
         names = [SINGLE]
     elif INDEX in files:
         shards = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(shards, dict):
-            raise ValueError(f"{folder / INDEX} has no weight_map.")
+        if not isinstance(shards, dict) or not shards:
+            raise ValueError(f"{folder / INDEX} has no weight_map: an object of tensor and file names is needed.")
+        for tensor, name in shards.items():
+            if not isinstance(name, str):
+                raise ValueError(f"{folder / INDEX}: the weight_map gives {tensor!r} the file {name!r}, not a name.")
         names = sorted(set(shards.values()))
         missing = [name for name in names if name not in files]
         if missing:
@@ -115,35 +149,8 @@ def _check_safetensors(path: Path) -> None:
     try:
         with safe_open(str(path), framework="pt"):
             pass
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is no whole safetensors file: {error}.") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; FileNotFoundError or ValueError name the file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file.")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a JSON {type(found).__name__}, an object is needed.")
-    return found
-
-
-def as_json(content: dict[str, Any]) -> bytes:
-    """A JSON object as Transformers writes its configs: two spaces, a final newline; the order of keys is kept."""
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    hasher = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            hasher.update(block)
-    return hasher.hexdigest()
 
 
 def need_space(folder: Path, size: int) -> None:
@@ -151,3 +158,6 @@ def need_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
         raise OSError(f"{folder} has {free / 1e6:.0f} MB left, {size / 1e6:.0f} MB are needed: nothing was written.")
+
+
+__all__ = ["CONFIG", "INDEX", "SINGLE", "Source", "as_json", "digest", "need_space", "open_source", "read_json"]

@@ -32,6 +32,8 @@ class Mask:
         key_padding: (B, S) bool, True for real keys; padding may be on either side, or anywhere.
         query_segments, key_segments: (B, T) and (B, S) integers; a row sees only keys of its own segment.
         predicate: index function as in Transformers' masking utilities, evaluated on tiles only.
+        beside: index function of pairs that a sparse method's plan must not hide, such as an image's tokens among
+            themselves; the other fields show these pairs already, so exact methods do not read it.
         bias: bool or float, broadcastable to (B, H, T, S); the last resort.
     """
 
@@ -43,6 +45,7 @@ class Mask:
     query_segments: Tensor | None = None
     key_segments: Tensor | None = None
     predicate: Predicate | None = None
+    beside: Predicate | None = None
     bias: Tensor | None = None
 
     def replace(self, **changes: object) -> Mask:
@@ -102,12 +105,12 @@ class Mask:
 
     def over_keys(self, keys: slice) -> Mask:
         """Tensors and predicate cut to some keys; `offset` and `prefix` still count from the first of all."""
-        predicate, bias = self.predicate, self.bias
-        if predicate is not None and keys.start:
-            whole, shift = predicate, keys.start
+        bias, shift = self.bias, keys.start or 0
 
-            def predicate(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-                return whole(b, h, q + shift, k + shift)
+        def cut(whole: Predicate | None) -> Predicate | None:
+            if whole is None or not shift:
+                return whole
+            return lambda b, h, q, k: whole(b, h, q + shift, k + shift)
 
         if bias is not None and bias.ndim and bias.shape[-1] > 1:
             bias = bias[..., keys]
@@ -115,7 +118,8 @@ class Mask:
         return self.replace(
             key_padding=None if padding is None else padding[:, keys],
             key_segments=None if segments is None else segments[:, keys],
-            predicate=predicate,
+            predicate=cut(self.predicate),
+            beside=cut(self.beside),
             bias=bias,
         )
 
@@ -125,18 +129,15 @@ class Mask:
         def row(tensor: Tensor | None) -> Tensor | None:
             return tensor if tensor is None or tensor.shape[0] == 1 else tensor[index : index + 1]
 
-        predicate = self.predicate
-        if predicate is not None:
-            whole = predicate
-
-            def predicate(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-                return whole(b + index, h, q, k)
+        def cut(whole: Predicate | None) -> Predicate | None:
+            return None if whole is None else lambda b, h, q, k: whole(b + index, h, q, k)
 
         return self.replace(
             key_padding=row(self.key_padding),
             query_segments=row(self.query_segments),
             key_segments=row(self.key_segments),
-            predicate=predicate,
+            predicate=cut(self.predicate),
+            beside=cut(self.beside),
             bias=None if self.bias is None else row(self.bias.reshape((1,) * (4 - self.bias.ndim) + self.bias.shape)),
         )
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 # The kernels of `kernels.choose`, by name; they stand here because options are checked before any kernel is imported.
 KERNELS = ("reference", "aten", "cpu_tiled", "cpu_fused", "triton")
+
+
+MOST_TOKENS = 1 << 31  # longer than any context, and what 32-bit places of tokens can count
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,51 @@ class Options:
         fields = dataclasses.fields(self)
         return {f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default}
 
+    @classmethod
+    def of(cls, stored: Any, where: str) -> Options:
+        """The options that a config holds for this plugin.
+
+        Args:
+            stored: what stands there; None for nothing.
+            where: the place, for the message.
+
+        Raises:
+            ValueError: no mapping, an option that this plugin does not have, or a value that it does not take.
+        """
+        if not isinstance(stored, Mapping | None):
+            raise ValueError(f"{where} is {shown(stored)}: a mapping of options to values is needed.")
+        unknown = [name for name in stored or () if name not in cls.names()]
+        if unknown:
+            raise ValueError(
+                f"{where} has the unknown option {shown(unknown[0])}: it takes {', '.join(cls.names())}; remove it "
+                "from the config, or load with the release that wrote it."
+            )
+        try:
+            return cls(**(stored or {}))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
     def _positive(self, *names: str) -> None:
+        self._between(1, MOST_TOKENS, *names)
+
+    def _between(self, least: int, most: int, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name}={value!r}: a whole number of at least 1 is needed, or None for the default.")
+            if value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(
+                    f"{name}={shown(value)}: a whole number of at least {least} is needed, or None for the default."
+                )
+            if value > most:
+                raise ValueError(f"{name}={shown(value)}: at most {most} is allowed.")
 
-    def _check_kernel(self, name: str | None) -> None:
-        if name is not None and name not in KERNELS:
-            raise ValueError(f"kernel={name!r} is unknown: choose one of {', '.join(KERNELS)}, or None.")
+    def _check_kernel(self, name: Any) -> None:
+        if name is not None and (not isinstance(name, str) or name not in KERNELS):
+            raise ValueError(f"kernel={shown(name)} is unknown: choose one of {', '.join(KERNELS)}, or None.")
+
+
+def shown(value: Any) -> str:
+    """A value for an error message, cut to 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

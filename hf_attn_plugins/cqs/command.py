@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from hf_attn_plugins.cqs import cost, show
 from hf_attn_plugins.cqs.demo import demonstrate, memory_summary
 from hf_attn_plugins.cqs.draw import draw
+from hf_attn_plugins.cqs.options import MOST_WORKERS
 from hf_attn_plugins.cqs.scheduler import Plan, default_workers, plan
 
 SHOWN_BELOW = 30  # tokens; the seed's notebook shows everything below this length, too
@@ -103,8 +104,13 @@ def _plan(arguments: argparse.Namespace, shape: cost.CallShape) -> Plan:
     workers, chosen = arguments.workers, arguments.interest_set
     if workers is None and arguments.budget is not None:
         return cost.choose(arguments.length, shape, arguments.budget, cost.WORKSPACE)
+    if workers is None and chosen is not None:
+        raise ValueError(f"--interest-set {','.join(map(str, chosen))} needs --workers, the number it is a cover for.")
     if workers is None:
         workers = [default_workers(arguments.length)]
+    for count in workers:
+        if not 1 <= count <= MOST_WORKERS:
+            raise ValueError(f"--workers {count}: 1 to {MOST_WORKERS} workers can be planned.")
     return plan(arguments.length, workers, None if chosen is None else [chosen] + [None] * (len(workers) - 1))
 
 

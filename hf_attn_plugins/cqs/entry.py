@@ -36,7 +36,8 @@ def attention(
     """
     rows, num_keys = query.shape[2], key.shape[2]
     compiling = torch.compiler.is_compiling()
-    if compiling or rows < options.min_length or not _is_prefill(mask, rows, num_keys):
+    too_short = rows < max(options.min_length, options.workers or 1)  # a worker needs a token
+    if compiling or too_short or not _is_prefill(mask, rows, num_keys):
         return attend(
             query, key, value, mask=mask, scale=scale, softcap=softcap, dropout=dropout, kernel=options.kernel
         )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +14,22 @@ from torch import Tensor, nn
 
 from hf_attn_plugins.bench.peak_memory import PeakMemory
 from hf_attn_plugins.hf.configure import use
+from hf_attn_plugins.hf.evaluating import evaluating
+from hf_attn_plugins.hf.families import own_backend
+from hf_attn_plugins.hf.trace import trace
+from hf_attn_plugins.hf.unwrap import language_model
+from hf_attn_plugins.plugins import PLUGINS
 
 CHUNK = 256  # positions whose logits exist at a time, for each of the two backends
 
 
 @dataclass(frozen=True)
 class Run:
-    """One backend's side: median seconds of a prefill, tokens/s, peak memory in bytes above the start, perplexity."""
+    """One backend's side: median seconds of a prefill, tokens/s, peak memory in bytes above the start, perplexity.
+
+    `repeats` holds the seconds of every timed prefill, in the order in which they ran; `plan` says what a plugin's
+    attention really did (`trace`), None for another backend.
+    """
 
     name: str
     options: dict[str, Any]
@@ -29,6 +37,8 @@ class Run:
     tokens_per_second: float
     peak_bytes: int | None
     perplexity: float
+    repeats: tuple[float, ...] = ()
+    plan: str | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,7 @@ class Agreement:
         max_probability_difference, rms_probability_difference: over all positions and tokens.
         perplexity_ratio: plugin's perplexity over the baseline's, on the same tokens.
         speedup: baseline's seconds over the plugin's.
+        within_noise: the two ranges of seconds (min - max over repeats) overlap, or there was one repeat only.
     """
 
     tokens: int
@@ -53,6 +64,7 @@ class Agreement:
     rms_probability_difference: float
     perplexity_ratio: float
     speedup: float
+    within_noise: bool
     baseline: Run
     plugin: Run
 
@@ -66,7 +78,7 @@ def compare(
     input_ids: Tensor,
     name: str,
     *,
-    baseline: str = "sdpa",
+    baseline: str | None = None,
     attention_mask: Tensor | None = None,
     repeats: int = 2,
     progress: Callable[[str, int, int], None] | None = None,
@@ -77,10 +89,11 @@ def compare(
     Only hidden states of whole runs are kept; logits are formed in chunks of positions, for both backends at once.
 
     Args:
-        model: a causal language model.
+        model: a causal language model; wrappers such as DistributedDataParallel are looked through.
         input_ids: (B, T) token ids with T >= 2, on the model's device.
         name, options: the plugin under test and its options.
-        baseline: the implementation to compare with.
+        baseline: the implementation to compare with; None: the model's own default, sdpa where its class supports it,
+            else eager.
         attention_mask: (B, T), 1 for real tokens; padded positions are left out of every figure.
         repeats: timed prefills of each backend, interleaved; the median counts.
         progress: called with (what, done, total).
@@ -95,24 +108,27 @@ def compare(
         raise ValueError(f"input_ids must be (batch, tokens) with at least 2 tokens, got {tuple(input_ids.shape)}.")
     if repeats < 1:
         raise ValueError(f"repeats={repeats}: at least 1 is needed.")
-    progress = progress or (lambda *_: None)
+    progress, model = progress or (lambda *_: None), language_model(model)
+    baseline, base = baseline or own_backend(model), backbone(model)
     sides = [(baseline, {}), (name, options)]
     seconds: list[list[float]] = [[], []]
     peaks: list[int | None] = [None, None]
     hidden: list[Any] = [None, None]
+    plans: list[str | None] = [None, None]
     with torch.inference_mode(), evaluating(model):
         for side, chosen in sides:  # one short run each: lazy set-up is not attention's cost
             with use(model, side, **chosen):
-                model(input_ids[:, : min(256, input_ids.shape[1])], use_cache=False, logits_to_keep=1)
+                base(input_ids[:, : min(256, input_ids.shape[1])], use_cache=False)
         for repeat in range(repeats):
             for which, (side, chosen) in enumerate(sides):
                 progress(f"prefill with {side}", 2 * repeat + which, 2 * repeats)
                 hidden[which] = None
-                with use(model, side, **chosen), PeakMemory(input_ids.device) as memory:
+                with use(model, side, **chosen), trace(model) as seen, PeakMemory(input_ids.device) as memory:
                     start = time.perf_counter()
-                    hidden[which] = backbone(model)(input_ids, attention_mask=attention_mask, use_cache=False)
+                    hidden[which] = base(input_ids, attention_mask=attention_mask, use_cache=False)
                     synchronize(input_ids.device)
                     seconds[which].append(time.perf_counter() - start)
+                plans[which] = seen.plan() if side in PLUGINS else None
                 if peaks[which] is None:
                     peaks[which] = memory.bytes
         sums = _Statistics()
@@ -125,14 +141,17 @@ def compare(
     progress("comparing logits", length, length)
     medians = [statistics.median(s) for s in seconds]
     runs = [
-        Run(side, dict(chosen), t, input_ids.numel() / t, peak, perplexity)
-        for (side, chosen), t, peak, perplexity in zip(sides, medians, peaks, sums.perplexities(), strict=True)
+        Run(side, dict(chosen), t, input_ids.numel() / t, peak, perplexity, tuple(each), plan)
+        for (side, chosen), t, peak, perplexity, each, plan in zip(
+            sides, medians, peaks, sums.perplexities(), seconds, plans, strict=True
+        )
     ]
     return Agreement(
         tokens=input_ids.numel(),
         **sums.figures(),
         perplexity_ratio=runs[1].perplexity / runs[0].perplexity,
         speedup=medians[0] / medians[1],
+        within_noise=overlap(*seconds),
         baseline=runs[0],
         plugin=runs[1],
     )
@@ -180,11 +199,24 @@ class _Statistics:
         return [float(torch.tensor(nll / max(1, self.predicted)).exp()) for nll in self.nll]
 
 
+def overlap(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two samples of timings cannot be told apart: their ranges overlap, or one has a single value."""
+    return min(len(one), len(other)) < 2 or max(min(one), min(other)) <= min(max(one), max(other))
+
+
 def backbone(model: nn.Module) -> nn.Module:
-    """The model without its head, whose output holds the last hidden states."""
+    """The model without its head, whose output holds the last hidden states.
+
+    Raises:
+        ValueError: the model has no output embeddings, or is an encoder-decoder.
+    """
     base = getattr(model, "base_model", model)
-    if base is model or not hasattr(model, "lm_head"):
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head = None if find is None else find()
+    if base is model or head is None:
         raise ValueError(f"{type(model).__name__} has no language-model head to compare: load a model for causal LM.")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder: compare a decoder, a model for causal LM.")
     return base
 
 
@@ -192,24 +224,15 @@ def logits_at(model: nn.Module, ids: Tensor, output: Any, start: int, end: int) 
     """Logits of positions start..end from finished hidden states, by the model's own head and its scalings."""
     base = backbone(model)
     part = dataclasses.replace(output, last_hidden_state=output.last_hidden_state[:, start:end])
-    original = base.forward
+    hooked = vars(base).get("forward")  # what Accelerate has put there, where it has
     base.forward = lambda *_, **__: part  # type: ignore[method-assign]
     try:
         return model(ids[:, start:end], use_cache=False).logits
     finally:
-        del base.forward
-        assert base.forward == original
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode for a while."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
+        if hooked is None:
+            del base.forward
+        else:
+            base.forward = hooked  # type: ignore[method-assign]
 
 
 def synchronize(device: torch.device) -> None:

@@ -4,51 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from hf_attn_plugins.hf.check import check
+from hf_attn_plugins.hf.compat import implementation_of, set_implementation
+from hf_attn_plugins.hf.configs import configs_of
+from hf_attn_plugins.hf.unwrap import language_model, unwrapped
 from hf_attn_plugins.plugins import PLUGINS, plugin
-
-
-def configs_of(model: nn.Module) -> list[Any]:
-    """Every distinct config in a model, sub-configs of composite models included."""
-    seen: dict[int, Any] = {}
-
-    def visit(config: Any) -> None:
-        if config is None or id(config) in seen or not hasattr(config, "_attn_implementation_internal"):
-            return
-        seen[id(config)] = config
-        for name in getattr(config, "sub_configs", {}):
-            visit(getattr(config, name, None))
-
-    for module in model.modules():
-        visit(getattr(module, "config", None))
-    return list(seen.values())
 
 
 def configure(model: nn.Module, name: str, **options: Any) -> None:
     """Store options of plugin `name` in the model's configs, where they are saved and loaded with the model.
 
     Options that are not named keep the value they have; a value of None restores the default. The attention
-    implementation itself is not changed (`model.set_attn_implementation(name)` or `use` do that).
+    implementation itself is not changed (`model.set_attn_implementation(name)` or `use` do that). Wrappers such as
+    DistributedDataParallel are looked through (`hf.unwrap`).
 
     Raises:
         ValueError: an unknown plugin, option or value; nothing has been changed then.
     """
-    chosen = plugin(name)
+    chosen, model = plugin(name), unwrapped(model)
     fields = chosen.options_type().names()
     unknown = sorted(set(options) - set(fields))
     if unknown:
         raise ValueError(f"{name} has no option {', '.join(unknown)}: it takes {', '.join(fields)}.")
     changes = []
     for config in configs_of(model):
-        stored = dict(getattr(config, "hf_attn_plugins", None) or {})
-        changes.append(
-            (config, {**stored, name: chosen.options_type()(**{**stored.get(name, {}), **options}).as_dict()})
-        )
+        stored = getattr(config, "hf_attn_plugins", None)
+        stored = {} if stored is None else stored
+        where = f"hf_attn_plugins in {type(config).__name__}"
+        if not isinstance(stored, Mapping):
+            raise ValueError(f"{where} is {str(stored)[:80]!r}: a mapping of plugin names to options is needed.")
+        known = chosen.options_type().of(stored.get(name), f"{where}, {name}").as_dict()
+        changes.append((config, {**stored, name: chosen.options_type()(**{**known, **options}).as_dict()}))
     for config, stored in changes:
         config.hf_attn_plugins = stored
 
@@ -58,24 +49,26 @@ def use(model: nn.Module, name: str, **options: Any) -> Iterator[nn.Module]:
     """Run a model with another attention implementation, restoring names and options of every config afterwards.
 
     Args:
+        model: a model of Transformers, or a wrapper around one (`hf.unwrap`); it is what `with ... as` gives.
         name: a plugin, or any implementation that Transformers knows ("sdpa", "eager", ...), then without options.
 
     Raises:
         ValueError: an option the plugin does not have, or a model in which the plugin could not take effect.
     """
-    configs = configs_of(model)
-    before = [(c, c._attn_implementation_internal, copy.deepcopy(getattr(c, "hf_attn_plugins", None))) for c in configs]
+    inner = language_model(model)
+    configs = configs_of(inner)
+    before = [(c, implementation_of(c), copy.deepcopy(getattr(c, "hf_attn_plugins", None))) for c in configs]
     try:
         if name in PLUGINS:
-            check(model, name).raise_if_refused()
-            configure(model, name, **options)
+            check(inner, name).raise_if_refused()
+            configure(inner, name, **options)
         elif options:
             raise ValueError(f"options {sorted(options)} were given for {name!r}, which is no plugin.")
-        model.set_attn_implementation(name)  # type: ignore[operator]
+        inner.set_attn_implementation(name)
         yield model
     finally:
         for config, implementation, stored in before:
-            config._attn_implementation_internal = implementation
+            set_implementation(config, implementation)
             if stored is not None:
                 config.hf_attn_plugins = stored
             elif hasattr(config, "hf_attn_plugins"):

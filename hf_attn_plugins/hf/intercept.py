@@ -6,18 +6,19 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Mapping
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from hf_attn_plugins.core.compat import multihead_attention_with
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial
+from hf_attn_plugins.hf.evaluating import evaluating
 from hf_attn_plugins.kernels.attend import attend
 from hf_attn_plugins.plugins import plugin
-from hf_attn_plugins.testing import assert_close_to_reference
+from hf_attn_plugins.testing import closeness
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention
 _MHA: Any = torch.nn.functional.multi_head_attention_forward
@@ -77,11 +78,8 @@ def scaled_dot_product_attention(
 class _Route(TorchFunctionMode):
     def __init__(self, function: Function) -> None:
         super().__init__()
-        # nn.MultiheadAttention's own function calls SDPA by a global name, out of the mode's sight: it is run as a copy
-        # that sees another global, so that nobody else does.
-        inner = {**_MHA.__globals__, "scaled_dot_product_attention": function}
-        copy = FunctionType(_MHA.__code__, inner, _MHA.__name__, _MHA.__defaults__, _MHA.__closure__)
-        copy.__kwdefaults__ = _MHA.__kwdefaults__
+        # nn.MultiheadAttention's own function calls SDPA by a global name, out of the mode's sight.
+        copy = multihead_attention_with(function)
         self.routes: dict[Any, Any] = {_SDPA: function, _MHA: copy}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
@@ -191,20 +189,16 @@ def _check(model: nn.Module, function: Function, sample: Mapping[str, Any] | Ten
             # A row that sees no key is a matter of convention: PyTorch's kernels give 0, a mean or NaN.
             seen = theirs.isfinite() & ref.isfinite()
             low, ref = theirs.where(seen, 0), ref.where(seen, 0)
-            try:
-                assert_close_to_reference(ours.where(seen, 0), low, ref, name=f"attention call {calls}")
-            except AssertionError as error:
-                raise ValueError(f"the sample's calls are not equal, nothing was routed: {error}.") from error
+            wrong = closeness(ours.where(seen, 0), low, ref)
+            if wrong is not None:
+                raise ValueError(
+                    f"the sample's calls are not equal, nothing was routed: attention call {calls}: {wrong}."
+                )
             calls += 1
         return theirs
 
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), _Route(both):
-            _run(model, sample)
-    finally:
-        model.train(training)
+    with torch.no_grad(), evaluating(model), _Route(both):
+        _run(model, sample)
     return calls
 
 

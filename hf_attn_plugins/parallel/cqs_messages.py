@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_attn_plugins.core.tensor_bytes import from_bytes, num_bytes, to_bytes
 from hf_attn_plugins.cqs.tokens import TOKENS
 from hf_attn_plugins.cqs.worker_share import Range
 from hf_attn_plugins.parallel.cqs_plan import RankPlan
@@ -77,20 +78,12 @@ class Call(NamedTuple):
         return [unpacked(message, tensors) for message, tensors in zip(arrived, taken, strict=True)]
 
 
-def num_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
-    return torch.Size(shape).numel() * dtype.itemsize
-
-
 def packed(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     if not tensors:
         return torch.empty(0, dtype=torch.uint8, device=device)
-    return torch.cat([x.contiguous().flatten().view(torch.uint8) for x in tensors])
+    return torch.cat([to_bytes(x) for x in tensors])
 
 
 def unpacked(message: Tensor, expected: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[Tensor]:
     parts = message.split([num_bytes(*each) for each in expected])
-    # Copied where the bytes do not lie where numbers of this dtype may.
-    return [
-        (part.clone() if part.storage_offset() % dtype.itemsize else part).view(dtype).view(shape)
-        for part, (shape, dtype) in zip(parts, expected, strict=True)
-    ]
+    return [from_bytes(part, dtype, shape) for part, (shape, dtype) in zip(parts, expected, strict=True)]

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from hf_attn_plugins.core.mask import Mask, Window
 from hf_attn_plugins.core.partial import Partial, merge
+from hf_attn_plugins.core.warn import warn_once
 from hf_attn_plugins.cqs.cost import CallShape
 from hf_attn_plugins.kernels.bound_attend import Kernel
 from hf_attn_plugins.parallel.comm.group import Group
-from hf_attn_plugins.parallel.comm.launch import say_once
 from hf_attn_plugins.parallel.link import Wire, cheaper_anchor
 from hf_attn_plugins.parallel.method import Cost, Layout, Step, triangle
 from hf_attn_plugins.parallel.partition import blocks, level
@@ -96,7 +96,7 @@ class Star(StarOptions):
         most = max(plan.num_blocks for plan in plans)
         if rank == 0 and most < size:
             longest = max(plan.context for plan in plans)
-            say_once(
+            warn_once(
                 f"star_attention: a context of {longest} tokens makes {most} blocks of {self.block_size or 'default'} "
                 f"tokens for {size} ranks, {size - most} of them have none: block_size={max(1, -(-longest // size))} "
                 "or less gives work to all."

@@ -76,6 +76,8 @@ def masked(mask: Mask, rows: int, options: StarOptions) -> Mask:
         first, block, anchor, context = (size[b] if len(size) > 1 else size for size in sizes)
         token, other = q - first, k - first
         seen = (token >= context) | (other < anchor) | (token // block == other // block)
+        if mask.beside is not None:
+            seen = seen | mask.beside(b, h, q, k)
         if isinstance(mask.offset, Tensor):
             seen = seen | (mask.offset > 0)  # rows that come once the cache is filled are query rows
         return seen if given is None else seen & given(b, h, q, k)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hf_attn_plugins.core.options import Options
+from hf_attn_plugins.core.options import MOST_TOKENS, Options
 from hf_attn_plugins.star.plan import check_anchor
 
 
@@ -25,10 +25,7 @@ class StarOptions(Options):
     kernel: str | None = None
 
     def __post_init__(self) -> None:
-        self._positive("block_size")
-        for name in ("anchor_size", "query_size"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-                raise ValueError(f"{name}={value!r}: a whole number of at least 0 is needed, or None for the default.")
+        self._between(1, MOST_TOKENS, "block_size")
+        self._between(0, MOST_TOKENS, "anchor_size", "query_size")
         check_anchor(self.anchor_size, self.block_size)
         self._check_kernel(self.kernel)

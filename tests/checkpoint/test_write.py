@@ -14,6 +14,7 @@ from hf_attn_plugins.patches import RECIPES, command
 
 from hf_attn_plugins.checkpoint import write
 from hf_attn_plugins.checkpoint.source import open_source
+from tests.older import needs_choice_in_config
 from tests.patches.families import checkpoint, fingerprint
 
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
@@ -25,6 +26,8 @@ OPTIONS = {
 
 
 def patch(*arguments: object) -> None:
+    if arguments[:1] == ("set-attention",):
+        needs_choice_in_config()
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     command.run(parser.parse_args([str(a) for a in arguments]))
@@ -174,6 +177,83 @@ def test_a_cached_snapshot_by_its_hub_id(tmp_path, source, monkeypatch):
     assert fingerprint(repo) == before
     patch("--undo", tmp_path / "target")
     assert fingerprint(tmp_path / "target") == fingerprint(source)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_snapshot_by_its_path(tmp_path, source, recipe):
+    repo = tmp_path / "models--some--model"
+    snapshot = repo / "snapshots" / ("0" * 40)
+    (repo / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for path in source.iterdir():
+        shutil.copyfile(path, repo / "blobs" / path.name)
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    before = fingerprint(repo)
+    patch(recipe, snapshot, tmp_path / "target", *OPTIONS[recipe])
+    assert not any(path.is_symlink() for path in (tmp_path / "target").rglob("*"))
+    with pytest.raises(ValueError, match="in the hub's cache"):
+        patch(recipe, snapshot, "--in-place", *OPTIONS[recipe])
+    assert fingerprint(repo) == before
+    patch("--undo", tmp_path / "target")
+    assert fingerprint(tmp_path / "target") == fingerprint(source)
+    for elsewhere in (repo / "refs", tmp_path / "secret"):  # only blobs may be linked to
+        elsewhere.write_text("secret")
+        (snapshot / "tokenizer.json").symlink_to(elsewhere)
+        with pytest.raises(ValueError, match="outside of the checkpoint"):
+            patch(recipe, snapshot, tmp_path / "other", *OPTIONS[recipe])
+        (snapshot / "tokenizer.json").unlink()
+
+
+def test_in_place_writes_nothing_outside_of_the_folder(tmp_path, source, monkeypatch):
+    """A mounted folder is another file system than its parent, which may be read-only, too."""
+
+    def inside(function):
+        def checked(first, second=None, *rest, **options):
+            for path in (first, second):
+                assert path is None or tmp_path / "source" in Path(path).parents, path
+            return function(first, *([] if second is None else [second]), *rest, **options)
+
+        return checked
+
+    before = fingerprint(source)
+    with monkeypatch.context() as patching:
+        for name in ("replace", "rename", "symlink", "link"):
+            patching.setattr(os, name, inside(getattr(os, name)))
+        patch("set-attention", source, "--in-place", *OPTIONS["set-attention"])
+        assert fingerprint(source) != before
+        patch("--undo", source)
+    assert fingerprint(source) == before
+
+
+def test_a_file_system_without_links(tmp_path, source, monkeypatch):
+    def refused(*_, **__):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "symlink", refused)
+    before = fingerprint(source)
+    patch("set-attention", source, "--in-place", *OPTIONS["set-attention"])
+    patch("--undo", source)
+    assert fingerprint(source) == before
+    monkeypatch.setattr(os, "link", refused)
+    with pytest.raises(OSError, match="leave --hard-link out"):
+        patch("set-attention", source, tmp_path / "target", "--hard-link", *OPTIONS["set-attention"])
+    assert not (tmp_path / "target").exists()
+
+
+def test_first_layer_takes_no_part_in_the_attention_that_a_config_names(tmp_path, source, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    asked, load = [], AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *a, **k: asked.append(k["attn_implementation"]) or load(*a, **k)
+    )
+    patch("set-attention", source, "--in-place", "--attn", "star_attention")
+    patch("first-layer", source, tmp_path / "target")
+    assert asked == ["sdpa", "sdpa"]
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "attn_implementation": "some/kernel"}))
+    with pytest.raises(ValueError, match="kernel of the hub"):
+        patch("first-layer", source, tmp_path / "other")
 
 
 def test_what_is_neither_a_folder_nor_cached(tmp_path):

@@ -113,3 +113,12 @@ def test_padding_from_lengths():
 def test_replace_refuses_unknown_fields():
     with pytest.raises(TypeError, match="no field"):
         Mask().replace(causl=True)
+
+
+@pytest.mark.parametrize("left", range(40))
+def test_a_window_s_first_key_is_visited_wherever_its_tile_ends(left):
+    """For windows of every size: every pair that may be seen lies in a tile that is visited, the first key included."""
+    tiles = TileMap(Mask(causal=True, window=(left, None)), 64, 64, 16, 16)
+    for index, (begin, end) in enumerate(tiles.row_tiles):
+        visited = {key for tile in tiles.keys_of(index) for key in range(tile.begin, tile.end)}
+        assert visited >= {key for row in range(begin, end) for key in range(max(0, row - left), row + 1)}

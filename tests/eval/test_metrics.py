@@ -15,6 +15,8 @@ CASES = [
     ("string_match_all", "", ["1"], {}, 0.0),
     # one of two references: 1 in RULER's QA (0.5 in other harnesses)
     ("string_match_part", "In Paris.", ["paris", "France"], {}, 1.0),
+    ("string_match_part", "in paris.", ["PARIS", "France"], {}, 1.0),
+    ("string_match_part", "IN PARIS.", ["Rome", "Paris"], {}, 1.0),
     ("string_match_part", "In Rome.", ["paris", "France"], {}, 0.0),
     # SQuAD's F1: articles and punctuation go; 2 of 3 words each -> 2 * 2 / (3 + 2)
     ("qa_f1", "The big, red Fox", ["red fox"], {}, 0.8),

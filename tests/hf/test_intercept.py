@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import threading
 
 import pytest
@@ -10,9 +11,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hf_attn_plugins import plugins as registry
 from hf_attn_plugins.hf import intercept as module
 from hf_attn_plugins.hf.intercept import intercept, scaled_dot_product_attention
+from hf_attn_plugins.plugins import PLUGINS
 from hf_attn_plugins.testing import assert_close_to_reference
 
 
@@ -156,12 +157,12 @@ def test_a_family_that_never_asks_the_registry(counted):
 
 
 def test_another_exact_plugin_gets_the_causal_calls(monkeypatch, counted):
-    from hf_attn_plugins import tiled
+    from hf_attn_plugins.tiled import entry
 
-    calls, inner = [], tiled.attention
-    monkeypatch.setattr(tiled, "attention", lambda *a, **k: calls.append(a[3].causal) or inner(*a, **k))
-    other = registry.Plugin("other_attention", "", True, "", "hf_attn_plugins.tiled:attention", "TiledOptions")
-    monkeypatch.setitem(registry.PLUGINS, "other_attention", other)
+    calls, inner = [], entry.attention
+    monkeypatch.setattr(entry, "attention", lambda *a, **k: calls.append(a[3].causal) or inner(*a, **k))
+    other = dataclasses.replace(PLUGINS["tiled_attention"], name="other_attention", exact=True)
+    monkeypatch.setitem(PLUGINS, "other_attention", other)
     model = build()
     wanted = model(X)
     with intercept(model, "other_attention", sample=X):
@@ -195,8 +196,8 @@ class TestRefusals:
         assert model.training and not model._forward_hooks and not model._forward_pre_hooks
 
     def test_an_approximate_or_unknown_plugin(self, monkeypatch):
-        rough = registry.Plugin("rough_attention", "", False, "", "hf_attn_plugins.tiled:attention", "TiledOptions")
-        monkeypatch.setitem(registry.PLUGINS, "rough_attention", rough)
+        rough = dataclasses.replace(PLUGINS["tiled_attention"], name="rough_attention", exact=False)
+        monkeypatch.setitem(PLUGINS, "rough_attention", rough)
         for name, message in (("rough_attention", "is not exact"), ("nonesuch", "is no plugin")):
             with pytest.raises(ValueError, match=message):
                 intercept(build(), name, sample=X)

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_attn_plugins as hap
 from tests.families import DECODERS, ENCODERS, OTHERS, VOCAB, build, padded_batch
+from tests.older import OLDER, default_runs, needs_registry
 
 EXACT = [plugin.name for plugin in hap.plugins() if plugin.exact]
 ALL = list(DECODERS)
@@ -97,7 +98,7 @@ def test_generate(plugin, decoder, how):
         ids, mask = ids[:1], mask[:1]
         if type(decoder).__name__.startswith("Bamba"):
             pytest.skip("recurrent state cannot be rolled back or chunked")
-    expected = generate(decoder, ids, mask, **GENERATE[how])
+    expected = default_runs(generate, decoder, ids, mask, **GENERATE[how])
     with use(decoder, plugin):
         got = generate(decoder, ids, mask, **GENERATE[how])
     assert torch.equal(got.sequences, expected.sequences)
@@ -109,6 +110,7 @@ def test_assisted_decoding(plugin):
     model, assistant = build("llama"), build("llama", seed=1)
     ids, mask = padded_batch(11, batch=1)
     expected = generate(model, ids, mask, do_sample=False)
+    default_runs(generate, model, ids, mask, do_sample=False, assistant_model=assistant)
     with use(model, plugin):
         got = generate(model, ids, mask, do_sample=False, assistant_model=assistant)
     assert torch.equal(got.sequences, expected.sequences)
@@ -118,7 +120,7 @@ def test_quantised_cache(plugin):
     model = build("llama")
     ids, mask = padded_batch(11)
     how = dict(do_sample=False, cache_implementation="quantized", cache_config={"backend": "fp8"})
-    expected = generate(model, ids, mask, **how)
+    expected = default_runs(generate, model, ids, mask, **how)
     with use(model, plugin):
         assert torch.equal(generate(model, ids, mask, **how).sequences, expected.sequences)
 
@@ -127,6 +129,7 @@ def test_quantised_cache(plugin):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_encoders(plugin, name, side):
     model = build(name)
+    needs_registry(model, plugin)
     ids, mask = padded_batch(17, side=side)
     with torch.no_grad():
         expected = model(ids, attention_mask=mask).last_hidden_state
@@ -136,22 +139,25 @@ def test_encoders(plugin, name, side):
 
 
 @pytest.mark.parametrize("how", ["greedy", "beam", "static cache"])
-def test_encoder_decoders(plugin, how):
+@pytest.mark.parametrize("name", ["t5", "whisper"])
+def test_encoder_decoders(plugin, name, how):
     ids, mask = padded_batch()
-    for name, inputs in (
-        ("t5", dict(inputs=ids, attention_mask=mask)),
-        ("whisper", dict(input_features=torch.randn(3, 8, 60))),
-    ):
-        model = build(name)
-        expected = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, **GENERATE[how])
-        with use(model, plugin):
-            got = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, **GENERATE[how])
-        assert torch.equal(got, expected), name
+    inputs = {
+        "t5": dict(inputs=ids, attention_mask=mask),
+        "whisper": dict(input_features=torch.randn(3, 8, 60)),
+    }[name]
+    model = build(name)
+    needs_registry(model, plugin)
+    expected = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, **GENERATE[how])
+    with use(model, plugin):
+        got = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, **GENERATE[how])
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_forwards(plugin, name):
     model = build(name)
+    needs_registry(model, plugin)
     ids, mask = padded_batch()
     inputs = {
         "t5": dict(input_ids=ids, attention_mask=mask, decoder_input_ids=ids[:, :7]),
@@ -175,6 +181,7 @@ def gradients(model, ids, mask, **kwargs):
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "mistral", "t5"])
 def test_training_step(plugin, name, checkpointing):
     model = build(name)
+    needs_registry(model, plugin)
     ids, mask = padded_batch(side="right")  # with left padding a fully masked row predicts the first token
     expected_loss, expected = gradients(model, ids, mask)
     with use(model, plugin):
@@ -283,6 +290,10 @@ def test_compile_fullgraph(plugin, name):
     model = build(name)
     ids, mask = padded_batch()
     expected = logits(model, ids, attention_mask=mask, use_cache=False)
+    if OLDER:
+        default = torch.compile(model, fullgraph=True, backend="aot_eager")
+        default_runs(logits, default, ids, attention_mask=mask, use_cache=False)
+        torch._dynamo.reset()
     with use(model, plugin):
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         got = logits(compiled, ids, attention_mask=mask, use_cache=False)
@@ -291,7 +302,7 @@ def test_compile_fullgraph(plugin, name):
 
 def test_save_and_reload(plugin, tmp_path):
     model = build("llama")
-    option = next(iter(hap.registry.plugin(plugin).options_type().__dataclass_fields__))
+    option = next(iter(hap.PLUGINS[plugin].options_type().__dataclass_fields__))
     value = {"kernel": "cpu_tiled", "workers": 3}[option]
     hap.configure(model, plugin, **{option: value})
     model.save_pretrained(tmp_path)

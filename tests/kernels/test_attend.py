@@ -62,12 +62,12 @@ def kernels_for(query, key, value, mask, softcap=None):
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Tiles so small that every shape has several of them, ragged ones included."""
-    from hf_attn_plugins.kernels.cpu import forward as cpu
+    from hf_attn_plugins.kernels.cpu import forward, tiling
 
-    monkeypatch.setattr(cpu, "ROW_TILE", 16)
-    monkeypatch.setattr(cpu, "KEY_TILE", 16)
-    monkeypatch.setattr(cpu, "FIRST_KEYS", 4)
-    monkeypatch.setattr(cpu, "SCORES", 2000)
+    monkeypatch.setattr(tiling, "ROW_TILE", 16)
+    monkeypatch.setattr(tiling, "KEY_TILE", 16)
+    monkeypatch.setattr(forward, "FIRST_KEYS", 4)
+    monkeypatch.setattr(tiling, "SCORES", 2000)
 
 
 @pytest.mark.parametrize("name", MASKS)

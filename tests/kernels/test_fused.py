@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -304,6 +305,60 @@ def test_without_a_compiler_or_a_cache_attention_still_works(tmp_path):
     a_file = tmp_path / "file"
     a_file.touch()
     assert probe(XDG_CACHE_HOME=str(a_file))[0] == "cpu_fused"  # in a folder of that process
+
+
+def spoil_folder(cache, other):
+    cache.chmod(0o770)
+
+
+def spoil_for_everybody(cache, other):
+    cache.chmod(0o707)
+
+
+def link_folder(cache, other):
+    cache.rename(other)
+    cache.symlink_to(other)
+
+
+@needs_library
+@pytest.mark.parametrize("spoil", [spoil_folder, spoil_for_everybody, link_folder], ids=lambda f: f.__name__)
+def test_a_folder_that_others_may_write_to_is_not_used(tmp_path, monkeypatch, caplog, spoil):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cache = tmp_path / "hf_attn_plugins"
+    build._private.cache_clear()
+    assert build._cache() == cache and not caplog.records
+    spoil(cache, tmp_path / "elsewhere")
+    used = [build._cache() for _ in range(3)]
+    assert used[0] != cache and used[0] == used[2] and stat.S_IMODE(used[0].stat().st_mode) == 0o700
+    assert len(caplog.records) == 1 and "mode 700" in caplog.text
+
+
+@needs_library
+@pytest.mark.parametrize("how", ["link", "mode", "owner"])
+def test_a_planted_library_is_not_loaded(tmp_path, monkeypatch, caplog, how):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    made = build._built(compiler)
+    good = made.read_bytes()
+    assert stat.S_IMODE(made.stat().st_mode) == 0o700
+    planted = tmp_path / "planted"
+    planted.write_bytes(b"planted")
+    if how == "link":
+        made.unlink()
+        made.symlink_to(planted)
+    else:
+        made.write_bytes(b"planted")
+        if how == "mode":
+            made.chmod(0o722)
+        elif os.getuid() == 0:
+            os.chown(made, 65534, -1)
+        else:
+            pytest.skip("only root can give a file away")
+    again = build._built(compiler)
+    assert again == made and not again.is_symlink() and len(again.read_bytes()) == len(good)
+    assert planted.read_bytes() == b"planted" and "compiled anew" in caplog.text
+    stamp = made.stat().st_mtime_ns
+    assert build._built(compiler).stat().st_mtime_ns == stamp  # one that is ours is kept
 
 
 def test_a_machine_without_the_instructions_is_told_so(monkeypatch):

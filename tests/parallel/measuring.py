@@ -48,11 +48,8 @@ def exchanges(rank: int, size: int) -> dict[str, Any]:
     report = {"all_gather": right, "all_gather backward": torch.allclose(own.grad, expected)}
 
     pieces = [[torch.randn(i + j, 3, generator=generator) for j in range(size)] for i in range(size)]
-    mine = [piece.clone().requires_grad_() for piece in pieces[rank]]
-    got = group.all_to_all(mine, [(i + rank, 3) for i in range(size)])
+    got = group.all_to_all(pieces[rank], [(i + rank, 3) for i in range(size)])
     report["all_to_all"] = all(torch.equal(got[i], pieces[i][rank]) for i in range(size))
-    sum(((rank + 1) * piece).sum() for piece in got).backward()
-    report["all_to_all backward"] = all(bool((mine[j].grad == j + 1).all()) for j in range(size))
     report["bytes"] = group.traffic["exchange"].sent
 
     partials = [

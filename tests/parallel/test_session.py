@@ -10,8 +10,8 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 import hf_attn_plugins as hap
+from hf_attn_plugins.core.warn import forget_warnings
 from hf_attn_plugins.parallel import Group
-from hf_attn_plugins.parallel.comm.launch import say_once
 from hf_attn_plugins.parallel.hf.session import _session
 from hf_attn_plugins.parallel.method import method_for as method
 from tests import families
@@ -125,7 +125,7 @@ def test_a_model_elsewhere_is_refused():
 
 
 def test_idle_ranks_are_told(caplog):
-    say_once.cache_clear()
+    forget_warnings()
     with caplog.at_level(logging.WARNING, logger="hf_attn_plugins"):
         method("star_attention", block_size=16, anchor_size=4, query_size=4).deal(
             torch.ones(1, 23, dtype=torch.bool), 0, 3

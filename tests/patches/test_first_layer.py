@@ -248,8 +248,12 @@ class TestAudit:
         ("config", "norm", "projections"),
         [
             (Phi3Config(**SIZES, original_max_position_embeddings=128), "model.layers.0.input_layernorm", ["qkv_proj"]),
-            # The norm feeds the MLP as well: it has to stay.
-            (PhiConfig(**{**SIZES, "num_key_value_heads": 4}), None, ["q_proj", "k_proj", "v_proj"]),
+            # The norm feeds the MLP as well, which reads the true states.
+            (
+                PhiConfig(**{**SIZES, "num_key_value_heads": 4}),
+                "model.layers.0.input_layernorm",
+                ["q_proj", "k_proj", "v_proj"],
+            ),
             # No norm before attention at all.
             (Olmo2Config(**SIZES), None, ["q_proj", "k_proj", "v_proj"]),
             (Gemma3TextConfig(**SIZES), "model.layers.0.input_layernorm", ["q_proj", "k_proj", "v_proj"]),

@@ -67,7 +67,7 @@ WORDS = ["bench", "star", "--lengths", "300", "--depths", "2", "--agreement-leng
 
 @pytest.fixture
 def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_star, "load", lambda *_: (tiny("gpt2", torch.float32, "sdpa"), Letters()))
+    monkeypatch.setattr(bench_star, "load_for", lambda *_: (tiny("gpt2", torch.float32, "sdpa"), Letters()))
     monkeypatch.setattr(bench_star, "SPEED", ((32, 8, 8),))
 
 

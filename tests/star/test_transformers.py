@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hf_attn_plugins as hap
 from hf_attn_plugins.star.plan import Plan
+from tests.older import needs_common_masks
 
 from .families import FAMILIES, MOVING, exact, oracle, recomputed, tiny, tokens
 
@@ -177,6 +178,7 @@ def test_recurrent_layers_are_passed_by() -> None:
     )  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="star_attention").eval()
+    needs_common_masks(model)
     hap.configure(model, "star_attention", **SIZES)
     ids = tokens(37)
     star = logits(model, ids, use_cache=False)

@@ -23,7 +23,7 @@ from hf_attn_plugins.bench.peak_memory import PeakMemory
 from hf_attn_plugins.commands.bench.passkey import passkey, score
 from hf_attn_plugins.commands.bench.star_report import SCORED, TEXTS, report
 from hf_attn_plugins.hf.configure import use
-from hf_attn_plugins.hf.load import add_model_arguments, load, text_tokens
+from hf_attn_plugins.hf.load import add_model_arguments, load_for, text_tokens
 from hf_attn_plugins.star.plan import Plan
 
 Sizes = tuple[int | None, int | None, int | None]
@@ -141,7 +141,7 @@ class Bench:
 
     def model(self) -> tuple[Any, Any]:
         if self._model is None:
-            self._model = load(self.arguments.model, self.arguments.dtype, self.arguments.device)
+            self._model = load_for(self.arguments)
         return self._model
 
     def tokens(self, count: int, skip: int = 0) -> Tensor:

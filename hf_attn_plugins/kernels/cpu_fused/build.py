@@ -14,9 +14,11 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -90,11 +92,15 @@ def _built(compiler: str) -> Path:
     for source in sorted([*folder.glob("*.c"), *folder.glob("*.h")]):
         key.update(source.read_bytes())
     path = _cache() / f"fused_{key.hexdigest()[:20]}.so"
-    if not path.exists():
+    if not _ours(path, stat.S_ISREG):
+        if os.path.lexists(path):
+            logger.warning("%s is not a file that only this user can write: compiled anew.", path)
+            path.unlink()
         with tempfile.TemporaryDirectory(dir=path.parent) as staging:
             made = Path(staging) / path.name
             sources = [str(source) for source in sorted(folder.glob("*.c"))]
             _output(compiler, *FLAGS, *sources, "-o", str(made), "-lm")
+            made.chmod(0o700)
             os.replace(made, path)
     return path
 
@@ -107,15 +113,38 @@ def _output(*command: str) -> str:
     return done.stdout
 
 
+def _ours(path: Path, kind: Callable[[int], bool]) -> bool:
+    """Whether a path is a file or folder itself, no link to one, of this user, that nobody else may write to."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return False
+    return kind(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
 def _cache() -> Path:
-    """A folder of the user's own for what was compiled, or one for this process where that cannot be written."""
+    """A folder of the user's own for what was compiled, or one for this process where there is none to be trusted.
+
+    Whoever can write into it can run code as this user: it must be a folder itself, of this user, not writable for
+    group or others.
+    """
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_attn_plugins"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK):
+        if _ours(folder, stat.S_ISDIR) and os.access(folder, os.W_OK):
             return folder
-    except (OSError, RuntimeError):  # RuntimeError: this user has no home
-        pass
+        why = "it is a link, belongs to another user, or others may write to it"
+    except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home
+        why = str(error)
+    return _private(why)
+
+
+@functools.cache
+def _private(why: str) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="hf_attn_plugins_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    logger.warning(
+        "The cache of compiled kernels is not used (%s): they are compiled for this process alone. Make the folder "
+        "hf_attn_plugins in $XDG_CACHE_HOME or ~/.cache yours, with mode 700.", why
+    )  # fmt: skip
     return folder

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from hf_attn_plugins.core.compat import default_store
+
 BEAT = 0.5  # seconds between two beats
 GONE = 6 * BEAT  # seconds without a beat after which a rank counts as gone
 _SESSIONS = itertools.count()  # every rank opens its groups in the same order
@@ -38,7 +40,7 @@ class Watch:
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
-        self._store = dist.PrefixStore(f"hf_attn_plugins/{next(_SESSIONS)}", dist.distributed_c10d._get_default_store())
+        self._store = dist.PrefixStore(f"hf_attn_plugins/{next(_SESSIONS)}", default_store())
         self._lock, self._end = threading.Lock(), threading.Event()
         self._record: dict[str, Any] = {"done": 0, "in": None, "beat": 0, "left": False, "error": None, "victim": False}
         self._write()

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_attn_plugins.core.partial import Partial
+from hf_attn_plugins.core.tensor_bytes import from_bytes, num_bytes, to_bytes
 from hf_attn_plugins.parallel.comm.failure import RankError, Watch
 from hf_attn_plugins.parallel.comm.launch import place
 from hf_attn_plugins.parallel.comm.traffic import Traffic
@@ -121,7 +122,7 @@ class Group:
     def all_to_all(
         self, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]], *, what: str = "exchange"
     ) -> list[Tensor]:
-        """Piece r goes to rank r; what came from each rank is returned, in their order; differentiable.
+        """Send `pieces[r]` to rank r; return what each rank sent here, in the order of the ranks; not differentiable.
 
         Args:
             pieces: one tensor for every rank, of any shapes (empty ones included) and one dtype.
@@ -132,10 +133,6 @@ class Group:
         """
         if self.size == 1:
             return [pieces[0]]
-        if torch.is_grad_enabled() and any(piece.requires_grad for piece in pieces):
-            from hf_attn_plugins.parallel.comm.collectives import AllToAll
-
-            return list(AllToAll.apply(self, [tuple(shape) for shape in shapes], what, *pieces))
         return self._all_to_all(pieces, shapes, what)
 
     def gather_partials(self, part: Partial, *, what: str = "merge") -> list[Partial]:
@@ -145,12 +142,12 @@ class Group:
         """
         if self.size == 1:
             return [part]
-        out, lse = _bytes(part.out), _bytes(part.lse)
+        out, lse = to_bytes(part.out), to_bytes(part.lse)
         packed = self._all_gather(torch.cat([out, lse]), None, 0, what)
         return [
             Partial(
-                _tensor(message[: len(out)], part.out.dtype, part.out.shape),
-                _tensor(message[len(out) :], part.lse.dtype, part.lse.shape),
+                from_bytes(message[: len(out)], part.out.dtype, part.out.shape),
+                from_bytes(message[len(out) :], part.lse.dtype, part.lse.shape),
             )
             for message in packed
         ]
@@ -159,23 +156,23 @@ class Group:
         """The tensor of rank `source`; the others pass one of the same shape and dtype, which is left as it is."""
         if self.size == 1:
             return tensor
-        message = _bytes(tensor).to(self._wire, copy=True)
+        message = to_bytes(tensor).to(self._wire, copy=True)
         others = (self.size - 1) * len(message)
         sent, received = (others, 0) if self.rank == source else (0, len(message))
         with self._exchange(what, sent, received) as wait:
             wait(dist.broadcast(message, group_src=source, group=self._handle, async_op=True))
-        return _tensor(message.to(tensor.device), tensor.dtype, tensor.shape)
+        return from_bytes(message.to(tensor.device), tensor.dtype, tensor.shape)
 
     def collect(self, tensor: Tensor, *, what: str = "collect") -> Tensor:
         """One tensor of which every element is filled in by one rank at most, and zero on the others."""
         if self.size == 1:
             return tensor
-        message = _bytes(tensor).to(self._wire, copy=True)
+        message = to_bytes(tensor).to(self._wire, copy=True)
         others = (self.size - 1) * len(message)
         with self._exchange(what, others, others) as wait:
             # A sum of bytes: all but one of them are zero.
             wait(dist.all_reduce(message, group=self._handle, async_op=True))
-        return _tensor(message.to(tensor.device), tensor.dtype, tensor.shape)
+        return from_bytes(message.to(tensor.device), tensor.dtype, tensor.shape)
 
     def sum(self, tensor: Tensor, *, what: str = "sum") -> Tensor:
         """The sum of all ranks' tensors, of one shape and dtype, on every rank."""
@@ -205,13 +202,13 @@ class Group:
         longest, moved = max(lengths), tensor.movedim(dim, 0)
         if len(moved) < longest:
             moved = torch.cat([moved, moved.new_zeros(longest - len(moved), *moved.shape[1:])])
-        message = _bytes(moved).to(self._wire)
+        message = to_bytes(moved).to(self._wire)
         found = message.new_empty(self.size * len(message))
         others = (self.size - 1) * len(message)
         with self._exchange(what, others, others) as wait:
             if len(message):
                 wait(_GATHER(found, message, group=self._handle, async_op=True))
-        shards = _tensor(found.to(tensor.device), tensor.dtype, (self.size, *moved.shape))
+        shards = from_bytes(found.to(tensor.device), tensor.dtype, (self.size, *moved.shape))
         return [shard[:length].movedim(0, dim) for shard, length in zip(shards, lengths, strict=True)]
 
     def _all_to_all(self, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]], what: str) -> list[Tensor]:
@@ -220,15 +217,15 @@ class Group:
                 f"all_to_all among {self.size} ranks needs as many pieces and shapes, got {len(pieces)}, {len(shapes)}."
             )
         device, dtype = pieces[self.rank].device, pieces[self.rank].dtype
-        messages = [_bytes(piece).to(self._wire) for piece in pieces]
+        messages = [to_bytes(piece).to(self._wire) for piece in pieces]
         sent = [len(message) for message in messages]
-        arriving = [torch.Size(shape).numel() * dtype.itemsize for shape in shapes]
+        arriving = [num_bytes(shape, dtype) for shape in shapes]
         found = messages[0].new_empty(sum(arriving))
         with self._exchange(what, sum(sent) - sent[self.rank], sum(arriving) - arriving[self.rank]) as wait:
             all_sent = torch.cat(messages)
             wait(dist.all_to_all_single(found, all_sent, arriving, sent, group=self._handle, async_op=True))
         parts = found.to(device).split(arriving)
-        return [_tensor(part, dtype, shape) for part, shape in zip(parts, shapes, strict=True)]
+        return [from_bytes(part, dtype, shape) for part, shape in zip(parts, shapes, strict=True)]
 
     @contextlib.contextmanager
     def _exchange(self, what: str, sent: int, received: int) -> Iterator[Callable[[Any], None]]:
@@ -260,15 +257,3 @@ class Group:
                     return
                 if left <= 0 or self._watch.somebody_failed():
                     raise
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    """The contents as a flat uint8 tensor."""
-    return tensor.detach().contiguous().flatten().view(torch.uint8)
-
-
-def _tensor(message: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    """The inverse of `_bytes`; copied where the bytes do not lie where numbers of this dtype may."""
-    if message.storage_offset() % dtype.itemsize:
-        message = message.clone()
-    return message.view(dtype).view(*shape)

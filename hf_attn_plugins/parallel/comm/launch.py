@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 from typing import NamedTuple
@@ -50,12 +49,6 @@ def place() -> Place:
             )
         return Place(0, 1, state.device)
     return Place(dist.get_rank(), dist.get_world_size(), state.device)
-
-
-@functools.cache
-def say_once(message: str) -> None:
-    """Log a warning the first time it is given."""
-    logger.warning(message)
 
 
 def _check_environment() -> None:

@@ -10,15 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
+from hf_attn_plugins.hf.compat import dynamic_layer, grow_layers
 from hf_attn_plugins.parallel.comm.group import Group
 from hf_attn_plugins.parallel.method import Layout, Step
 from hf_attn_plugins.parallel.partition import level
 
+DynamicLayer: Any = dynamic_layer()
 
-class ShardedLayer(DynamicLayer):
+
+class ShardedLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values of one layer on this rank, (B, Hkv, S, D) and (B, Hkv, S, Dv)."""
+
+    keys: Any
+    values: Any
 
     def __init__(self, cache: ShardedCache) -> None:
         super().__init__()
@@ -59,7 +64,7 @@ class ShardedCache(DynamicCache):
 
     def __init__(self, group: Group) -> None:
         super().__init__()
-        self.layer_class_to_replicate = lambda: ShardedLayer(self)  # type: ignore[assignment]
+        grow_layers(self, lambda: ShardedLayer(self))
         self.group = group
         self.length, self.loads, self.gaps = 0, [0] * group.size, False
         self.columns: Tensor | None = None

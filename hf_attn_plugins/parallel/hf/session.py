@@ -18,8 +18,10 @@ from hf_attn_plugins.core.options import Options
 from hf_attn_plugins.core.partial import Partial
 from hf_attn_plugins.hf.check import check
 from hf_attn_plugins.hf.configure import use
+from hf_attn_plugins.hf.recognise import Place, recognise
 from hf_attn_plugins.hf.register import installed
-from hf_attn_plugins.hf.structured_mask import StructuredMask, _parse
+from hf_attn_plugins.hf.structured_mask import Structure, StructuredMask
+from hf_attn_plugins.hf.unwrap import language_model
 from hf_attn_plugins.kernels.bound_attend import Kernel
 from hf_attn_plugins.parallel.comm.consistency import agree
 from hf_attn_plugins.parallel.comm.group import Group
@@ -29,7 +31,8 @@ from hf_attn_plugins.parallel.hf.forward import Forward
 from hf_attn_plugins.parallel.hf.training import sum_gradients
 from hf_attn_plugins.parallel.method import Method, Step, method_for
 from hf_attn_plugins.plugins import Plugin, plugin
-from hf_attn_plugins.star.hf.model import check_model, fingerprint, text_config
+from hf_attn_plugins.star.hf.fingerprint import fingerprint
+from hf_attn_plugins.star.hf.model import check_model, text_config
 
 _NUMBERS = itertools.count()
 
@@ -145,16 +148,15 @@ class Session:
         **_: Any,
     ) -> StructuredMask:
         """Of the model's mask only the window is new here: padding and places are the step's."""
-        found = (
-            _parse(mask_function, q_length, kv_length, kv_offset) if mask_function is not None else Mask(causal=True)
-        )
-        if found is None or not found.has_no_tensors():
+        place = Place(batch_size, q_length, kv_length, q_offset, kv_offset, False)
+        found = recognise(mask_function, place).mask if mask_function is not None else Mask(causal=True)
+        if not found.has_no_tensors():
             raise NotImplementedError(
                 f"{type(config).__name__} builds a mask that is neither causal nor a sliding window, which "
                 "context_parallel cannot cut into shards: run this model in one process."
             )
         whole = StepMask(causal=found.causal, window=found.window, prefix=found.prefix, step=self.forward.step)
-        return StructuredMask(whole, (batch_size, 1, q_length, kv_length))
+        return StructuredMask(Structure(whole, (batch_size, 1, q_length, kv_length), True, ("causal",)))
 
 
 @contextlib.contextmanager
@@ -181,6 +183,7 @@ def context_parallel(model: nn.Module, name: str, *, timeout: float = 60.0, **op
         parallel.RankError: later, where another rank fails or does not answer; it names the rank.
     """
     method = method_for(name, **options)
+    method, model = method_for(name, **options), language_model(model)
     check(model, name).raise_if_refused()
     group = Group.join(timeout)
     error: BaseException | None = None
@@ -206,7 +209,7 @@ def _session(model: nn.Module, group: Group, method: Method, asked: dict[str, An
         "hf_attn_plugins": __version__,
     }
     _check_device(model, group)
-    agree(group, {**asked, "model": fingerprint(model), **versions, "size": group.size}, what="set-up")
+    agree(group, {**asked, "model": fingerprint(model, whole=True), **versions, "size": group.size}, what="set-up")
     check_model(model)
     method = method.settle(text_config(model).to_dict(), group)
     session = Session(model, group, method)

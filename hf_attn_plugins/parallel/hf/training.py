@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_attn_plugins.hf.compat import has_causal_lm_loss
 from hf_attn_plugins.parallel.comm.group import Group
 
 IGNORED = -100  # the label that Transformers' losses leave out
@@ -28,7 +29,7 @@ class ShardedLoss:
 
     def __init__(self, model: nn.Module, labels: Tensor, num_items: Tensor | int | None) -> None:
         self._function: Any = getattr(model, "loss_function", None)
-        if getattr(self._function, "__name__", None) != "ForCausalLMLoss":
+        if not has_causal_lm_loss(model):
             raise NotImplementedError(
                 f"{type(model).__name__} has a loss of its own, which context_parallel cannot cut into shards: call it "
                 "without labels, and sum a loss over the logits of `columns`."

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_attn_plugins.hf.compat import NAMES, cache_keyword
+from hf_attn_plugins.hf.unwrap import language_model
 from hf_attn_plugins.star.hf.cache import as_ids, branch, record_of
-from hf_attn_plugins.star.hf.model import dense, fingerprint, frozen_rope, windows
+from hf_attn_plugins.star.hf.fingerprint import fingerprint
+from hf_attn_plugins.star.hf.model import dense, frozen_rope, windows
 
 
 def ask(
@@ -36,7 +38,7 @@ def ask(
     Raises:
         ValueError: a cache of another model or of several contexts, an empty question, or an argument that `ask` sets.
     """
-    record = record_of(cache)
+    record, model = record_of(cache), language_model(model)
     if fingerprint(model) != record.model:
         raise ValueError("this cache was encoded by another model: ask the model it came from.")
     if len(record.context_ids) != 1:

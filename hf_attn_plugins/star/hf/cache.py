@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
+from hf_attn_plugins.hf.compat import dynamic_layer, grow_layers
 from hf_attn_plugins.star.plan import Plan
 
 Layers = list[tuple[Tensor, Tensor]]
@@ -43,6 +43,9 @@ class Record:
         return Plan(self.length, self.block_size, self.anchor_size)
 
 
+DynamicLayer: Any = dynamic_layer()
+
+
 class StarLayer(DynamicLayer):
     """Keys and values of one layer; they are repeated when beams or samples make more rows of one context."""
 
@@ -61,7 +64,7 @@ class StarCache(DynamicCache):
 
     def __init__(self, layers: list[tuple[Tensor, Tensor]], record: Record | None = None) -> None:
         super().__init__()
-        self.layer_class_to_replicate = StarLayer
+        grow_layers(self, StarLayer)
         self.star = record
         for index, (key, value) in enumerate(layers):
             # A first update without tokens sets the layer up, the tensors themselves are not copied.

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from hf_attn_plugins.hf.compat import cache_keyword
+from hf_attn_plugins.hf.evaluating import evaluating
+from hf_attn_plugins.hf.unwrap import language_model
 from hf_attn_plugins.star.hf.cache import Layers, Record, as_ids, cache_of, layers_of, record_of
+from hf_attn_plugins.star.hf.fingerprint import fingerprint
 from hf_attn_plugins.star.hf.model import (
     block_masks,
     check_model,
     decoder,
     dense,
-    fingerprint,
     follows_length,
     frozen_rope,
 )
@@ -63,7 +65,7 @@ def encode(
         NotImplementedError: the model's context is not made of causal keys and values (`model.check_model`).
         ValueError: sizes out of range, or a resume folder that holds something else.
     """
-    ids = as_ids(context_ids, "context_ids")
+    model, ids = language_model(model), as_ids(context_ids, "context_ids")
     sizes = plan_for(ids.shape[1], block_size, anchor_size, 0)
     longest = max(ids.shape[1], max_length or 0) if follows_length(model) else 0
     record = Record(ids, sizes.block_size, sizes.anchor_size, longest, fingerprint(model))
@@ -87,7 +89,7 @@ def append(
     Raises:
         ValueError: the cache was made by another model, or the batch sizes differ.
     """
-    old = record_of(cache)
+    old, model = record_of(cache), language_model(model)
     if fingerprint(model) != old.model:
         raise ValueError("this cache was encoded by another model: append with the model it came from.")
     ids = torch.cat([old.context_ids, as_ids(more_ids, "more_ids")], 1)
@@ -122,7 +124,8 @@ def _continue(
         _reporter(progress, record.length) as report,
         dense(model),
         frozen_rope(model, record.max_length),
-        _evaluating(model),
+        torch.no_grad(),
+        evaluating(model),
     ):
         report(encoder.done, record.length)
         while encoder.done < record.length:
@@ -214,17 +217,6 @@ class _Encoder:
         for (key, value), (new_key, new_value) in zip(self.layers, parts, strict=True):
             end = first + new_key.shape[2]
             key[:, :, first:end], value[:, :, first:end] = new_key, new_value
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
 
 
 @contextlib.contextmanager

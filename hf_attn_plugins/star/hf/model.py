@@ -1,26 +1,18 @@
-"""What the explicit form needs to know about a model: whether it can encode by blocks, its windows, its fingerprint."""
+"""What the explicit form needs to know about a model: whether it can encode by blocks, and its windows."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
-import json
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_attn_plugins.hf.compat import freeze_rope, is_stateful
+
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
-VOLATILE = (
-    "_name_or_path",
-    "transformers_version",
-    "attn_implementation",
-    "hf_attn_plugins",
-    "use_cache",
-    "architectures",
-)
 
 
 def text_config(model: nn.Module) -> Any:
@@ -41,7 +33,7 @@ def check_model(model: nn.Module) -> None:
     reason = None
     if getattr(config, "is_encoder_decoder", False):
         reason = "an encoder-decoder, whose context is not a prefix of its decoder"
-    elif getattr(model, "_is_stateful", False) or kinds & {"linear_attention", "mamba", "recurrent", "conv"}:
+    elif is_stateful(model) or kinds & {"linear_attention", "mamba", "recurrent", "conv"}:
         reason = "recurrent, and its states cannot be put together from blocks"
     elif kinds:
         reason = f"made of layers of kind {', '.join(sorted(kinds))}, whose reach blocks would change"
@@ -153,31 +145,9 @@ def frozen_rope(model: nn.Module, length: int) -> Iterator[None]:
             for position in (0, max(0, length - 1)):  # the first call forgets longer sequences seen before
                 device = next(module.buffers()).device
                 module(torch.zeros(1, device=device), torch.tensor([[position]], device=device), **extra)
-        held.append((module, kind))
-        still: Any = "frozen"
-        module.rope_type = (
-            {k: still if k in moving else v for k, v in kind.items()} if isinstance(kind, dict) else still
-        )
+        held.append((module, freeze_rope(module, moving)))
     try:
         yield
     finally:
         for module, kind in held:
             module.rope_type = kind
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A hash of what decides a cache's contents: config, and a sample of every parameter."""
-    config = {k: v for k, v in text_config(model).to_dict().items() if k not in VOLATILE}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        if not parameter.is_meta:  # offloaded weights are not looked at
-            flat = parameter.detach().flatten()
-            digest.update(str(flat[:: max(1, flat.numel() // 64)][:64].double().tolist()).encode())
-    return digest.hexdigest()
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """A hash of a tokenizer's vocabulary and special tokens."""
-    contents = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_tokens)]
-    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()

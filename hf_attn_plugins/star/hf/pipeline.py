@@ -5,12 +5,13 @@ It stands beside the folder `star/` because it is a Transformers pipeline.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import AutoModelForCausalLM, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from hf_attn_plugins.hf import chat as chats
 from hf_attn_plugins.star.hf.ask import ask
 from hf_attn_plugins.star.hf.encode import encode as encode_context
 
@@ -39,6 +40,7 @@ class StarTextGenerationPipeline(Pipeline):
         separator: what stands between context and question, a blank line by default.
         system: a system message, for tokenizers with a chat template.
         chat: False leaves the tokenizer's chat template aside.
+        template_args: further variables of the chat template, such as {"enable_thinking": False}.
         max_new_tokens and so on: for `model.generate`.
 
     Returns:
@@ -57,25 +59,33 @@ class StarTextGenerationPipeline(Pipeline):
         separator: str = "\n\n",
         system: str | None = None,
         chat: bool | None = None,
+        template_args: Mapping[str, Any] | None = None,
         together: int = 1,
         **kwargs: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         if question is not None and questions is not None:
             raise ValueError("pass `question` or `questions`, not both.")
         asked = [question] if question is not None else list(questions or ())
-        prepare = {"questions": asked, "separator": separator, "system": system, "chat": chat}
+        prepare: dict[str, Any] = {"questions": asked, "separator": separator, "system": system, "chat": chat}
+        prepare["template_args"] = template_args
         encode = {name: kwargs.pop(name) for name in _ENCODE if name in kwargs}
         forward = {"encode": encode, "together": together, "generate": kwargs}
         return prepare, forward, {"single": question is not None}
 
     def preprocess(  # type: ignore[override]
-        self, context: str, questions: list[str], separator: str, system: str | None, chat: bool | None
+        self,
+        context: str,
+        questions: list[str],
+        separator: str,
+        system: str | None,
+        chat: bool | None,
+        template_args: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         if not questions:
             raise ValueError("nothing was asked: pass question='...' or questions=[...].")
         chat = bool(getattr(self.tokenizer, "chat_template", None)) if chat is None else chat
         context_ids, question_ids = split_prompts(
-            self.tokenizer, context + separator, questions, chat=chat, system=system
+            self.tokenizer, context + separator, questions, chat=chat, system=system, template_args=template_args
         )
         return {"context_ids": context_ids, "question_ids": question_ids}
 
@@ -96,7 +106,13 @@ class StarTextGenerationPipeline(Pipeline):
 
 
 def split_prompts(
-    tokenizer: Any, context: str, questions: Sequence[str], *, chat: bool, system: str | None = None
+    tokenizer: Any,
+    context: str,
+    questions: Sequence[str],
+    *,
+    chat: bool,
+    system: str | None = None,
+    template_args: Mapping[str, Any] | None = None,
 ) -> tuple[list[int], list[list[int]]]:
     """Token ids of the context, and of each question with whatever the chat template puts behind it.
 
@@ -107,9 +123,11 @@ def split_prompts(
         context: everything before a question, separator included.
         chat: whether to render context and question as one user message by the tokenizer's chat template.
         system: a system message before it.
+        template_args: further variables of the template.
 
     Raises:
-        ValueError: a system message without a chat template.
+        ValueError: a system message without a chat template, or a template that does not show context and question
+            exactly once (`hf.chat.render`).
     """
     if system is not None and not chat:
         raise ValueError("a system message needs a chat template: put it at the head of the context instead.")
@@ -117,24 +135,17 @@ def split_prompts(
     def render(question: str) -> str:
         if not chat:
             return context + question
-        messages = [{"role": "system", "content": system}] if system is not None else []
-        messages.append({"role": "user", "content": context + question})
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return chats.render(tokenizer, context + question, system=system, arguments=template_args).text
 
     def tokenize(text: str) -> list[int]:
         # A template writes its special tokens itself.
         return tokenizer(text, add_special_tokens=not chat)["input_ids"]
 
     # What two unlike questions have in common is the context as the template renders it.
-    head = render("A")[: agreement([render("A"), render("B")])]
+    unlike = [render("A"), render("B")]
+    head = unlike[0][: chats.common(unlike)]
     prompts = [tokenize(render(question)) for question in questions]
     length = min(
-        agreement([tokenize(head), *prompts]), *(len(prompt) - 1 for prompt in prompts)
+        chats.common([tokenize(head), *prompts]), *(len(prompt) - 1 for prompt in prompts)
     )  # a query is not empty
     return prompts[0][:length], [prompt[length:] for prompt in prompts]
-
-
-def agreement(sequences: Sequence[Sequence[Any]]) -> int:
-    """Number of leading elements that all sequences have in common."""
-    columns = enumerate(zip(*sequences, strict=False))
-    return next((i for i, column in columns if any(x != column[0] for x in column)), min(map(len, sequences)))

@@ -1,20 +1,21 @@
-"""Star caches on disk: a folder of safetensors, one file a step of the encoding, and a manifest written last."""
+"""Star caches on disk: a folder of safetensors, one file a step of the encoding, and a manifest with their digests."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from hf_attn_plugins.core.files import digest
+from hf_attn_plugins.core.staging import put, sweep
+from hf_attn_plugins.hf.unwrap import language_model
 from hf_attn_plugins.star.hf.cache import Layers, Record, cache_of, layers_of, record_of
-from hf_attn_plugins.star.hf.model import fingerprint, text_config, tokenizer_fingerprint
-
-MANIFEST = "star.json"
-FORMAT = 1
+from hf_attn_plugins.star.hf.fingerprint import fingerprint, tokenizer_fingerprint
+from hf_attn_plugins.star.hf.manifest import CONSTANT, FORMAT, MANIFEST, TOKENS, file_name, read, read_manifest
+from hf_attn_plugins.star.hf.model import text_config
 
 
 class Store:
@@ -35,10 +36,13 @@ class Store:
         self.manifest = {"format": FORMAT, **about(record), **(extra or {}), "complete": False, "files": []}
         if not (self.folder / MANIFEST).exists():
             self.folder.mkdir(parents=True, exist_ok=True)
+            sweep(self.folder)
             self._write_manifest()
             return None
+        sweep(self.folder)
         found = read_manifest(self.folder)
         _compare(found, self.manifest, self.folder)
+        self._forget_unnamed({entry["name"] for entry in found["files"]})
         layers, ids = read(self.folder, found)
         if not layers:
             return None
@@ -54,14 +58,15 @@ class Store:
         """Write tokens first..end of every layer."""
         from safetensors.torch import save_file
 
-        name = f"tokens-{first:09d}-{end:09d}.safetensors"
+        name = file_name(first, end)
         tensors = {"input_ids": self.ids[:, first:end].contiguous()}
         for index, pair in enumerate(layers):
             for kind, tensor in zip(("key", "value"), pair, strict=True):
                 tensors[f"{kind}.{index}"] = tensor[:, :, first:end].contiguous()
         metadata = {name: json.dumps(value) for name, value in self.manifest.items() if name != "files"}
-        _replace(self.folder / name, lambda path: save_file(tensors, path, metadata))
-        self.manifest["files"] = [*self.manifest["files"], {"name": name, "first": first, "end": end}]
+        put(self.folder / name, lambda path: save_file(tensors, path, metadata))
+        entry = {"name": name, "first": first, "end": end, "sha256": digest(self.folder / name)}
+        self.manifest["files"] = [*self.manifest["files"], entry]
         self._write_manifest()
 
     def finish(self) -> None:
@@ -70,7 +75,13 @@ class Store:
 
     def _write_manifest(self) -> None:
         text = json.dumps(self.manifest, indent=1)
-        _replace(self.folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
+        put(self.folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def _forget_unnamed(self, named: set[str]) -> None:
+        """Remove what an encoding wrote just before it was killed: the manifest does not name it yet."""
+        for path in self.folder.iterdir():
+            if TOKENS.fullmatch(path.name) and path.name not in named:
+                path.unlink(missing_ok=True)
 
 
 def save(cache: Any, folder: str | Path, *, model: nn.Module | None = None, tokenizer: Any = None) -> None:
@@ -84,17 +95,19 @@ def save(cache: Any, folder: str | Path, *, model: nn.Module | None = None, toke
         ValueError: the folder holds a star cache already.
     """
     record = record_of(cache)
-    if (Path(folder) / MANIFEST).exists():
+    if (Path(folder) / MANIFEST).exists() and read_manifest(Path(folder))["complete"]:
         raise ValueError(f"{folder} holds a star cache already: name another folder, or remove it.")
     extra: dict[str, Any] = {}
     if tokenizer is not None:
         extra["tokenizer"] = tokenizer_fingerprint(tokenizer)
     if model is not None:
-        config = text_config(model)
+        config = text_config(language_model(model))
         extra["rope"] = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     store = Store(folder)
-    store.begin(record, extra)
-    store.add(layers_of(cache, record.length), 0, record.length)
+    layers = store.begin(record, extra)  # a save that was killed goes on where it stopped
+    done = 0 if layers is None else layers[0][0].shape[2]
+    if done < record.length:
+        store.add(layers_of(cache, record.length), done, record.length)
     store.finish()
 
 
@@ -109,7 +122,7 @@ def load(folder: str | Path, model: nn.Module, *, tokenizer: Any = None) -> Any:
         FileNotFoundError: there is no such cache.
         ValueError: another model or tokenizer, an unfinished encoding, or a damaged folder.
     """
-    folder = Path(folder)
+    folder, model = Path(folder), language_model(model)
     manifest = read_manifest(folder)
     if not manifest["complete"]:
         raise ValueError(
@@ -122,9 +135,11 @@ def load(folder: str | Path, model: nn.Module, *, tokenizer: Any = None) -> Any:
     if tokenizer is not None and "tokenizer" in manifest and manifest["tokenizer"] != tokenizer_fingerprint(tokenizer):
         raise ValueError(f"{folder} was encoded with another tokenizer: token ids would mean other words.")
     layers, ids = read(folder, manifest)
-    if ids.shape[1] != manifest["length"]:
-        raise ValueError(f"{folder} is damaged: it holds {ids.shape[1]} of {manifest['length']} tokens.")
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    vocabulary = embedding.weight.shape[0]
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        raise ValueError(f"{folder} is damaged: it holds token ids outside of the vocabulary 0 .. {vocabulary - 1}.")
+    device = embedding.weight.device
     record = Record(ids, *(manifest[name] for name in ("block_size", "anchor_size", "max_length", "model")))
     return cache_of([(key.to(device), value.to(device)) for key, value in layers], record)
 
@@ -141,52 +156,10 @@ def about(record: Record) -> dict[str, Any]:
     }
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    if not path.exists():
-        raise FileNotFoundError(f"{folder} holds no star cache: there is no {MANIFEST}.")
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {manifest.get('format')}, this version reads {FORMAT}: encode again.")
-    return manifest
-
-
-def read(folder: Path, manifest: dict[str, Any]) -> tuple[Layers, Tensor]:
-    """Keys and values of every layer and the token ids that a manifest's files hold together."""
-    from safetensors.torch import load_file
-
-    parts = []
-    for entry in manifest["files"]:
-        if not (folder / entry["name"]).exists():
-            raise ValueError(f"{folder} is damaged: {entry['name']} is missing.")
-        parts.append(load_file(folder / entry["name"]))
-    if not parts:
-        return [], torch.empty(manifest["batch"], 0, dtype=torch.long)
-    count = sum(name.startswith("key.") for name in parts[0])
-
-    def joined(name: str) -> Tensor:
-        return torch.cat([part.pop(name) for part in parts], 2)
-
-    layers = [(joined(f"key.{index}"), joined(f"value.{index}")) for index in range(count)]
-    return layers, torch.cat([part["input_ids"] for part in parts], 1)
-
-
 def _compare(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
-    for name in ("model", "batch", "block_size", "anchor_size", "max_length"):
+    for name in CONSTANT:
         if found[name] != wanted[name]:
             raise ValueError(
                 f"{folder} holds an encoding with {name}={found[name]!r}, asked for {wanted[name]!r}: name another "
                 "folder, or pass what it was begun with."
             )
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Write a file under another name first, so that an interruption leaves no half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

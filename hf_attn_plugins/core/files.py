@@ -1,0 +1,59 @@
+"""Files that somebody else may have written: JSON objects that are refused with one line, and digests of contents."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+LARGEST_JSON = 1 << 26  # bytes; the index of a model of a thousand billion parameters has some ten million
+DEEPEST_JSON = 64
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; FileNotFoundError or ValueError name the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file.")
+    if path.stat().st_size > LARGEST_JSON:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, at most {LARGEST_JSON} are read as JSON.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_nan)
+        json.dumps(found, ensure_ascii=False).encode()  # text that UTF-8 cannot write again is refused here
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a JSON {type(found).__name__}, an object is needed.")
+    level: list[Any] = [found]
+    depth = 0
+    while level:
+        depth += 1
+        if depth > DEEPEST_JSON:
+            raise ValueError(f"{path} nests objects and lists more than {DEEPEST_JSON} deep.")
+        level = [child for each in level for child in (each.values() if isinstance(each, dict) else each)
+                 if isinstance(child, (dict, list))]  # fmt: skip
+    return found
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = sorted({name for name, _ in pairs if sum(name == other for other, _ in pairs) > 1})
+        raise ValueError(f"the key {twice[0]!r} occurs twice")
+    return found
+
+
+def _no_nan(text: str) -> float:
+    if text == "NaN":
+        raise ValueError("NaN is no number that a config can mean")
+    return float(text)  # Infinity: some state-space models' configs hold it
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    hasher = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            hasher.update(block)
+    return hasher.hexdigest()

@@ -1,0 +1,112 @@
+"""What a family of models says of itself: its default backend, whether it asks the registry, what it passes by name."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_attn_plugins.core.options import shown
+
+
+def own_backend(module: Any) -> str:
+    """The attention that a model, or the model of an attention module, has by default: "sdpa", or "eager"."""
+    if hasattr(type(module), "_supports_sdpa"):
+        return "sdpa" if type(module)._supports_sdpa else "eager"
+    return _backend_in(sys.modules.get(type(module).__module__))
+
+
+@functools.cache
+def own_backend_of(config_module: str) -> str:
+    """The same for the models of a config's module."""
+    return _backend_in(modeling_of(config_module))
+
+
+def _backend_in(modeling: ModuleType | None) -> str:
+    """ "eager" where no model of a file supports sdpa (`_supports_sdpa`), else "sdpa"."""
+    here = getattr(modeling, "__name__", None)
+    kinds = [kind for kind in vars(modeling or sys).values() if getattr(kind, "__module__", None) == here]
+    said = [kind._supports_sdpa for kind in kinds if hasattr(kind, "_supports_sdpa")]
+    return "eager" if said and not any(said) else "sdpa"
+
+
+def modeling_of(config_module: str) -> ModuleType | None:
+    """The imported module with the models of a config's module, by Transformers' naming; None where there is none."""
+    package, _, module = config_module.rpartition(".")
+    return sys.modules.get(f"{package}.{module.replace('configuration_', 'modeling_', 1)}")
+
+
+@torch.compiler.assume_constant_result
+def makes_blocks(config_module: str) -> bool:
+    """Whether the models of a config's module give the mask makers blocks that see each other both ways.
+
+    Asked by source (`block_sequence_ids`), since a traced mask function does not tell.
+    """
+    source = _modeling_source(config_module)
+    return source is None or "block_sequence_ids" in source
+
+
+@functools.cache
+def _modeling_source(config_module: str) -> str | None:
+    modeling = modeling_of(config_module)
+    try:
+        return None if modeling is None else inspect.getsource(modeling)
+    except OSError:
+        return None
+
+
+def _asks(modeling: ModuleType) -> bool:
+    """Whether a modeling file asks the registry, itself or by a model that it imports (DPR is made of BERT)."""
+    kinds = (kind for kind in vars(modeling).values() if isinstance(kind, type) and issubclass(kind, nn.Module))
+    others = {kind.__module__ for kind in kinds if kind.__module__.startswith("transformers.models.")}
+    files = [modeling, *map(sys.modules.get, others)]
+    return any(hasattr(file, "ALL_ATTENTION_FUNCTIONS") for file in files)
+
+
+@functools.cache
+def refuse_models_that_never_ask(config_module: str) -> None:
+    """Raise ValueError for a model whose modeling files never mention `ALL_ATTENTION_FUNCTIONS`."""
+    modeling = modeling_of(config_module)
+    if modeling is not None and not _asks(modeling):
+        raise ValueError(
+            f"models of {modeling.__name__} compute attention themselves and never ask Transformers' attention "
+            'registry, so no plugin can take effect: load this model with attn_implementation="eager" or "sdpa".'
+        )
+
+
+@torch.compiler.assume_constant_result
+def names_keyword(module_class: Any, keyword: str) -> bool:
+    """Whether an attention class passes `keyword=` by name, so that it means something to this family."""
+    return f"{keyword}=" in class_source(module_class).replace(f"{keyword} =", f"{keyword}=")
+
+
+@functools.cache
+def class_source(cls: Any) -> str:
+    """The source of a class, "" where there is none."""
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):
+        return ""
+
+
+def stored_options(config: Any, name: str) -> Any:
+    """What a config's `hf_attn_plugins` holds for plugin `name`, {} where it holds nothing.
+
+    Raises:
+        ValueError: `hf_attn_plugins` is no mapping.
+    """
+    stored = getattr(config, "hf_attn_plugins", None)
+    if stored is None:
+        return {}
+    if not isinstance(stored, Mapping):
+        raise ValueError(
+            f"hf_attn_plugins in the config ({type(config).__name__}) is {shown(stored)}: a mapping of plugin names to "
+            "options is needed; correct config.json, or remove it there."
+        )
+    return stored.get(name) or {}

@@ -1,0 +1,138 @@
+"""A star cache's folder, read as if somebody else had written it: names, ranges, digests, shapes, sizes come first."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_attn_plugins.core.files import digest, read_json
+from hf_attn_plugins.star.hf.cache import Layers
+
+MANIFEST = "star.json"
+FORMAT = 1
+TOKENS = re.compile(r"tokens-[0-9]{9,}-[0-9]{9,}\.safetensors")
+DIGEST = re.compile(r"[0-9a-f]{64}")
+CONSTANT = ("model", "batch", "block_size", "anchor_size", "max_length")  # the same for every file of a folder
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder, every field of the kind and in the range that `Store` writes.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no manifest, or of another format, or a field is wrong; the message names file and field.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no star cache: there is no {MANIFEST}.")
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {manifest.get('format')!r}, this version reads {FORMAT}: encode again.")
+    wrong = _wrong(manifest)
+    if wrong:
+        raise ValueError(f"{path} is damaged, {wrong}: encode the context again.")
+    return manifest
+
+
+def _wrong(manifest: dict[str, Any]) -> str | None:
+    """What no encoding writes into a manifest, or None."""
+    for name, least in (("length", 0), ("batch", 1), ("block_size", 1), ("anchor_size", 0), ("max_length", 0)):
+        value: Any = manifest.get(name)
+        if not _whole(value) or value < least:
+            return f"{name} is {value!r}, a whole number of at least {least} is needed"
+    if manifest["anchor_size"] > manifest["block_size"]:
+        return f"anchor_size {manifest['anchor_size']} is larger than block_size {manifest['block_size']}"
+    if not isinstance(manifest.get("model"), str) or not isinstance(manifest.get("tokenizer", ""), str):
+        return "the fingerprint of the model or of the tokenizer is no text"
+    if not isinstance(manifest.get("complete"), bool) or not isinstance(manifest.get("files"), list):
+        return "complete is no truth value, or files no list"
+    end = 0
+    for entry in manifest["files"]:
+        if not isinstance(entry, dict) or not _whole(entry.get("first")) or not _whole(entry.get("end")):
+            return f"{entry!r} names no file with its first and last token"
+        if entry["first"] != end or entry["end"] <= end:
+            return f"a file of tokens {entry['first']} to {entry['end']} follows {end} tokens"
+        end = entry["end"]
+        if entry.get("name") != file_name(entry["first"], end):
+            return f"{entry.get('name')!r} is not the name of a file of tokens {entry['first']} to {end}"
+        if not isinstance(entry.get("sha256"), str) or not DIGEST.fullmatch(entry["sha256"]):
+            return f"{entry['name']} has no digest sha256"
+    if end > manifest["length"] or (manifest["complete"] and end < manifest["length"]):
+        return f"its files hold {end} tokens of {manifest['length']}"
+    return None
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def file_name(first: int, end: int) -> str:
+    return f"tokens-{first:09d}-{end:09d}.safetensors"
+
+
+def read(folder: Path, manifest: dict[str, Any]) -> tuple[Layers, Tensor]:
+    """Keys and values of every layer and the token ids that a manifest's files hold together.
+
+    Raises:
+        ValueError: a file is missing, is not the one that the manifest was written for, or does not fit the others.
+    """
+    parts = [_part(folder / entry["name"], entry, manifest) for entry in manifest["files"]]
+    if not parts:
+        return [], torch.empty(manifest["batch"], 0, dtype=torch.long)
+    facts = [{name: _facts(tensor) for name, tensor in part.items()} for part in parts]
+    for entry, each in zip(manifest["files"], facts, strict=True):
+        if each != facts[0]:
+            raise ValueError(f"{folder / entry['name']} is damaged: its tensors do not fit those of the first file.")
+    count = (len(parts[0]) - 1) // 2
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([part.pop(name) for part in parts], 2)
+
+    layers = [(joined(f"key.{index}"), joined(f"value.{index}")) for index in range(count)]
+    return layers, torch.cat([part["input_ids"] for part in parts], 1)
+
+
+def _part(path: Path, entry: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of one file, each of the shape that its tokens ask for."""
+    from safetensors import SafetensorError, safe_open
+
+    if path.is_symlink() or not path.is_file():
+        raise ValueError(f"{path.parent} is damaged: {path.name} is missing, or no regular file.")
+    if digest(path) != entry["sha256"]:
+        raise ValueError(f"{path} is damaged: its contents are not those that {MANIFEST} was written for.")
+    try:
+        with safe_open(path, "pt") as handle:
+            metadata = handle.metadata() or {}
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
+    for name in CONSTANT:
+        if metadata.get(name) != json.dumps(manifest[name]):
+            raise ValueError(
+                f"{path} was written with {name}={metadata.get(name)}, {MANIFEST} says {manifest[name]!r}."
+            )
+    ids, count = tensors.get("input_ids"), (len(tensors) - 1) // 2
+    lead = (manifest["batch"], entry["end"] - entry["first"])
+    names = {"input_ids", *(f"{kind}.{index}" for kind in ("key", "value") for index in range(count))}
+    if ids is None or ids.dtype != torch.long or tuple(ids.shape) != lead or set(tensors) != names or not count:
+        raise ValueError(f"{path} is damaged: input_ids {lead}, and a key and a value of each layer, are needed.")
+    for name, tensor in tensors.items():
+        if name == "input_ids":
+            continue
+        key = tensors["key." + name.split(".")[1]]
+        if tensor.ndim != 4 or (tensor.shape[0], tensor.shape[2]) != lead or tensor.shape[1] != key.shape[1]:
+            raise ValueError(f"{path} is damaged: {name} is {tuple(tensor.shape)}, {lead} rows and tokens are needed.")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{path} is damaged: {name} is {tensor.dtype}, no floating-point numbers.")
+    return tensors
+
+
+def _facts(tensor: Tensor) -> tuple[Any, ...]:
+    """What the same tensor of another file has in common: all but its tokens."""
+    shape = (tensor.shape[0],) if tensor.ndim == 2 else (*tensor.shape[:2], tensor.shape[3])
+    return tensor.dtype, *shape

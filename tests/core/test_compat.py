@@ -1,0 +1,205 @@
+"""Each private name of PyTorch: it exists and does what we lean on; taken away, one sentence says so."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import distributed_c10d
+
+from hf_attn_plugins.core import compat
+
+NAMES = [
+    f"_scaled_dot_product_{kind}"
+    for kind in (
+        "flash_attention_for_cpu",
+        "flash_attention_for_cpu_backward",
+        "flash_attention",
+        "flash_attention_backward",
+        "efficient_attention",
+        "efficient_attention_backward",
+    )
+]
+
+
+def sentence(name: str, purpose: str) -> str:
+    """A regular expression for the one sentence of an upgrade that took `name` away."""
+    return rf"^torch {torch.__version__.split('+')[0]}.* has no .*{name}.* needs to {purpose}.*: install torch=="
+
+
+def exact(query, key, value):
+    scores = query.double() @ key.double().mT * query.shape[-1] ** -0.5
+    return scores.softmax(-1) @ value.double(), scores.logsumexp(-1)
+
+
+def test_fused_operator_returns_out_and_lse():
+    query, key, value = (torch.randn(2, 3, 7, 8) for _ in range(3))
+    out, lse = compat.fused_operator(NAMES[0])(query, key, value, 0.0, False)
+    expected_out, expected_lse = exact(query, key, value)
+    torch.testing.assert_close(out, expected_out.float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lse, expected_lse.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_fused_backward_gives_the_gradient():
+    query, key, value = (torch.randn(2, 3, 7, 8) for _ in range(3))
+    out, lse = compat.fused_operator(NAMES[0])(query, key, value, 0.0, False)
+    grad = torch.randn_like(out)
+    got = compat.fused_operator(NAMES[1])(grad, query, key, value, out, lse, 0.0, False)
+    inputs = [x.clone().requires_grad_() for x in (query, key, value)]
+    expected = torch.autograd.grad(exact(*inputs)[0], inputs, grad.double())
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fused_operators_exist_and_say_so_when_gone(name, monkeypatch):
+    assert callable(compat.fused_operator(name))
+    monkeypatch.setattr(compat.torch, "ops", SimpleNamespace(aten=SimpleNamespace()))
+    monkeypatch.delattr(torch, name, raising=False)
+    with pytest.raises(NotImplementedError, match=sentence(name, "use PyTorch's fused attention")):
+        compat.fused_operator(name)
+
+
+def arguments(name: str) -> list[str]:
+    return [argument.name for argument in getattr(torch.ops.aten, name).default._schema.arguments]
+
+
+def test_cuda_operators_take_what_we_hand_them():
+    """The schemas stand in every build of PyTorch; without a GPU they are all that can be looked at."""
+    forward = ["query", "key", "value", "dropout_p", "is_causal", "return_debug_mask"]
+    assert arguments(NAMES[2])[:6] == forward and "scale" in arguments(NAMES[2])
+    backward = [
+        "grad_out",
+        "query",
+        "key",
+        "value",
+        "out",
+        "logsumexp",
+        "cum_seq_q",
+        "cum_seq_k",
+        "max_q",
+        "max_k",
+        "dropout_p",
+        "is_causal",
+    ]
+    assert arguments(NAMES[3])[:14] == [*backward, "philox_seed", "philox_offset"]
+    assert arguments(NAMES[4])[:7] == [
+        "query",
+        "key",
+        "value",
+        "attn_bias",
+        "compute_log_sumexp",
+        "dropout_p",
+        "is_causal",
+    ]
+    backward = ["grad_out_", "query", "key", "value", "attn_bias", "out", "logsumexp", "philox_seed", "philox_offset"]
+    assert arguments(NAMES[5])[:12] == [*backward, "dropout_p", "grad_input_mask", "is_causal"]
+
+
+def test_random_state_of_flash():
+    returns = getattr(torch.ops.aten, NAMES[2]).default._schema.returns
+    assert len(returns) == 9 and [returns[i].name for i in (0, 1)] == ["output", "logsumexp"]
+    assert [r.name for r in returns[2:6]] == ["cum_seq_q", "cum_seq_k", "max_q", "max_k"]
+    assert compat.rng_state_of_flash(list(range(7))) == (0, 1, 2, 3, 4, 5)
+    with pytest.raises(
+        NotImplementedError,
+        match=sentence(NAMES[2], "compute its grad"),
+    ):
+        compat.rng_state_of_flash([0, 1, 2, 3])
+
+
+def test_multihead_attention_calls_our_function_and_nobody_elses():
+    module, calls = nn.MultiheadAttention(8, 2), []
+
+    def sdpa(query, key, value, *args, **kwargs):
+        calls.append(query.shape)
+        return torch.zeros_like(query)
+
+    x = torch.randn(5, 1, 8)
+    arguments = (x, x, x, 8, 2, module.in_proj_weight, module.in_proj_bias, None, None, False, 0.0)
+    routed = compat.multihead_attention_with(sdpa)
+    out, _ = routed(*arguments, module.out_proj.weight, module.out_proj.bias, training=False, need_weights=False)
+    assert len(calls) == 1
+    torch.testing.assert_close(out, module.out_proj.bias.expand_as(out))
+    module.eval()(x, x, x, need_weights=False)
+    assert len(calls) == 1
+
+
+def test_multihead_attention_that_no_longer_asks_sdpa(monkeypatch):
+    def other(*args):
+        return args
+
+    monkeypatch.setattr(compat, "multi_head_attention_forward", other)
+    with pytest.raises(NotImplementedError, match=sentence("scaled_dot_product_attention", "route its attention")):
+        compat.multihead_attention_with(lambda: None)
+    monkeypatch.setattr(compat, "multi_head_attention_forward", len)  # compiled code has no globals to replace
+    with pytest.raises(NotImplementedError, match=sentence("scaled_dot_product_attention", "route its attention")):
+        compat.multihead_attention_with(lambda: None)
+
+
+def test_default_store(tmp_path, monkeypatch):
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        compat.default_store().set("key", "value")
+        assert compat.default_store().get("key") == b"value"
+    finally:
+        dist.destroy_process_group()
+    monkeypatch.delattr(distributed_c10d, "_get_default_store")
+    with pytest.raises(NotImplementedError, match=sentence("_get_default_store", "tell the other ranks")):
+        compat.default_store()
+
+
+def test_version_counts_writes():
+    parameter = nn.Parameter(torch.zeros(3))
+    before = compat.version_of(parameter)
+    with torch.no_grad():
+        parameter.add_(1)
+    assert compat.version_of(parameter) == before + 1
+    with torch.inference_mode():
+        assert compat.version_of(nn.Parameter(torch.zeros(3))) == -1
+    without = SimpleNamespace(is_inference=lambda: False)
+    with pytest.raises(NotImplementedError, match=sentence("_version", "notice that weights have changed")):
+        compat.version_of(without)
+
+
+def test_cpu_features(monkeypatch):
+    for feature in ("avx512_bf16", "amx_tile"):
+        asked = f"_is_{feature}_supported"
+        assert hasattr(torch.cpu, asked)
+        monkeypatch.setattr(torch.cpu, asked, lambda: True)
+        assert compat.cpu_has(feature) is True
+        monkeypatch.delattr(torch.cpu, asked)
+        assert compat.cpu_has(feature) is False
+
+
+def test_block_mask_can_be_derived_from_without_its_init(monkeypatch):
+    base = compat.block_mask_type()
+
+    class Bare(base):
+        def __init__(self):
+            pass
+
+    assert isinstance(Bare(), base)
+    from torch.nn.attention import flex_attention
+
+    monkeypatch.delattr(flex_attention, "BlockMask")
+    with pytest.raises(NotImplementedError, match=sentence("BlockMask", "carry a mask")):
+        compat.block_mask_type()
+
+
+def test_a_module_that_is_still_being_imported(tmp_path, monkeypatch):
+    (tmp_path / "half_way.py").write_text(
+        "import sys\nfrom hf_attn_plugins.core.compat import is_being_imported\n"
+        "during = is_being_imported(sys.modules[__name__])\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import half_way
+
+    assert half_way.during is True and compat.is_being_imported(half_way) is False
+    del sys.modules["half_way"]
+    assert compat.is_being_imported(None) is False and compat.is_being_imported(ModuleType("bare")) is False

@@ -1,0 +1,135 @@
+"""A structured mask is a tensor to everyone who computes with it, and stays a structure where it is only passed on."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers as hf
+from transformers import masking_utils
+
+import hf_attn_plugins as hap
+from hf_attn_plugins.hf.mask_function import mask_function
+from hf_attn_plugins.hf.structured_mask import StructuredMask
+
+PADDING = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0]], dtype=torch.bool)
+SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1, 1]])
+LEFT = torch.tensor([2, 0])
+IMAGE = torch.tensor([[-1, -1, 0, 0, -1, 1, 1], [-1, 0, 0, 0, 0, -1, -1]])
+causal = masking_utils.causal_mask_function
+FUNCTIONS = {
+    "causal": causal,
+    "full": masking_utils.bidirectional_mask_function,
+    "window": masking_utils.sliding_window_causal_mask_function(3),
+    "chunks": masking_utils.chunked_causal_mask_function(3, LEFT),
+    "packed": masking_utils.and_masks(causal, masking_utils.packed_sequence_mask_function(SEGMENTS)),
+    "packed chunks": masking_utils.and_masks(
+        masking_utils.chunked_causal_mask_function(3, LEFT), masking_utils.packed_sequence_mask_function(SEGMENTS)
+    ),
+    "two windows": masking_utils.and_masks(
+        masking_utils.sliding_window_causal_mask_function(4), masking_utils.sliding_window_overlay(2)
+    ),
+    "own condition": masking_utils.and_masks(causal, lambda b, h, q, k: (q + k) % 3 != 1),
+    "image": masking_utils.or_masks(causal, masking_utils.blockwise_overlay(IMAGE)),
+    "packed image": masking_utils.and_masks(
+        masking_utils.or_masks(causal, masking_utils.blockwise_overlay(IMAGE)),
+        masking_utils.packed_sequence_mask_function(SEGMENTS),
+    ),
+}
+CAUSAL = set(FUNCTIONS) - {"full"}
+
+
+def by_hand(function, padding=None, first=0):
+    """The definition, pair by pair."""
+    b, q, k = torch.arange(2)[:, None, None], torch.arange(first, 7)[None, :, None], torch.arange(7)[None, None]
+    seen = function(b, torch.zeros_like(b), q, k).expand(2, 7 - first, 7)
+    return (seen if padding is None else seen & padding[:, None])[:, None]
+
+
+@pytest.mark.parametrize("padding", [None, PADDING], ids=["plain", "padded"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_recognised_masks_mean_what_their_functions_mean(name, padding):
+    function = FUNCTIONS[name]
+    for first in (0, 3):
+        if first and "packed" in name:
+            continue  # Transformers packs whole prompts only
+        mask = mask_function(2, 7 - first, 7, first, 0, function, padding)
+        assert mask.structure.is_causal == (name in CAUSAL) and mask.structure.recognised
+        assert torch.equal(mask & True, by_hand(function, padding, first))
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "chunks", "packed", "image", "own condition"])
+def test_plans_can_be_read_from_all_but_the_predicates(name):
+    read = mask_function(2, 7, 7, 0, 0, FUNCTIONS[name]).structure.mask
+    assert (read.predicate is None) == (name not in ("image", "own condition"))
+    assert (read.beside is not None) == (name == "image")
+
+
+def test_passing_on_keeps_the_structure_and_computing_gives_numbers():
+    mask = mask_function(2, 7, 7, 0, 0, causal, PADDING)
+    expected = by_hand(causal, PADDING)
+    for kept in (mask.to("cpu"), mask.clone(), mask.contiguous(), mask.detach(), copy.deepcopy(mask), mask[:]):
+        assert isinstance(kept, StructuredMask) and torch.equal(kept & True, expected)
+    last = mask[:, :, -2:]
+    assert isinstance(last, StructuredMask) and torch.equal(last & True, expected[:, :, -2:])
+    assert torch.equal(mask[..., 2:5], expected[..., 2:5]) and torch.equal(mask[0], expected[0])
+    assert torch.equal(torch.where(mask, 0.0, -1.0), torch.where(expected, 0.0, -1.0))
+    assert torch.equal(torch.cat([mask, mask], -1), torch.cat([expected, expected], -1))
+    assert mask.dtype == torch.bool and mask.shape == (2, 1, 7, 7) and bool(mask.any())
+
+
+def test_families_without_sdpa_get_floats_to_add():
+    config = hf.Gemma2Config(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, head_dim=4)
+    assert not hf.Gemma2ForCausalLM._supports_sdpa  # and its file is imported
+    mask = mask_function(2, 7, 7, 0, 0, causal, PADDING, config=config, dtype=torch.bfloat16)
+    seen = by_hand(causal, PADDING)
+    lowest = torch.finfo(torch.bfloat16).min
+    assert mask.dtype == torch.bfloat16
+    assert torch.equal(mask + 0, torch.where(seen, 0.0, lowest).to(torch.bfloat16))
+
+
+TINY = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+
+
+def test_doge_stays_causal():
+    """Doge branches on the mask's type and adds its own bias to it."""
+    torch.manual_seed(0)
+    model = hf.DogeForCausalLM(hf.DogeConfig(**TINY, num_key_value_heads=2, vocab_size=97)).eval()
+    ids = torch.randint(5, 90, (1, 24), generator=torch.Generator().manual_seed(0))
+    changed = ids.clone()
+    changed[:, -1] = 95
+    with torch.no_grad():
+        expected = model(ids).logits
+        with hap.use(model, "tiled_attention"):
+            torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(model(ids).logits[:, :-1], model(changed).logits[:, :-1], atol=1e-5, rtol=1e-5)
+
+
+def test_siglip2_computes_with_its_mask():
+    model = hf.Siglip2VisionModel(hf.Siglip2VisionConfig(**TINY, num_patches=16, patch_size=4)).eval()
+    inputs = dict(
+        pixel_values=torch.randn(2, 16, 48, generator=torch.Generator().manual_seed(0)),
+        pixel_attention_mask=(torch.arange(16) < torch.tensor([[16], [9]])).long(),
+        spatial_shapes=torch.tensor([[4, 4], [3, 3]]),
+    )
+    with torch.no_grad():
+        expected = model(**inputs).pooler_output
+        with hap.use(model, "tiled_attention"):
+            torch.testing.assert_close(model(**inputs).pooler_output, expected, atol=1e-5, rtol=1e-5)
+    verdicts = {v.module_class: v.verdict for v in hap.check(model, "tiled_attention").verdicts}
+    assert verdicts == {"Siglip2Attention": "honoured", "MultiheadAttention": "left as it is"}
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.int32, torch.uint8])
+def test_integer_masks_of_users_are_refused(dtype):
+    from tests.families import build
+
+    model = build("llama")
+    ids = torch.randint(5, 90, (1, 8))
+    mask = torch.ones(8, 8).tril().to(dtype)[None, None]
+    for name in hap.PLUGINS:
+        with hap.use(model, name), pytest.raises(ValueError, match=rf"{dtype}.*mask.bool\(\)"):
+            model(ids, attention_mask=mask)
+    with hap.use(model, "tiled_attention"), pytest.raises(ValueError, match="must broadcast"):
+        model(ids, attention_mask=mask.bool()[..., :5])

@@ -30,8 +30,8 @@ def attention(
 
     Divided among workers for the prefill of an empty cache and for training, from `options.min_length` tokens on;
     decoding, later turns, shorter calls and calls with fewer tokens than workers run as tiled attention. A compiled
-    graph holds the plan as one operator (`hf.planned_op`); a call that is traced without it runs as tiles. One device gains no speed from the division: what it gains is that each
-    worker holds a part of the keys only, and can be run again by itself. A GPU holds all of them here, so it does the
+    graph holds the plan as one operator (`hf.planned_op`); a call that is traced without it runs as tiles. One device
+    gains no speed from the division: what it gains is that each worker holds a part of the keys only, and can be run again by itself. A GPU holds all of them here, so it does the
     cells of all workers in one launch; `cqs.attention(..., memory_budget=...)` goes worker by worker there too.
     """
     rows, num_keys = query.shape[2], key.shape[2]

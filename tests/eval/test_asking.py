@@ -15,7 +15,8 @@ from hf_attn_plugins.eval.tasks.paths import split_paths
 
 import hf_attn_plugins as hap
 from hf_attn_plugins import cli
-from hf_attn_plugins.hf.compare import default_backend, overlap
+from hf_attn_plugins.hf.compare import overlap
+from hf_attn_plugins.hf.families import own_backend
 from hf_attn_plugins.hf.load import load, positions
 from hf_attn_plugins.hf.texts import read_text, text_tokens
 from tests.eval.tiny import model_folder, tokenizer
@@ -128,11 +129,11 @@ def test_timings_that_overlap_are_noise():
 
 def test_models_without_sdpa_load_and_compare_with_their_own_default(tmp_path):
     made = build("gemma2")
-    assert default_backend(made) == ("sdpa" if made._supports_sdpa else "eager")
+    assert own_backend(made) == ("sdpa" if made._supports_sdpa else "eager")
     made.save_pretrained(tmp_path), tokenizer().save_pretrained(tmp_path)
     loaded, _ = load(str(tmp_path), "float32")
     report = hap.compare(loaded, torch.arange(5, 69)[None], "tiled_attention")
-    assert report.baseline.name == default_backend(made) and report.kl_mean < 1e-6
+    assert report.baseline.name == own_backend(made) and report.kl_mean < 1e-6
     assert len(report.plugin.repeats) == 2
 
 

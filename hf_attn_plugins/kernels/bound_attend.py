@@ -41,6 +41,3 @@ class BoundAttend:
     def takes_rectangles(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> bool:
         """Whether `attend_rectangles` computes a plan for these tensors in one launch."""
         return takes_rectangles(query, key, value, mask, self.softcap, self.dropout, self.name)
-
-
-Kernel = BoundAttend  # the name that parallel/ uses

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import traceback
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +59,7 @@ def dry_run(model: nn.Module, name: str, length: int | None = None) -> DryRun:
     }
     seen: list[tuple[nn.Module, Decision]] = []
     refusal = unfinished = None
-    with _named(model, name), recorder.watched(model, seen), torch.no_grad():
+    with _named(model, name), _without_hooks(model), recorder.watched(model, seen), torch.no_grad():
         try:
             torch.func.functional_call(model, state, (), inputs)
         except Exception as error:
@@ -86,6 +87,23 @@ def _named(model: nn.Module, name: str) -> Iterator[None]:
     finally:
         for config, old in zip(configs, before, strict=True):
             compat.set_implementation(config, old)
+
+
+@contextlib.contextmanager
+def _without_hooks(model: nn.Module) -> Iterator[None]:
+    """A model without the hooks that others registered on it: a dry run must not be seen by them."""
+    modules: list[Any] = list(model.modules())
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    before = [[getattr(module, name) for name in names] for module in modules]
+    for module in modules:
+        for name in names:
+            setattr(module, name, OrderedDict())
+    try:
+        yield
+    finally:
+        for module, hooks in zip(modules, before, strict=True):
+            for name, held in zip(names, hooks, strict=True):
+                setattr(module, name, held)
 
 
 def _inputs(model: Any, length: int) -> dict[str, Any] | None:

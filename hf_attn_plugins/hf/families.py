@@ -19,12 +19,28 @@ def own_backend(module: Any) -> str:
     """The attention that a model, or the model of an attention module, has by default: "sdpa", or "eager"."""
     if hasattr(type(module), "_supports_sdpa"):
         return "sdpa" if type(module)._supports_sdpa else "eager"
-    return _backend_in(sys.modules.get(type(module).__module__))
+    return own_backend_in(type(module).__module__)
+
+
+@torch.compiler.assume_constant_result
+def own_backend_in(modeling_module: str) -> str:
+    """The same for the models of a modeling file, by its module's name."""
+    return _backend_of_file(modeling_module)
 
 
 @functools.cache
+def _backend_of_file(modeling_module: str) -> str:
+    return _backend_in(sys.modules.get(modeling_module))
+
+
+@torch.compiler.assume_constant_result
 def own_backend_of(config_module: str) -> str:
     """The same for the models of a config's module."""
+    return _backend_of(config_module)
+
+
+@functools.cache
+def _backend_of(config_module: str) -> str:
     return _backend_in(modeling_of(config_module))
 
 

@@ -64,14 +64,15 @@ def mask_function(
     else:
         read = recognise(mask_function, place)
     padding = _padding(attention_mask, kv_length, kv_offset, tracing)
+    # Families without sdpa add their masks to the scores, and never leave one out.
+    floats = config is not None and families.own_backend_of(type(config).__module__) == "eager"
     structure = Structure(
         mask=read.mask.replace(offset=q_offset - kv_offset, key_padding=padding),
         shape=(batch_size, 1, q_length, kv_length),
         is_causal=read.is_causal,
         recognised=read.names,
-        skippable=_skippable(read, padding, q_length, kv_length, allow_is_causal_skip, rest),
+        skippable=not floats and _skippable(read, padding, q_length, kv_length, allow_is_causal_skip, rest),
     )
-    floats = config is not None and not tracing and families.own_backend_of(type(config).__module__) == "eager"
     return travelling(structure, device, dtype if floats else torch.bool)
 
 

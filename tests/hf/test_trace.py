@@ -194,3 +194,13 @@ def test_is_causal_of_the_modules_decides_as_with_sdpa(llama):
                 verdict = hap.check(llama, name).verdicts[0].verdict
             assert set(seen.methods) == {"tiled"}
             assert verdict == ("honoured" if name == "tiled_attention" else "passed through")
+
+
+def test_a_dry_run_is_not_seen_by_hooks(llama):
+    seen = []
+    handles = [m.register_forward_hook(lambda *_: seen.append(1)) for m in llama.modules()]
+    handles += [m.register_forward_pre_hook(lambda *_: seen.append(1)) for m in llama.modules()]
+    assert hap.check(llama, "star_attention", length=3000).methods == {"star": llama.config.num_hidden_layers}
+    assert seen == []
+    llama(IDS)
+    assert len(seen) >= len(handles) - 4, "the hooks are back"

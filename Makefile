@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 # A CPU build of torch first, so that no other package pulls in one of several gigabytes.
 TORCH_INDEX ?=
 
-.PHONY: demo eval test test-grid test-slow test-gpu test-versions test-floor lint format bench readme clean
+.PHONY: demo eval compatibility test test-grid test-slow test-gpu test-versions test-floor lint format bench readme clean
 
 $(VENV)/.dev: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -25,6 +25,11 @@ demo: $(VENV)/.demo
 # Everything in eval/default.yaml: up to an hour on two cores; goes on where it was interrupted.
 eval: $(VENV)/.demo
 	$(BIN)/hf-attn eval --config default
+
+# A tiny model of every family of Transformers under every plugin: half an hour on two cores.
+compatibility: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/hf-attn scan --workers 2 --compiled tiled_attention star_attention cqs_attention \
+		--page docs/compatibility.md --json benchmarks/results/compatibility.json --again
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest

@@ -16,7 +16,7 @@ from hf_attn_plugins.core.options import Options
 from hf_attn_plugins.core.partial import Partial, merge
 from hf_attn_plugins.hf import register
 from hf_attn_plugins.kernels import attend
-from hf_attn_plugins.plugins import Plugin
+from hf_attn_plugins.plugins import PLUGINS, Plugin
 
 
 @dataclass(frozen=True)
@@ -110,5 +110,5 @@ BASELINES: dict[str, Plugin] = {
 
 
 def registered() -> contextlib.AbstractContextManager[None]:
-    """The baselines as plugins for a while; afterwards no trace of them is left."""
-    return register.registered(*BASELINES.values())
+    """The baselines as plugins for a while; a plugin registered by the user under such a name stays."""
+    return register.registered(*(row for name, row in BASELINES.items() if name not in PLUGINS))

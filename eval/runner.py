@@ -5,32 +5,20 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from hf_attn_plugins.core import interrupt
-from hf_attn_plugins.hf.configure import use
 from hf_attn_plugins.hf.evaluating import evaluating
 from hf_attn_plugins.hf.load import check_length, positions
-from hf_attn_plugins.hf.trace import trace
-from hf_attn_plugins.parallel.hf.session import context_parallel
-from hf_attn_plugins.plugins import PLUGINS
 
 from . import measure
+from .attending import Ran, attending, frozen
 from .configuration import Attention, Configuration
 from .metrics import score
 from .plan import Unit, units
 from .prompts import Prompter
 from .records import KINDS, Agreement, Generation, Loss, Prediction, RunFolder, Sample, Speed
 from .tasks import Item, Setting, Task, task
-
-
-@dataclass
-class Ran:
-    """What an attention did while it was switched on: `plan` as in `records.Prediction`."""
-
-    plan: str | None = None
-
 
 WARM_UP = 32  # tokens of the first, unrecorded call of every implementation
 
@@ -98,7 +86,7 @@ class Runner:
                 for name in ("samples", "predictions")
             )
             stack.enter_context(evaluating(self.model))
-            stack.enter_context(_frozen())
+            stack.enter_context(frozen())
             for unit in self.units:
                 interrupt.check()
                 asked = self.tasks[unit.task]
@@ -261,15 +249,8 @@ class Runner:
             measure.answer(self.model, item.ids[: length or WARM_UP], 2, to_the_end=True)
             self._warm.add((attn.label, length))
 
-    @contextlib.contextmanager
-    def _attention(self, attn: Attention) -> Iterator[Ran]:
-        """The model with an attention for a while. The one place that learns, at its end, what the attention did."""
-        ran, sharded = Ran(), self.settings.context_parallel and attn.implementation in PLUGINS
-        chosen: Any = (context_parallel if sharded else use)(self.model, attn.implementation, **attn.options)
-        with chosen, trace(self.model) as seen:
-            yield ran
-        if attn.implementation in PLUGINS and not sharded:
-            ran.plan = seen.plan()
+    def _attention(self, attn: Attention) -> contextlib.AbstractContextManager[Ran]:
+        return attending(self.model, attn, sharded=self.settings.context_parallel)
 
     def _baseline(self) -> Attention:
         return next(a for a in self.settings.attn if a.label == self.settings.baseline)
@@ -281,17 +262,6 @@ class Runner:
             import torch
 
             torch.cuda.empty_cache()
-
-
-@contextlib.contextmanager
-def _frozen() -> Iterator[None]:
-    """Keep what is loaded out of the collections before each measurement: looking through it takes a quarter second."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _same(known: Sample, sample: Sample) -> None:

@@ -55,6 +55,7 @@ def commands() -> Table:
             "tables and page of an evaluation; several as one leaderboard",
         ),
         "patch": ("hf_attn_plugins.patches.command", "change a checkpoint by a recipe, show what was done, undo it"),
+        "scan": ("hf_attn_plugins.commands.scan", "every family of Transformers, tiny, under every plugin, as a table"),
         "run": (
             "hf_attn_plugins.commands.run",
             "any Python command with the plugins registered: hf-attn run -- CMD ...",

@@ -36,12 +36,11 @@ def plan(source: Source, arguments: argparse.Namespace) -> Patch:
         raise ValueError(
             f"{source.folder} already has a quantization_config ({method}): it cannot take tables as well."
         )
-    with naming(source.folder):
-        original = _load(source.folder)
     named = _kernel_name(source.config)
     if named is not None:
         raise ValueError(f"{source.folder} names the attention {named!r}, code of a hub: name another one first.")
-    original = _load(source.folder)
+    with naming(source.folder):
+        original = _load(source.folder)
     audit = first_layer.audit(original)
     places = audit.require()
     tables = first_layer.build(original, places)

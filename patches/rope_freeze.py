@@ -71,7 +71,9 @@ def _ropes(config: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 def _freeze_dynamic(config: dict[str, Any], rope: dict[str, Any], length: int, place: str) -> str:
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    longest, factor = config["max_position_embeddings"], rope["factor"]
+    longest, factor = _whole("max_position_embeddings", config["max_position_embeddings"]), float(rope["factor"])
+    if not factor >= 1:
+        raise ValueError(f"{place}: a dynamic factor of {factor} is below 1, which no RoPE scaling has.")
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     dim = int(head_dim * rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)))
     frozen = theta
@@ -91,6 +93,12 @@ def _freeze_dynamic(config: dict[str, Any], rope: dict[str, Any], length: int, p
             else "."
         )
     )
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or value < 1:
+        raise ValueError(f"{name} is {value!r}: a whole number of at least 1 is needed.")
+    return int(value)
 
 
 def _freeze_longrope(config: dict[str, Any], rope: dict[str, Any], length: int, place: str) -> str:

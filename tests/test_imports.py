@@ -36,7 +36,7 @@ FLOORS = (
     ("hf_attn_plugins.tiled", "hf_attn_plugins.star", "hf_attn_plugins.cqs", "hf_attn_plugins.indexed"),
     ("hf_attn_plugins.bench",),
     ("hf_attn_plugins.kernels.varlen",),
-    ("hf_attn_plugins.kernels.attend_rectangles",),
+    ("hf_attn_plugins.kernels.attend_rectangles", "hf_attn_plugins.kernels.attend_blocks"),
     ("hf_attn_plugins.kernels.bound_attend",),
     ("hf_attn_plugins.kernels.attend",),
     ("hf_attn_plugins.kernels.choose",),

@@ -44,8 +44,8 @@ def brief(metrics: Row) -> Table:
         ("errors", lambda row: str(row["errors"] or figures.NOTHING)),
     ]
     note = (
-        "Differences are paired: in points with 95 % intervals, counts below ten answers; answer: nats by which a "
-        "token of the reference is less likely; prefill: times as fast; memory: of the baseline's."
+        "Differences are paired: in points with 95 % intervals, counts below ten; answer: nats by which a token "
+        "of the reference is less likely; prefill: times as fast; memory: of the baseline's."
     )
     return _table(f"Against {metrics['baseline']}", columns, metrics["overall"], note)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_attn_plugins.hf.load import read_text
+from hf_attn_plugins.hf.texts import read_text
 
 from .paths import split_paths
 from .rows import load
@@ -137,7 +137,7 @@ def read(source: str, online: bool) -> Essay | Documents:
     if isinstance(found, str):
         return _essay(name, found, source)
     rows = found.get("data", ()) if isinstance(found, Mapping) else found
-    if not isinstance(rows, Sequence) or not rows or not isinstance(rows[0], Mapping):
+    if not hasattr(rows, "__getitem__") or not len(rows) or not isinstance(rows[0], Mapping):
         raise ValueError(f"--haystack {source}: neither a text nor questions over documents are in it.")
     first = rows[0]
     if "paragraphs" in first:

@@ -29,7 +29,7 @@ class Item:
 class Setting:
     """What tasks need to know of a run: how prompts are made, seeds, and where texts and data sets are.
 
-    `text_tokens` is how many tokens of a text the run reads at most, None for all; a longer text is cut first.
+    `text_tokens` is how many tokens of a text the run reads at most, None for all: a longer one is not tokenised whole.
     """
 
     prompter: Prompter

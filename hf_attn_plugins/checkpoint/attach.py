@@ -12,7 +12,6 @@ import itertools
 import logging
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -20,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_attn_plugins.checkpoint import fingerprint
+from hf_attn_plugins.checkpoint import fingerprint, table_checks
 from hf_attn_plugins.checkpoint.circumstances import circumstance
+from hf_attn_plugins.checkpoint.places import Places
 
 logger = logging.getLogger("hf_attn_plugins")
 ATTRIBUTE = "hf_attn_first_layer"
@@ -29,27 +29,6 @@ BUFFERS = ("first_layer_rows", "first_layer_weights")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _numbers = itertools.count()
 _compiled: set[int] = set()  # numbers of the layers whose compilation was warned of
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where in a model the tables act, as module paths.
-
-    Attributes:
-        decoder: the module that is called with token ids and owns the layers.
-        embedding: the input embedding.
-        norm: the norm whose output the projections read, or None where they read the layer's bare input.
-        projections: the first layer's query, key and value projections (fused ones count as one).
-    """
-
-    decoder: str
-    embedding: str
-    norm: str | None
-    projections: tuple[str, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {**asdict(self), "projections": list(self.projections)}
 
 
 class _Tokens(threading.local):
@@ -80,11 +59,11 @@ class FirstLayer:
         under = len(places.decoder) + 1 if places.decoder else 0
         paths = ([] if places.norm is None else [places.norm]) + list(places.projections)
         self.paths = [path[under:] for path in paths]
-        _check_model(model, places)
-        _check_tables(model, places, tables)
+        table_checks.check_model(model, places)
+        table_checks.check_tables(model, places, tables)
         if not all(key in tables for key in fingerprint.KEYS):
             tables = {**tables, **fingerprint.take(model, places, tables)}
-        _check_fingerprints(places, tables)
+        table_checks.check_fingerprints(places, tables)
         self.number, self.tokens, self.looked_up, self.said = next(_numbers), _Tokens(), 0, set[str]()
         self.settings = int(tables[fingerprint.SETTINGS])
         self.digests = tables[fingerprint.TABLES].tolist()
@@ -227,41 +206,6 @@ class FirstLayer:
         self.__dict__.update(state)
         for name in ("before", "forwards"):
             setattr(self, name, dict(zip(self._modules(), state[name], strict=True)))
-
-
-def _check_model(model: nn.Module, places: Places) -> None:
-    """ValueError unless the projections are plain matrices in memory."""
-    for path in places.projections:
-        projection: Any = model.get_submodule(path)
-        if type(projection) is not nn.Linear:
-            raise ValueError(f"{path} is a {type(projection).__name__}, tables replace a plain nn.Linear only.")
-        if projection.weight.is_meta:
-            raise ValueError(f"{path} is offloaded (meta tensors): keep the first layer in memory to use tables.")
-
-
-def _check_tables(model: nn.Module, places: Places, tables: Mapping[str, Tensor]) -> None:
-    """ValueError unless tables and fingerprints fit the model and each other."""
-    rows = getattr(model.get_submodule(places.embedding), "num_embeddings", None)
-    for path in places.projections:
-        if path not in tables:
-            raise ValueError(f"there is no table for {path}.")
-        projection: Any = model.get_submodule(path)
-        wanted, dtype = (rows, projection.out_features), projection.weight.dtype
-        if tuple(tables[path].shape) != wanted or tables[path].dtype != dtype:
-            raise ValueError(
-                f"the table of {path} is {tuple(tables[path].shape)} {tables[path].dtype}, the model needs {wanted} "
-                f"{dtype}."
-            )
-
-
-def _check_fingerprints(places: Places, tables: Mapping[str, Tensor]) -> None:
-    """ValueError unless the fingerprints are those of the tables."""
-    found = [tables[path] for path in places.projections]
-    given = [tables[key] for key in fingerprint.KEYS]
-    if any(each.dtype != torch.int64 for each in given) or tables[fingerprint.ROWS].shape != (len(found[0]),):
-        raise ValueError("the tables' fingerprints are malformed: make the tables anew.")
-    if not torch.equal(fingerprint.tables_digest(found).cpu(), tables[fingerprint.TABLES].cpu()):
-        raise ValueError("the tables are not those that were written (their digests differ): make them anew.")
 
 
 @torch.compiler.assume_constant_result

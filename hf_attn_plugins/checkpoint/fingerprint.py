@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from hf_attn_plugins.checkpoint.attach import Places
+    from hf_attn_plugins.checkpoint.places import Places
 
 KEYS = ("fingerprint.rows", "fingerprint.weights", "fingerprint.tables", "fingerprint.settings")
 ROWS, WEIGHTS, TABLES, SETTINGS = KEYS

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_attn_plugins.checkpoint import fingerprint
-from hf_attn_plugins.checkpoint.attach import ATTRIBUTE, Places
+from hf_attn_plugins.checkpoint.attach import ATTRIBUTE
+from hf_attn_plugins.checkpoint.places import Places
 
 PROBE = 12  # tokens of the audit's trial run
 

@@ -16,7 +16,8 @@ from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_attn_plugins.checkpoint import fingerprint
-from hf_attn_plugins.checkpoint.attach import Places, attach
+from hf_attn_plugins.checkpoint.attach import attach
+from hf_attn_plugins.checkpoint.places import Places
 
 logger = logging.getLogger("hf_attn_plugins")
 METHOD = "hf_attn_first_layer"

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -240,8 +241,6 @@ def _symlink(source: Path, target: Path) -> None:
 
 
 def _stamp() -> dict[str, str]:
-    from importlib.metadata import version
-
     when = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     return {"time": when, "transformers": version("transformers"), "torch": version("torch")}
 

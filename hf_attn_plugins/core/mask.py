@@ -64,14 +64,14 @@ class Mask:
             return num_keys - num_rows
         return int(self.offset)
 
-    def only_positions(self) -> bool:
+    def has_no_tensors(self) -> bool:
         """True when nothing but `causal`, `window`, `offset` and `prefix` decides."""
         return self.key_padding is None and self.query_segments is None and self.predicate is None and self.bias is None
 
     def is_plain(self, start: int) -> bool:
         """True when the mask is causal or full and no more, its row 0 standing at position `start`."""
         in_place = self.offset is None or (isinstance(self.offset, int) and self.offset == start)
-        return in_place and self.window == (None, None) and not self.prefix and self.only_positions()
+        return in_place and self.window == (None, None) and not self.prefix and self.has_no_tensors()
 
     def trimmed(self, num_rows: int, num_keys: int) -> tuple[Mask, slice]:
         """Drop the bounds that do not bind and the keys no row can reach by its position.
@@ -83,6 +83,8 @@ class Mask:
             return self, slice(0, num_keys)
         if self.offset is None and self.window == (None, None) and num_rows == num_keys > 1:
             return self, slice(0, num_keys)
+        if num_rows == 1 and self.is_plain(num_keys - 1):  # decoding: the last row sees every key
+            return FULL, slice(0, num_keys)
         start, (left, right) = self.start(num_rows, num_keys), self.window
         last = start + num_rows - 1
         first_key = 0 if left is None else min(max(0, start - left), num_keys)
@@ -198,6 +200,31 @@ def window_of(window: int | Window | None) -> Window:
     if len(window) != 2 or any(side is not None and side < 0 for side in window):
         raise ValueError(f"window={window}: pass an int, or (left, right) with counts >= 0 or None on either side.")
     return (window[0], window[1])
+
+
+FULL, CAUSAL = Mask(), Mask(causal=True)
+
+
+def one_mask(mask: Mask | Tensor | None, is_causal: bool, window: int | Window | None) -> Mask:
+    """Everything that hides keys, as one `Mask`; a tensor becomes its `bias`.
+
+    Raises:
+        ValueError: a mask tensor that is neither bool nor float, or a window beside a mask that has one.
+    """
+    if mask is None and window is None:
+        return CAUSAL if is_causal else FULL
+    if isinstance(mask, Tensor):
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise ValueError(f"a mask tensor is bool (True = attend) or float (added to scores), got {mask.dtype}.")
+        mask = Mask(bias=mask)
+    mask = mask or FULL
+    if is_causal and not mask.causal:
+        mask = mask.replace(causal=True)
+    if window is not None:
+        if mask.window != (None, None):
+            raise ValueError(f"window={window} was given beside a mask with window {mask.window}: pass one of them.")
+        mask = mask.replace(window=window_of(window))
+    return mask
 
 
 def padding_from_lengths(lengths: Tensor, num_keys: int, side: str = "right") -> Tensor:

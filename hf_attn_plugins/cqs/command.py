@@ -110,7 +110,7 @@ def _plan(arguments: argparse.Namespace, shape: cost.CallShape) -> Plan:
         workers = [default_workers(arguments.length)]
     for count in workers:
         if not 1 <= count <= MOST_WORKERS:
-            raise ValueError(f"--workers {count}: 1 to {MOST_WORKERS} workers can be planned.")
+            raise ValueError(f"--workers {count}: at least 1 worker and at most {MOST_WORKERS} can be planned.")
     return plan(arguments.length, workers, None if chosen is None else [chosen] + [None] * (len(workers) - 1))
 
 

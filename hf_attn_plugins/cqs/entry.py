@@ -28,11 +28,13 @@ def attention(
 ) -> Partial:
     """Exact attention; see `kernels.attend`.
 
-    Divided among workers for the prefill of an empty cache and for training, from `options.min_length` tokens on;
-    decoding, later turns and shorter calls run as tiled attention, and so does everything under `torch.compile`, where
-    each worker would only lengthen the graph. One device gains no speed from the division: what it gains is that each
-    worker holds a part of the keys only, and can be run again by itself. A GPU holds all of them here, so it does the
-    cells of all workers in one launch; `cqs.attention(..., memory_budget=...)` goes worker by worker there too.
+    The prefill of an empty cache, and training, are divided among workers from `options.min_length` tokens on.
+    Decoding, later turns, shorter calls and calls with fewer tokens than workers run as tiled attention. A compiled
+    graph holds the plan as one operator (`hf.planned_op`); a call that is traced without it runs as tiles.
+
+    One device gains no speed from the division. It gains that each worker holds a part of the keys only, and can be run
+    again by itself. A GPU holds all keys here, so it does the cells of all workers in one launch;
+    `cqs.attention(..., memory_budget=...)` goes worker by worker there too.
     """
     rows, num_keys = query.shape[2], key.shape[2]
     compiling = torch.compiler.is_compiling()

@@ -7,12 +7,12 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterable
 
-from hf_attn_plugins.core.rectangle import Piece
+from hf_attn_plugins.core.rectangle import Rectangle
 from hf_attn_plugins.cqs.scheduler import Plan
 from hf_attn_plugins.cqs.worker_share import Leaf, Range, joined
 
 
-def pieces(leaves: Iterable[Leaf], is_causal: bool = False) -> list[Piece]:
+def rectangles_of(leaves: Iterable[Leaf], is_causal: bool = False) -> list[Rectangle]:
     """The cells that some workers keep, all of a plan's or any of them, each cell in one rectangle.
 
     Rows are cut wherever a worker's ranges begin or end; the keys that the workers keep for the same rows are joined
@@ -32,13 +32,13 @@ def pieces(leaves: Iterable[Leaf], is_causal: bool = False) -> list[Piece]:
         for index in range(place[begin], place[end]):
             keys[index] += runs
     return [
-        Piece(begin, end, *run, True)
+        Rectangle(begin, end, *run, True)
         for (begin, end), runs in zip(itertools.pairwise(cuts), keys, strict=True)
         for run in joined(sorted(runs))
     ]
 
 
 @functools.lru_cache(maxsize=32)  # every layer of a model asks for the same plan
-def of_plan(plan: Plan, is_causal: bool) -> list[Piece]:
+def of_plan(plan: Plan, is_causal: bool) -> list[Rectangle]:
     """`pieces` of all leaves of a plan."""
-    return pieces(plan.leaves(), is_causal)
+    return rectangles_of(plan.leaves(), is_causal)

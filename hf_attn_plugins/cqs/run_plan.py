@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_attn_plugins.core.mask import Mask, Window, window_of
-from hf_attn_plugins.core.partial import Partial
+from hf_attn_plugins.core.mask import Mask, Window, one_mask
+from hf_attn_plugins.core.partial import Partial, with_sinks
 from hf_attn_plugins.cqs.cost import parse_bytes
 from hf_attn_plugins.cqs.rectangles import of_plan
 from hf_attn_plugins.cqs.scheduler import Plan
 from hf_attn_plugins.cqs.sub_masks import check_lengths
-from hf_attn_plugins.cqs.tiler import Tiler, with_sinks
+from hf_attn_plugins.cqs.tiler import Tiler
 from hf_attn_plugins.cqs.tokens import TOKENS, Tokens
 from hf_attn_plugins.cqs.worker_share import Leaf
 from hf_attn_plugins.cqs.workers import work
 from hf_attn_plugins.kernels.attend_rectangles import attend_rectangles
-from hf_attn_plugins.kernels.choose import choose
+from hf_attn_plugins.kernels.choose import takes_rectangles
 
 
 def attention(
@@ -87,12 +87,12 @@ def attention(
     if plan is None or not (device is None and out is None and folder is None):
         raise ValueError("plan may be left out, and device, out and folder be given, only with a memory_budget.")
     check_lengths(query.shape[TOKENS], key.shape[TOKENS], plan, whole)
-    if (kernel or choose(query, key, value, whole, softcap, dropout)) == "triton":
-        # A prefix is seen from before it, so that its blocks above the diagonal count although the rest is causal.
-        cells = of_plan(plan, whole.causal and not whole.prefix)
+    if takes_rectangles(query, key, value, whole, softcap, dropout, kernel):
+        # A prefix is seen from before it, so its blocks above the diagonal count although the rest is causal.
+        rectangles = of_plan(plan, whole.causal and not whole.prefix)
         part = attend_rectangles(
-            query, key, value, cells, mask=whole.replace(offset=0), scale=scale, softcap=softcap, dropout=dropout,
-            kernel="triton",
+            query, key, value, rectangles, mask=whole.replace(offset=0), scale=scale, softcap=softcap, dropout=dropout,
+            kernel=kernel,
         )  # fmt: skip
         return with_sinks(part, sinks)
     leaves = list(plan.leaves())
@@ -102,18 +102,6 @@ def attention(
     for leaf in leaves:
         tiler.add(work(leaf, *tokens, mask=whole, scale=scale, softcap=softcap, dropout=dropout, kernel=kernel))
     return with_sinks(tiler.result(), sinks)
-
-
-def one_mask(mask: Mask | Tensor | None, is_causal: bool, window: int | Window | None) -> Mask:
-    """All that hides keys as one `Mask`."""
-    whole = Mask(bias=mask) if isinstance(mask, Tensor) else mask or Mask()
-    if is_causal:
-        whole = whole.replace(causal=True)
-    if window is not None:
-        if whole.window != (None, None):
-            raise ValueError(f"window={window} was given beside a mask with window {whole.window}: pass one of them.")
-        whole = whole.replace(window=window_of(window))
-    return whole
 
 
 def _cuts(leaves: list[Leaf]) -> list[int]:

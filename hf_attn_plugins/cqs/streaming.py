@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from hf_attn_plugins.core.mask import Mask
-from hf_attn_plugins.core.partial import Partial, merge
+from hf_attn_plugins.core.partial import Partial, lse_dtype, merge, with_sinks
 from hf_attn_plugins.cqs import cost
 from hf_attn_plugins.cqs.scheduler import Plan
 from hf_attn_plugins.cqs.storage import Source, file_tensor
 from hf_attn_plugins.cqs.sub_masks import check_lengths
-from hf_attn_plugins.cqs.tiler import Ledger, with_sinks
+from hf_attn_plugins.cqs.tiler import Ledger
 from hf_attn_plugins.cqs.tokens import TOKENS
 from hf_attn_plugins.cqs.workers import work
 
@@ -54,7 +54,7 @@ def stream(
         )
     device = torch.device(device) if device is not None else None
     mask = mask if device is None else _moved(mask, device)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = lse_dtype(dtype)
     home = query.device if isinstance(query, Tensor) else torch.device("cpu")
     in_files = any(source.in_file for source in sources)
     rows_shape = (*sources[0].shape[:3], shape.head_dim_v)
@@ -101,7 +101,7 @@ def stream(
 
 def workspace_bytes(dtype: torch.dtype, mask: Mask, softcap: float | None, dropout: float, kernel: str | None) -> int:
     """Bytes to set aside for the kernel itself, whichever of them runs."""
-    plain = mask.window == (None, None) and not mask.prefix and mask.only_positions()
+    plain = mask.window == (None, None) and not mask.prefix and mask.has_no_tensors()
     fused = plain and softcap is None and not dropout and dtype != torch.bfloat16
     if kernel == "aten" or (kernel is None and fused):
         return FUSED_WORKSPACE + PER_THREAD * torch.get_num_threads()

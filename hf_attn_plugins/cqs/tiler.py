@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 
 from hf_attn_plugins.core.partial import Partial, merge
@@ -106,7 +105,7 @@ class Tiler:
         merged = [merge(p) if p else self._empty(b - a) for p, (a, b) in zip(pieces, itertools.pairwise(cuts))]
         if not merged:
             return self._empty(0)
-        return Partial(torch.cat([p.out for p in merged], TOKENS), torch.cat([p.lse for p in merged], TOKENS))
+        return Partial.cat(merged)
 
     def _empty(self, rows: int) -> Partial:
         return Partial.empty(self._query[:, :, :rows], self._head_dim_v)
@@ -115,14 +114,4 @@ class Tiler:
 def _split(partial: Partial, cuts: list[int]) -> list[Partial]:
     if len(cuts) == 2:
         return [partial]
-    sizes = [end - begin for begin, end in itertools.pairwise(cuts)]
-    return [Partial(*parts) for parts in zip(*(x.split(sizes, TOKENS) for x in partial), strict=True)]
-
-
-def with_sinks(partial: Partial, sinks: Tensor | None) -> Partial:
-    """Add learned sinks to the denominator, once, after the last merge: out * sigmoid(lse - sink)."""
-    if sinks is None:
-        return partial
-    logits = sinks.to(partial.lse.dtype).view(1, -1, 1)
-    share = torch.sigmoid(partial.lse - logits).unsqueeze(-1)
-    return Partial((partial.out * share).to(partial.out.dtype), torch.logaddexp(partial.lse, logits))
+    return [partial.rows(low - cuts[0], high - cuts[0]) for low, high in itertools.pairwise(cuts)]

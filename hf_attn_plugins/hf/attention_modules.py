@@ -41,6 +41,11 @@ def takes_mask(module: nn.Module) -> bool:
     return any("mask" in name or name == "kwargs" for name in inspect.signature(module.forward).parameters)
 
 
+def takes_mask_for_padding(module: nn.Module) -> bool:
+    """Whether a router of experts reads the attention mask as a padding mask (NLLB-MoE): it counts on sdpa's None."""
+    return "router_ignore_padding_tokens" in class_source(_kind(module))
+
+
 def sparse_keyword(module: nn.Module) -> str | None:
     """The keyword by which a module hands over its own choice of keys; None where it does not."""
     source = class_source(_kind(module))

@@ -37,7 +37,7 @@ class Rendered:
 
     @property
     def open_thought(self) -> str | None:
-        """The tag of a thought that the template leaves open at its end, such as "<think>"; None without one."""
+        """The tag of a thought that the template leaves open at its end, such as "<think>", or None."""
         for begin, end in THOUGHTS:
             if begin in self.after and end not in self.after[self.after.rindex(begin) :]:
                 return begin

@@ -20,6 +20,7 @@ from hf_attn_plugins.hf.attention_modules import (
     is_attention,
     sparse_keyword,
     takes_mask,
+    takes_mask_for_padding,
 )
 from hf_attn_plugins.hf.dry_run import DryRun, dry_run
 from hf_attn_plugins.hf.unwrap import unwrapped
@@ -112,6 +113,8 @@ def _read(module: nn.Module, row: Plugin) -> tuple[str, str] | None:
         if not can_switch and attention_modules(module):
             return "refused", f"the model's code does not support switching its attention; {_use(module)}"
         return None
+    if takes_mask_for_padding(module):
+        return "refused", f"routes experts by the attention mask, read as a padding mask; {_use(module)}"
     if not is_attention(module):
         return None
     if not asks_registry(module):

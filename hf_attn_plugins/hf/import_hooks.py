@@ -25,6 +25,11 @@ def forget(name: str) -> None:
     sys.meta_path[:] = [f for f in sys.meta_path if not (isinstance(f, _After) and f.name == name)]
 
 
+def is_waiting(name: str) -> bool:
+    """Whether an action waits for module `name`."""
+    return any(isinstance(finder, _After) and finder.name == name for finder in sys.meta_path)
+
+
 class _After(MetaPathFinder):
     def __init__(self, name: str, action: Callable[[], None]) -> None:
         self.name, self.action = name, action

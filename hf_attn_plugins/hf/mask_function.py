@@ -90,7 +90,7 @@ def _skippable(
     read: Recognised, padding: Tensor | None, queries: int, keys: int, causal_skip: bool, rest: dict[str, Any]
 ) -> bool:
     """Whether `sdpa_mask` would give None: a plain mask without padding, for one query or for as many as keys."""
-    if padding is not None or not read.mask.only_positions() or read.mask.prefix:
+    if padding is not None or not read.mask.has_no_tensors() or read.mask.prefix:
         return False
     allowed = rest.get("allow_is_bidirectional_skip", causal_skip)
     left, _ = read.mask.window

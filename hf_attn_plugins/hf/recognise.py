@@ -96,7 +96,7 @@ def _known(function: MaskFunction, place: Place) -> Recognised | None:
     if maker == "remap_positions_for_packed_sequence":
         inner = recognise(cells["mask_function"], place)
         # Inside a packed sequence positions count up by one, so distances are those of the indices.
-        if inner.mask.only_positions():
+        if inner.mask.has_no_tensors():
             return inner
     return None
 
@@ -128,7 +128,7 @@ def _union(function: MaskFunction, functions: Sequence[MaskFunction], place: Pla
     others = [shifted(f, place) for f, part in zip(functions, parts, strict=True) if not part.is_causal]
     if len(others) == len(parts):
         return None
-    if not others and all(part.mask.only_positions() and part.mask.window == (None, None) for part in parts):
+    if not others and all(part.mask.has_no_tensors() and part.mask.window == (None, None) for part in parts):
         return parts[0]
     names = tuple(name for part in parts if part.is_causal for name in part.names)
     whole = Mask(predicate=shifted(function, place), beside=_any(others))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import importlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from hf_attn_plugins.hf.import_hooks import forget, when_imported
+from hf_attn_plugins.core.options import Options
+from hf_attn_plugins.hf.import_hooks import forget, is_waiting, when_imported
 from hf_attn_plugins.plugins import PLUGINS, Plugin, resolve
 
 MODELING = "transformers.modeling_utils"
@@ -21,10 +25,14 @@ REGISTRATIONS = (
     ("transformers.quantizers.auto", "hf_attn_plugins.checkpoint.loader:register"),
 )
 _BUILT_IN = frozenset(PLUGINS)
+_WITHDRAWN: set[str] = set()  # own plugins that were unregistered, maybe before Transformers' modeling code was there
+_NAME = re.compile(r"[A-Za-z][\w.-]*", re.ASCII)
+_SPECIAL = ("flash", "sdpa", "flex_attention")
 
 
 def register() -> None:
     """Make everything of this package known to Transformers, each part as soon as it is imported. Idempotent."""
+    _WITHDRAWN.clear()
     for module, action in REGISTRATIONS:
         when_imported(module, functools.partial(_call, action))
 
@@ -32,26 +40,21 @@ def register() -> None:
 def register_plugin(plugin: Plugin) -> None:
     """Add a row to the plugin table and make its name known to Transformers; `unregister(plugin.name)` undoes it.
 
+    The row lives in this process only. Transformers' modeling code is not imported for it: where it is not there yet,
+    the name is registered together with the package's own.
+
     Args:
         plugin: the new row; its `entry` and `options` may be objects instead of "module:name".
 
     Raises:
-        ValueError: the name is taken, or Transformers would treat it in a way of its own.
+        ValueError: the name is taken, or has a meaning of its own to Transformers or to the command line; or the row
+            names something that cannot be imported, or options that are not a dataclass with defaults.
     """
-    from hf_attn_plugins.hf.compat import registered_names
-
-    special = [part for part in ("flash", "sdpa", "flex_attention", "/", "|") if part in plugin.name]
-    if special or not plugin.name:
-        raise ValueError(
-            f"{plugin.name!r} cannot name a plugin: Transformers treats names with {', '.join(map(repr, special))} in "
-            "ways of its own; choose another name, such as 'my_attention'."
-        )
-    if plugin.name in PLUGINS or plugin.name == "eager" or plugin.name in registered_names():
-        raise ValueError(f"the name {plugin.name!r} is taken: unregister({plugin.name!r}) first, or choose another.")
-    plugin.attention(), plugin.options_type()  # a row that names nothing fails here, not at the first call
-    PLUGINS[plugin.name] = plugin
-    if MODELING in sys.modules:
+    check_name(plugin)
+    check_row(plugin)
+    if MODELING in sys.modules or not is_waiting(MODELING):
         install(plugin)
+    PLUGINS[plugin.name] = plugin
 
 
 def unregister(name: str | None = None) -> None:
@@ -70,8 +73,66 @@ def unregister(name: str | None = None) -> None:
     for each in list(PLUGINS) if name is None else [name]:
         if MODELING in sys.modules:
             remove(each)
-        if each not in _BUILT_IN:
+        if each in _BUILT_IN:
+            _WITHDRAWN.add(each)
+        else:
             del PLUGINS[each]
+
+
+def check_name(plugin: Plugin) -> None:
+    """Raise ValueError for a name that cannot be a plugin's: of another form, special to Transformers, or taken."""
+    name = plugin.name
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(
+            f"{name!r} cannot name a plugin: a name is letters, digits, '_', '-' and '.', and begins with a letter "
+            "('/' and '|' have a meaning to Transformers; ',', ':' and '=' to `hf-attn eval --attn`)."
+        )
+    special = [part for part in _SPECIAL if part in name]
+    if special:
+        raise ValueError(
+            f"{name!r} cannot name a plugin: Transformers treats names with {', '.join(map(repr, special))} in "
+            "ways of its own; choose another name, such as 'my_attention'."
+        )
+    if name in _BUILT_IN:
+        raise ValueError(f"the name {name!r} is taken by a plugin of this package: choose another.")
+    if name in PLUGINS:
+        raise ValueError(f"the name {name!r} is taken by a plugin: unregister({name!r}) first, or choose another.")
+    if name == "eager" or (MODELING in sys.modules and _known_to_transformers(name)):
+        raise ValueError(f"the name {name!r} is taken by an attention of Transformers' registry: choose another.")
+    same = [row.name for row in PLUGINS.values() if row.short == plugin.short]
+    if same:
+        raise ValueError(f"{name!r} and {same[0]!r} are both {plugin.short!r} on the command line: choose another.")
+
+
+def check_row(plugin: Plugin) -> None:
+    """Raise ValueError for a row that would fail later: at the first call, or in `hf-attn list`."""
+    for field in ("entry", "options", "decide", "ranks", "command", "bench"):
+        named = getattr(plugin, field)
+        if named is None:
+            continue
+        try:
+            found = importlib.import_module(named) if field in ("command", "bench") else resolve(named)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"plugin {plugin.name!r}: {field}={named!r} cannot be imported: {error}.") from error
+        if field in ("entry", "decide", "ranks") and not callable(found):
+            raise ValueError(f"plugin {plugin.name!r}: {field}={named!r} is no function or class.")
+    kind = plugin.options_type()
+    if not (isinstance(kind, type) and issubclass(kind, Options) and dataclasses.is_dataclass(kind)):
+        raise ValueError(
+            f"plugin {plugin.name!r}: options={plugin.options!r} must be a dataclass derived from "
+            "hf_attn_plugins.core.options.Options."
+        )
+    required = [
+        f.name for f in dataclasses.fields(kind) if f.init and f.default is f.default_factory is dataclasses.MISSING
+    ]
+    if required:
+        raise ValueError(f"plugin {plugin.name!r}: option {', '.join(required)} needs a default.")
+
+
+def _known_to_transformers(name: str) -> bool:
+    from hf_attn_plugins.hf.compat import registered_names
+
+    return name in registered_names()
 
 
 @contextlib.contextmanager
@@ -80,7 +141,7 @@ def registered(*plugins: Plugin) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for plugin in plugins:
             register_plugin(plugin)
-            stack.callback(unregister, plugin.name)
+            stack.callback(_unregister_if_there, plugin)
         yield
 
 
@@ -94,8 +155,13 @@ def installed(plugin: Plugin, mask_function: Callable[..., Any]) -> Iterator[Non
         remove(plugin.name)
 
 
+def _unregister_if_there(plugin: Plugin) -> None:
+    if PLUGINS.get(plugin.name) is plugin:
+        unregister(plugin.name)
+
+
 def register_attention() -> None:
-    """Install every plugin of the table.
+    """Install every plugin of the table, except those that `unregister` has taken out since.
 
     Raises:
         ImportError: Transformers is older than this package supports.
@@ -106,7 +172,8 @@ def register_attention() -> None:
 
     refuse_old(transformers.__version__)  # first: older versions lack what is imported next
     for plugin in PLUGINS.values():
-        install(plugin)
+        if plugin.name not in _WITHDRAWN:
+            install(plugin)
 
 
 def install(plugin: Plugin, mask_function: Callable[..., Any] | None = None) -> None:

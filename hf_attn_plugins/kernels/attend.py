@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
-from hf_attn_plugins.core.mask import Mask, Window, window_of
-from hf_attn_plugins.core.options import KERNELS
+from hf_attn_plugins.core.mask import Mask, Window, one_mask
 from hf_attn_plugins.core.partial import Partial
-from hf_attn_plugins.kernels.aten.attend import few_rows
-from hf_attn_plugins.kernels.choose import choose, load, worth_fusing
+from hf_attn_plugins.kernels.choose import choose
 
 
 def attend(
@@ -40,9 +37,9 @@ def attend(
             (B, Hq, T, S).
         scale: factor of the scores, D**-0.5 when None.
         softcap: c replaces scores s by c * tanh(s / c), after scaling and before any mask.
-        window: an int w for the last w keys, or (left, right); see `masks.window_of`.
+        window: an int w for the last w keys, or (left, right); see `core.mask.window_of`.
         dropout: probability of dropping a weight after normalisation; the lse is that of the undropped weights.
-        kernel: one of `KERNELS` by name, which then runs or raises; None chooses by `kernels.choose`.
+        kernel: one of `KERNELS` by name, which then runs or raises; None lets `kernels.choose` decide.
 
     Returns:
         `Partial` with out (B, Hq, T, Dv) in the dtype of the query and lse (B, Hq, T).
@@ -55,37 +52,12 @@ def attend(
     """
     _check(query, key, value, dropout)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
-    may_be_short = kernel is None and window is None and softcap is None and not dropout and query.device.type == "cpu"
-    may_be_short = may_be_short and not worth_fusing(query, key)
-    if may_be_short and (short := few_rows(query, key, value, is_causal, mask, scale)) is not None:
-        return short
-    merged, keys = _one_mask(mask, is_causal, window).trimmed(query.shape[2], key.shape[2])
+    whole = one_mask(mask, is_causal, window)
+    trimmed, keys = whole.trimmed(query.shape[2], key.shape[2])
     if keys.start > 0 or keys.stop < key.shape[2]:
         key, value = key[:, :, keys], value[:, :, keys]
-    name = kernel or choose(query, key, value, merged, softcap, dropout)
-    if name not in KERNELS:
-        raise ValueError(f"kernel={name!r} is unknown: choose one of {', '.join(KERNELS)}, or None.")
-    return load(name)(query, key, value, merged, scale, softcap, dropout)
-
-
-_FULL, _CAUSAL = Mask(), Mask(causal=True)
-
-
-def _one_mask(mask: Mask | Tensor | None, is_causal: bool, window: int | Window | None) -> Mask:
-    if mask is None and window is None:
-        return _CAUSAL if is_causal else _FULL
-    if isinstance(mask, Tensor):
-        if mask.dtype != torch.bool and not mask.is_floating_point():
-            raise ValueError(f"a mask tensor is bool (True = attend) or float (added to scores), got {mask.dtype}.")
-        mask = Mask(bias=mask)
-    mask = mask or _FULL
-    if is_causal and not mask.causal:
-        mask = mask.replace(causal=True)
-    if window is not None:
-        if mask.window != (None, None):
-            raise ValueError(f"window={window} was given beside a mask with window {mask.window}: pass one of them.")
-        mask = mask.replace(window=window_of(window))
-    return mask
+    choice = choose(query, key, value, trimmed, softcap, dropout, kernel)
+    return choice.run(query, key, value, trimmed, scale, softcap, dropout)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> None:

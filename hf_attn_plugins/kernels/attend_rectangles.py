@@ -1,28 +1,29 @@
-"""Plans of many pieces in few launches: block-sparse attention as a list of (rows, keys) rectangles.
+"""Attention over a list of (rows, keys) rectangles: the only place that decides between one launch and many calls.
 
-A planner (Star's blocks and anchor, CQS's pairs of token groups) lists the rectangles of the score matrix it wants; the
-Triton kernels then walk, for every tile of rows, the key ranges of the pieces that touch it, in a single launch.
-Without Triton the same list is done piece by piece with `attend` and merged: the same numbers, more calls.
+A planner (Star's blocks and anchor, CQS's pairs of token groups) lists the rectangles that it needs.
+The Triton kernels compute the list in one launch: each tile of rows loops over the rectangles that touch the tile.
+Without Triton, `attend` computes each rectangle and `merge` combines the results: more calls for the same result.
 """
 
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial, merge
-from hf_attn_plugins.core.rectangle import Piece, Plan, check_plan, per_batch
-from hf_attn_plugins.kernels.choose import load
+from hf_attn_plugins.core.rectangle import Rectangle, Rectangles, check_rectangles, per_batch
+from hf_attn_plugins.kernels.attend import attend
+from hf_attn_plugins.kernels.choose import load_rectangles, takes_rectangles
 
 
 def attend_rectangles(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    plan: Plan,
+    plan: Rectangles,
     *,
     mask: Mask | None = None,
     scale: float | None = None,
@@ -30,72 +31,62 @@ def attend_rectangles(
     dropout: float = 0.0,
     kernel: str | None = None,
 ) -> Partial:
-    """Attention over the pieces of a plan, merged; differentiable like `kernels.attend`.
+    """Attention over the rectangles of a plan, merged; differentiable like `kernels.attend`.
 
     Args:
         query, key, value: as in `kernels.attend`.
-        plan: `Piece`s for all rows of the batch, or a list of them for each row.
-        mask: what else restricts the pairs; its `causal` and `window` (about positions `t + offset`) bind banded
-            pieces only, everything else binds all of them.
+        plan: `Rectangle`s for all rows of the batch, or one list of them per row of the batch.
+        mask: what else restricts the pairs. Its `causal` and `window` (about positions `t + offset`) bind
+            `position_masked` rectangles only; everything else binds all rectangles.
         scale, softcap, dropout: as in `kernels.attend`.
-        kernel: "triton" for a single launch; None takes it on GPUs, and pieces one by one elsewhere.
+        kernel: "triton" for a single launch; None launches once on GPUs, and calls `attend` per rectangle elsewhere.
 
     Raises:
-        ValueError: pieces outside the score matrix, or a plan of another batch size.
+        ValueError: a rectangle outside the score matrix, or a plan of another batch size.
+        NotImplementedError: the named kernel cannot do what was asked.
     """
-    from hf_attn_plugins.kernels.attend import attend
-
     mask = mask or Mask()
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     lists = per_batch(plan)
-    num_rows, num_keys = query.shape[2], key.shape[2]
-    check_plan(lists, query.shape[0], num_rows, num_keys)
-    if kernel == "triton" or (kernel is None and query.device.type == "cuda"):
-        from hf_attn_plugins.kernels.triton.attend import supported
-
-        reason = supported(query, key, value, mask, softcap, dropout)
-        if reason is None:
-            load("triton")  # its module, with a clear error where Triton is missing
-            from hf_attn_plugins.kernels.triton.attend import run
-
-            return run(query, key, value, mask, scale, softcap, dropout, lists)
-        if kernel == "triton":
-            raise NotImplementedError(f"kernel 'triton' cannot do {reason}: use kernel=None.")
-    start = mask.start(num_rows, num_keys)
-
-    def one(b: int, piece: Piece) -> Partial:
-        row = mask.slice_batch(b)
-        if not piece.banded:
-            row = row.replace(causal=False, window=(None, None))
-        rows, keys = slice(piece.row_begin, piece.row_end), slice(piece.key_begin, piece.key_end)
-        sub = sub_mask(row, rows, keys, start + (piece.shift if piece.banded else 0))
-        item = slice(b, b + 1)
-        return attend(
-            query[item, :, rows], key[item, :, keys], value[item, :, keys],
-            mask=sub, scale=scale, softcap=softcap, dropout=dropout, kernel=kernel,
-        )  # fmt: skip
-
-    outs, lses = [], []
+    check_rectangles(lists, query.shape[0], query.shape[2], key.shape[2])
+    if takes_rectangles(query, key, value, mask, softcap, dropout, kernel):
+        return load_rectangles()(query, key, value, mask, scale, softcap, dropout, lists)
+    options = {"scale": scale, "softcap": softcap, "dropout": dropout, "kernel": kernel}
+    start = mask.start(query.shape[2], key.shape[2])
+    parts = []
     for b in range(query.shape[0]):
-        part = Partial.empty(query[b : b + 1], value.shape[-1])
-        pieces = [piece for piece in lists[b % len(lists)] if not piece.is_empty]
-        cuts = sorted({0, num_rows, *(edge for piece in pieces for edge in piece[:2])})
-        done = [one(b, piece) for piece in pieces]
-        bands = []
-        for low, high in itertools.pairwise(cuts):
-            inside = [
-                _rows(whole, low - piece.row_begin, high - piece.row_begin)
-                for piece, whole in zip(pieces, done, strict=True)
-                if piece.row_begin <= low and high <= piece.row_end
-            ]
-            bands.append(merge([_rows(part, low, high), *inside]))
-        outs.append(torch.cat([band.out for band in bands], 2) if bands else part.out)
-        lses.append(torch.cat([band.lse for band in bands], 2) if bands else part.lse)
-    return Partial(torch.cat(outs), torch.cat(lses))
+        item, row = slice(b, b + 1), mask.slice_batch(b)
+        parts.append(_one_by_one(query[item], key[item], value[item], row, start, lists[b % len(lists)], options))
+    return Partial.cat(parts, dim=0) if parts else Partial.empty(query, value.shape[-1])
 
 
-def _rows(part: Partial, low: int, high: int) -> Partial:
-    return Partial(part.out[:, :, low:high], part.lse[:, :, low:high])
+def _one_by_one(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, start: int, plan: list[Rectangle], options: dict[str, Any]
+) -> Partial:
+    """One row of the batch: a call per rectangle, merged between every two rows where a rectangle begins or ends."""
+    rectangles = [rectangle for rectangle in plan if not rectangle.is_empty]
+    parts = [_one(query, key, value, mask, start, rectangle, options) for rectangle in rectangles]
+    nothing = Partial.empty(query, value.shape[-1])
+    cuts = sorted({0, query.shape[2], *(edge for rectangle in rectangles for edge in rectangle[:2])})
+    bands = []
+    for low, high in itertools.pairwise(cuts):
+        inside = [
+            part.rows(low - rectangle.row_begin, high - rectangle.row_begin)
+            for rectangle, part in zip(rectangles, parts, strict=True)
+            if rectangle.row_begin <= low and high <= rectangle.row_end
+        ]
+        bands.append(merge([nothing.rows(low, high), *inside]))
+    return Partial.cat(bands) if bands else nothing
+
+
+def _one(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, start: int, rectangle: Rectangle, options: dict[str, Any]
+) -> Partial:
+    if not rectangle.position_masked:
+        mask = mask.replace(causal=False, window=(None, None))
+    rows, keys = slice(rectangle.row_begin, rectangle.row_end), slice(rectangle.key_begin, rectangle.key_end)
+    sub = sub_mask(mask, rows, keys, start + (rectangle.shift if rectangle.position_masked else 0))
+    return attend(query[:, :, rows], key[:, :, keys], value[:, :, keys], mask=sub, **options)
 
 
 def sub_mask(mask: Mask, rows: slice, keys: slice, start: int) -> Mask:

@@ -1,21 +1,22 @@
-"""`attend` with everything but tensors and mask given: what a plan of several pieces hands from call to call."""
+"""`attend` with its options bound: a plan of several calls passes one `BoundAttend` on instead of five arguments."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial
 from hf_attn_plugins.kernels.attend import attend
-from hf_attn_plugins.kernels.choose import choose
+from hf_attn_plugins.kernels.choose import choose, takes_rectangles
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """A kernel by `name` (None chooses one for every call) and the options of `kernels.attend`."""
+class BoundAttend:
+    """The options of `kernels.attend`; `name` is a kernel's, None chooses one in every call."""
 
     scale: float
     softcap: float | None = None
@@ -25,21 +26,18 @@ class Kernel:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask | None = None) -> Partial:
         if not key.shape[2] or not query.shape[2]:
             return Partial.empty(query, value.shape[-1])
-        return attend(
-            query,
-            key,
-            value,
-            mask=mask,
-            scale=self.scale,
-            softcap=self.softcap,
-            dropout=self.dropout,
-            kernel=self.name,
-        )
+        return attend(query, key, value, mask=mask, **self.options)
 
-    def named(self, name: str | None) -> Kernel:
-        """The same by another name."""
-        return dataclasses.replace(self, name=name)
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments that `attend` and `attend_rectangles` share."""
+        return {"scale": self.scale, "softcap": self.softcap, "dropout": self.dropout, "kernel": self.name}
 
-    def chosen_for(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Kernel:
-        """The same with the kernel that suits a whole prompt: its pieces look too short for it one by one."""
-        return self.named(self.name or choose(query, key, value, mask, self.softcap, self.dropout))
+    def with_kernel_for(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> BoundAttend:
+        """A copy that names the kernel chosen for a whole prompt: the parts of a plan alone would look too short."""
+        choice = choose(query, key, value, mask, self.softcap, self.dropout, self.name)
+        return dataclasses.replace(self, name=choice.name)
+
+    def takes_rectangles(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> bool:
+        """Whether `attend_rectangles` computes a plan for these tensors in one launch."""
+        return takes_rectangles(query, key, value, mask, self.softcap, self.dropout, self.name)

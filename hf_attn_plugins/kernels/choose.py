@@ -1,15 +1,17 @@
-"""Which kernel runs: the one place where capability and shape decide."""
+"""Which kernel runs: the one place that compares kernel names, capability and shape."""
 
 from __future__ import annotations
 
 import functools
 import platform
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_attn_plugins.core.mask import Mask
+from hf_attn_plugins.core.options import KERNELS
 from hf_attn_plugins.core.partial import Partial
 from hf_attn_plugins.kernels.aten import attend as aten
 from hf_attn_plugins.kernels.cpu_fused import build
@@ -18,20 +20,31 @@ from hf_attn_plugins.kernels.triton import support as triton_support
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Mask, float, float | None, float], Partial]
 
-# Measured with `hf-attn bench tiled` (benchmarks/results/tiled.md): below these sizes the tiles' bookkeeping costs more
-# than bf16 products save. Heads that share keys are rows of one product, so they count as rows.
+
+class Choice(NamedTuple):
+    """The kernel of one call: its name, for reports, and the function `run(query, key, value, mask, scale, softcap,
+    dropout) -> Partial`."""
+
+    name: str
+    run: Kernel
+
+
+ATEN, SHORT = Choice("aten", aten.aten), Choice("aten", aten.run_one_operator)
+
+# Measured with `hf-attn bench tiled` (benchmarks/results/tiled.md): below these sizes tiles cost more than
+# fast bfloat16 products save. Heads that share keys are rows of one product, so they count as rows.
 MIN_TILED_ROWS, MIN_TILED_KEYS = 128, 1024
 MIN_TILED_FULL = 512  # rows and keys of a call without a causal mask, no half of whose tiles is wasted
-# Keys from which on the compiled kernels beat PyTorch's: those that hold queries, and those for a few rows.
+# Keys from which on the compiled kernels beat PyTorch's: for many rows, and for a few (below `SPLIT_ROWS`).
 MIN_FUSED_KEYS, MIN_DECODE_KEYS = 96, 256
+# A call of the compiled kernels costs little, so equal blocks go in turns, whose copies of shared keys stay small.
+ROWS_AT_ONCE = {"cpu_fused": 2048}
 
 
 def load(name: str) -> Kernel:
     """The kernel called `name`. Its module is imported here, on first use, by statements torch.compile can trace."""
     if name == "aten":
-        from hf_attn_plugins.kernels.aten.attend import aten
-
-        return aten
+        return ATEN.run
     if name == "cpu_tiled":
         from hf_attn_plugins.kernels.cpu.attend import cpu_tiled
 
@@ -49,7 +62,14 @@ def load(name: str) -> Kernel:
     return reference
 
 
-# torch.compile cannot trace questions about the CPU, and need not: it asks them once and keeps the answer.
+def load_rectangles() -> Callable[..., Partial]:
+    """The function that computes a list of rectangles in one launch, where `takes_rectangles` says so."""
+    from hf_attn_plugins.kernels.triton.attend import triton_rectangles
+
+    return triton_rectangles
+
+
+# torch.compile cannot trace questions about the CPU: it asks once and keeps the answer as a constant.
 @torch.compiler.assume_constant_result
 def cpu_multiplies_bf16() -> bool:
     """Whether this CPU has bfloat16 matrix instructions (AVX512-BF16 or AMX, or Arm's BF16)."""
@@ -58,7 +78,7 @@ def cpu_multiplies_bf16() -> bool:
 
 @torch.compiler.assume_constant_result
 def cpu_fuses() -> bool:
-    """Whether `cpu_fused` runs here and is the best choice: AMX, which it does not use, multiplies faster still."""
+    """Whether `cpu_fused` runs here and is the fastest. Not where the CPU has AMX: `cpu_fused` does not use it."""
     return not _cpu_has("amx_tile") and build.unavailable() is None
 
 
@@ -79,22 +99,57 @@ def _arm_features() -> str:
 
 
 def worth_fusing(query: Tensor, key: Tensor) -> bool:
-    """Whether a call is long enough for `cpu_fused`, and of its kind."""
-    enough = MIN_FUSED_KEYS if query.shape[2] >= fused.FEW_ROWS else MIN_DECODE_KEYS
+    """Whether `cpu_fused` would pay: bfloat16 on a CPU that runs it, and enough keys."""
+    enough = MIN_FUSED_KEYS if query.shape[2] >= fused.SPLIT_ROWS else MIN_DECODE_KEYS
     return key.shape[2] >= enough and query.dtype == torch.bfloat16 and query.device.type == "cpu" and cpu_fuses()
 
 
-def choose(query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float) -> str:
-    """Name of the kernel for one call: Triton on GPUs; on CPUs PyTorch's fused op where nothing else pays."""
+def takes_rectangles(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float, kernel: str | None
+) -> bool:
+    """Whether one launch computes a whole list of rectangles; elsewhere each rectangle is a call of its own."""
+    if kernel is not None:
+        return kernel == "triton"
     call = (query, key, value, mask, softcap, dropout)
-    if query.device.type == "cuda" and triton_support.supported(*call) is None:
-        return "triton"
-    if worth_fusing(query, key) and fused.unsupported(*call) is None:
-        return "cpu_fused"
-    if aten.supported(*call) is not None:
-        return "cpu_tiled"
+    return query.device.type == "cuda" and triton_support.reason_against(*call) is None
+
+
+def rows_at_once(kernel: str | None) -> int | None:
+    """Rows of equal blocks that one call should take; None: all of them."""
+    return ROWS_AT_ONCE.get(kernel or "")
+
+
+def choose(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask,
+    softcap: float | None,
+    dropout: float,
+    kernel: str | None = None,
+) -> Choice:
+    """What to call: the kernel named `kernel`; by itself Triton on GPUs, PyTorch's operator where nothing else pays.
+
+    Raises:
+        ValueError: no kernel has this name.
+    """
+    if kernel is not None:
+        if kernel not in KERNELS:
+            raise ValueError(f"kernel={kernel!r} is unknown: choose one of {', '.join(KERNELS)}, or None.")
+        return Choice(kernel, load(kernel))
+    call = (query, key, value, mask, softcap, dropout)
+    if takes_rectangles(*call, None):
+        return Choice("triton", load("triton"))
+    if worth_fusing(query, key):
+        if fused.reason_against(*call) is None:
+            return Choice("cpu_fused", load("cpu_fused"))
+    elif aten.is_short(*call):
+        return SHORT
+    if aten.reason_against(*call) is not None:
+        return Choice("cpu_tiled", load("cpu_tiled"))
     fast_products = query.device.type == "cpu" and query.dtype == torch.bfloat16 and cpu_multiplies_bf16()
-    return "cpu_tiled" if fast_products and _many_scores(query, key, mask.causal) else "aten"
+    tiled = fast_products and _many_scores(query, key, mask.causal)
+    return Choice("cpu_tiled", load("cpu_tiled")) if tiled else ATEN
 
 
 def _many_scores(query: Tensor, key: Tensor, causal: bool) -> bool:

@@ -126,7 +126,7 @@ def tiled_backward(
     fused: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`kernels.cpu_backward.backward`; the gradient of bias is empty where none is needed."""
+    """`kernels.cpu.backward.backward`; the gradient of bias is empty where none is needed."""
     structure = (key_padding, query_segments, key_segments, bias, offset, seed)
     mask = _mask(structure, start, causal, left, right, prefix)
     if fused:

@@ -15,8 +15,8 @@ def reference(
     """See `kernels.attend`. Everything is computed in the dtype of the query; float64 makes it an oracle."""
     batch, heads, rows, _ = query.shape
     num_keys = key.shape[2]
-    groups = heads // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    group_size = heads // key.shape[1]
+    key, value = key.repeat_interleave(group_size, 1), value.repeat_interleave(group_size, 1)
     scores = query @ key.transpose(-1, -2) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

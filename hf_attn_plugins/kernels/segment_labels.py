@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-HIDDEN = -(2**31)  # triton_tiles.HIDDEN: the label of keys that no row sees
-CHUNK = 64  # columns whose labels are summarised together
+HIDDEN = -(2**31)  # as triton/tiles.py HIDDEN: the label of keys that no row sees
+LABEL_CHUNK = 64  # columns whose labels are summarised together
 MOST_CHUNKS = 1024  # beyond which chunks grow, so that the summary stays small
 
 
@@ -54,7 +54,7 @@ def key_bounds(labels: Labels, num_rows: int, key_tile: int) -> Tensor:
 
 def _bounds(held: Tensor, tile: int, walked: Tensor) -> Tensor:
     length = walked.shape[-1]
-    chunk = CHUNK
+    chunk = LABEL_CHUNK
     while length > chunk * MOST_CHUNKS:
         chunk *= 2
     low, high = (x.unsqueeze(-1) for x in _extremes(held, tile))
@@ -78,12 +78,3 @@ def _extremes(labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
         labels = torch.cat([labels, labels[..., -1:].expand(*labels.shape[:-1], short)], -1)
     groups = labels.unflatten(-1, (-1, size))
     return groups.amin(-1), groups.amax(-1)
-
-
-def segments_from_offsets(cu_seqlens: Tensor, total: int) -> Tensor:
-    """(1, total) segment numbers of a packed batch from its cumulated lengths (sequences + 1,), as in flash-attention.
-
-    Example: cu_seqlens [0, 2, 5] and total 6 give [[0, 0, 1, 1, 1, 2]]: what follows the last one is one of its own.
-    """
-    index = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    return (torch.searchsorted(cu_seqlens.contiguous(), index, right=True) - 1).to(torch.int32).unsqueeze(0)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_attn_plugins.core.mask import Mask, Window, window_of
 from hf_attn_plugins.core.partial import Partial
-from hf_attn_plugins.core.rectangle import Piece
+from hf_attn_plugins.core.rectangle import Rectangle
 from hf_attn_plugins.kernels.attend_rectangles import attend_rectangles
 
 Offsets = Tensor | Sequence[int]
@@ -52,18 +52,18 @@ def attend_varlen(
             f"sequences end at row {rows[-1]} and key {keys[-1]}, of {query.shape[2]} rows and {key.shape[2]} keys."
         )
     return attend_rectangles(
-        query, key, value, pieces(rows, keys), mask=Mask(causal=is_causal, window=window_of(window), offset=0),
+        query, key, value, rectangles_of(rows, keys), mask=Mask(causal=is_causal, window=window_of(window), offset=0),
         scale=scale, softcap=softcap, dropout=dropout, kernel=kernel,
     )  # fmt: skip
 
 
-def pieces(rows: Sequence[int], keys: Sequence[int]) -> list[Piece]:
+def rectangles_of(rows: Sequence[int], keys: Sequence[int]) -> list[Rectangle]:
     """The rectangle of every sequence, shifted so that its last row stands at its last key.
 
     Example: of rows (0, 2, 5) and keys (0, 4, 5): rows 0 .. 2 see keys 0 .. 4 and stand at 2 and 3; rows 2 .. 5 see
     key 4 and stand at 2, 3 and 4.
     """
-    found = [Piece(*t, *s, True, s[1] - t[1]) for t, s in zip(pairwise(rows), pairwise(keys), strict=True)]
+    found = [Rectangle(*t, *s, True, s[1] - t[1]) for t, s in zip(pairwise(rows), pairwise(keys), strict=True)]
     return [piece for piece in found if not piece.is_empty]
 
 

@@ -13,7 +13,7 @@ from hf_attn_plugins.core.mask import Mask, Window
 from hf_attn_plugins.core.partial import Partial
 from hf_attn_plugins.cqs.cost import CallShape
 from hf_attn_plugins.cqs.options import CQSOptions
-from hf_attn_plugins.kernels.bound_attend import Kernel
+from hf_attn_plugins.kernels.bound_attend import BoundAttend
 from hf_attn_plugins.parallel.comm.group import Group
 from hf_attn_plugins.parallel.cqs_exchange import attention
 from hf_attn_plugins.parallel.cqs_plan import choose_workers, rank_plan
@@ -55,7 +55,7 @@ class CQS(CQSOptions):
         return Layout(columns, slots, slots, [end - begin for begin, end in plan.shards], extra=(plan, padding))
 
     def attention(
-        self, query: Tensor, key: Tensor, value: Tensor, window: Window, step: Step, kernel: Kernel, group: Group
+        self, query: Tensor, key: Tensor, value: Tensor, window: Window, step: Step, kernel: BoundAttend, group: Group
     ) -> Partial:
         """One `cqs_exchange.attention`; a window leaves out the groups that are out of reach of each other."""
         assert step.layout is not None

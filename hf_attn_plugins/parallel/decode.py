@@ -29,13 +29,13 @@ from torch import Tensor
 
 from hf_attn_plugins.core.mask import Mask, Window
 from hf_attn_plugins.core.partial import Partial, merge
-from hf_attn_plugins.kernels.bound_attend import Kernel
+from hf_attn_plugins.kernels.bound_attend import BoundAttend
 from hf_attn_plugins.parallel.comm.group import Group
 from hf_attn_plugins.parallel.method import Step
 
 
 def later(
-    query: Tensor, key: Tensor, value: Tensor, window: Window, step: Step, kernel: Kernel, group: Group
+    query: Tensor, key: Tensor, value: Tensor, window: Window, step: Step, kernel: BoundAttend, group: Group
 ) -> Partial:
     """Attend to this rank's keys, exchange (out, lse), and merge in the order of the ranks.
 
@@ -58,7 +58,7 @@ def later(
     return merge(group.gather_partials(own_keys(query, key, value, window, step, kernel)))
 
 
-def own_keys(query: Tensor, key: Tensor, value: Tensor, window: Window, step: Step, kernel: Kernel) -> Partial:
+def own_keys(query: Tensor, key: Tensor, value: Tensor, window: Window, step: Step, kernel: BoundAttend) -> Partial:
     """Attention of this forward's rows over the keys of this rank, at any place in the prompt.
 
     Keys that were stored before this forward get no causal mask: all of them are earlier than every row. A causal mask

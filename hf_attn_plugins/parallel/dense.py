@@ -17,7 +17,7 @@ from torch import Tensor
 from hf_attn_plugins.core.mask import Mask, Window
 from hf_attn_plugins.core.partial import Partial
 from hf_attn_plugins.cqs.cost import CallShape
-from hf_attn_plugins.kernels.bound_attend import Kernel
+from hf_attn_plugins.kernels.bound_attend import BoundAttend
 from hf_attn_plugins.parallel.comm.group import Group
 from hf_attn_plugins.parallel.method import Cost, Layout, Step, local_columns, triangle
 from hf_attn_plugins.parallel.partition import mirrored
@@ -43,7 +43,7 @@ class Dense(TiledOptions):
         return Layout(own, slots, slots, loads, extra=(dealt, real))
 
     def attention(
-        self, query: Tensor, key: Tensor, value: Tensor, window: Window, step: Step, kernel: Kernel, group: Group
+        self, query: Tensor, key: Tensor, value: Tensor, window: Window, step: Step, kernel: BoundAttend, group: Group
     ) -> Partial:
         """Gather this layer's keys and values, then attend run by run."""
         assert step.layout is not None
@@ -56,7 +56,7 @@ class Dense(TiledOptions):
             mask = Mask(causal=True, window=window, offset=run.start, key_padding=padding)
             parts.append(kernel(rows, keys, values, mask))
             start += len(run)
-        return Partial(torch.cat([part.out for part in parts], 2), torch.cat([part.lse for part in parts], 2))
+        return Partial.cat(parts)
 
     def settle(self, config: Mapping[str, Any], group: Group) -> Dense:
         """Return self: no field depends on the model."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_attn_plugins.core.mask import Window
 from hf_attn_plugins.core.partial import Partial
 from hf_attn_plugins.cqs.cost import CallShape
-from hf_attn_plugins.kernels.bound_attend import Kernel
+from hf_attn_plugins.kernels.bound_attend import BoundAttend
 from hf_attn_plugins.parallel.comm.group import Group
 from hf_attn_plugins.plugins import PLUGINS, resolve
 
@@ -106,7 +106,7 @@ class Method(Protocol):
         ...
 
     def attention(
-        self, query: Tensor, key: Tensor, value: Tensor, window: Window, step: Step, kernel: Kernel, group: Group
+        self, query: Tensor, key: Tensor, value: Tensor, window: Window, step: Step, kernel: BoundAttend, group: Group
     ) -> Partial:
         """Attention of this rank's rows of a sharded prompt over the keys of all ranks that the method lets them see.
 

@@ -19,14 +19,13 @@ from hf_attn_plugins.core.mask import Mask, Window
 from hf_attn_plugins.core.partial import Partial, merge
 from hf_attn_plugins.core.warn import warn_once
 from hf_attn_plugins.cqs.cost import CallShape
-from hf_attn_plugins.kernels.bound_attend import Kernel
+from hf_attn_plugins.kernels.bound_attend import BoundAttend
 from hf_attn_plugins.parallel.comm.group import Group
 from hf_attn_plugins.parallel.link import Wire, cheaper_anchor
 from hf_attn_plugins.parallel.method import Cost, Layout, Step, triangle
 from hf_attn_plugins.parallel.partition import blocks, level
 from hf_attn_plugins.parallel.star_parts import Picker, Row, StarParts, alike, span, token_range
 from hf_attn_plugins.star.cost import ModelShape
-from hf_attn_plugins.star.entry import join
 from hf_attn_plugins.star.options import StarOptions
 from hf_attn_plugins.star.plan import plan_for
 
@@ -154,7 +153,7 @@ class Star(StarOptions):
         return cheaper_anchor(self.shape, anchor, size, self.wire)
 
     def attention(
-        self, query: Tensor, key: Tensor, value: Tensor, window: Window, step: Step, kernel: Kernel, group: Group
+        self, query: Tensor, key: Tensor, value: Tensor, window: Window, step: Step, kernel: BoundAttend, group: Group
     ) -> Partial:
         """The three parts one after another; then the query's results are merged over all ranks."""
         assert step.layout is not None
@@ -200,7 +199,7 @@ class Star(StarOptions):
 
     @staticmethod
     def _blocks(
-        pick: Picker, slots: range, anchor: tuple[Tensor, ...], row: Row, window: Window, kernel: Kernel
+        pick: Picker, slots: range, anchor: tuple[Tensor, ...], row: Row, window: Window, kernel: BoundAttend
     ) -> Partial:
         """Attention of this rank's blocks, one by one, over the anchor and the block; block 0 over itself only."""
         size, done = row.plan.block_size, []
@@ -217,10 +216,12 @@ class Star(StarOptions):
             else:  # the window hides some anchor keys: they are counted at their true distance
                 far = kernel(query, anchor[0], anchor[1], Mask(window=window, offset=position))
                 done.append(merge([kernel(query, key, value, causal), far]))
-        return join(done)
+        return Partial.cat(done)
 
     @staticmethod
-    def _question(pick: Picker, slots: range, row: Row, parts: StarParts, window: Window, kernel: Kernel) -> Partial:
+    def _question(
+        pick: Picker, slots: range, row: Row, parts: StarParts, window: Window, kernel: BoundAttend
+    ) -> Partial:
         """Attention of the query's rows over this rank's keys: its blocks, and the query's keys that it stores."""
         context = row.plan.context
         own = range(parts.own.start, parts.own.start + len(row.own))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from hf_attn_plugins.core.rectangle import Piece
+from hf_attn_plugins.core.rectangle import Rectangle
 from hf_attn_plugins.star.plan import Plan
 
 
-def pieces(plan: Plan, first: int = 0) -> list[Piece]:
+def rectangles_of(plan: Plan, first: int = 0) -> list[Rectangle]:
     """The rectangles of a prompt whose first token lies at `first`: every block, the anchor's keys, the query.
 
     All of them are bound by causality (and a window, if the mask has one), so that together they hold every pair of
@@ -15,10 +15,13 @@ def pieces(plan: Plan, first: int = 0) -> list[Piece]:
     Example: of `Plan(10, 4, 2, 3)`: (rows 0 .. 4, keys 0 .. 4), (4 .. 7, 4 .. 7), (4 .. 7, 0 .. 2), (7 .. 10, 0 .. 10).
     """
     if plan.is_dense:
-        found = [Piece(0, plan.length, 0, plan.length, True)]
+        found = [Rectangle(0, plan.length, 0, plan.length, True)]
     else:
-        found = [Piece(block.start, block.stop, block.start, block.stop, True) for block in plan.blocks()]
-        found.append(Piece(plan.block_size, plan.context, 0, len(plan.anchor), True))
-        found.append(Piece(plan.context, plan.length, 0, plan.length, True))
-    moved = [Piece(a + first, b + first, c + first, d + first, banded) for a, b, c, d, banded, _ in found]
-    return [piece for piece in moved if not piece.is_empty]
+        found = [Rectangle(block.start, block.stop, block.start, block.stop, True) for block in plan.blocks()]
+        found.append(Rectangle(plan.block_size, plan.context, 0, len(plan.anchor), True))
+        found.append(Rectangle(plan.context, plan.length, 0, plan.length, True))
+    moved = [
+        Rectangle(a + first, b + first, c + first, d + first, position_masked)
+        for a, b, c, d, position_masked, _ in found
+    ]
+    return [rectangle for rectangle in moved if not rectangle.is_empty]

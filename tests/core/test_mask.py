@@ -70,7 +70,7 @@ def test_tiles_cover_every_visible_pair_once_and_know_their_edges(case, row_tile
     for index, (t0, t1) in enumerate(tiles.row_tiles):
         for tile in tiles.keys_of(index):
             covered[t0:t1, tile.begin : tile.end] += 1
-            if not tile.edge:
+            if not tile.needs_mask:
                 assert expected[t0:t1, tile.begin : tile.end].all(), "a tile without mask arithmetic hides nothing"
     assert (covered <= 1).all()
     assert (covered[expected] == 1).all()
@@ -79,7 +79,7 @@ def test_tiles_cover_every_visible_pair_once_and_know_their_edges(case, row_tile
 def test_causal_tiles_stop_at_the_diagonal():
     tiles = TileMap(Mask(causal=True), 64, 64, 16, 16)
     assert sum(len(tiles.keys_of(i)) for i in range(4)) == 4 + 3 + 2 + 1
-    assert [t.edge for t in tiles.keys_of(3)] == [False, False, False, True]
+    assert [t.needs_mask for t in tiles.keys_of(3)] == [False, False, False, True]
 
 
 def test_windows_and_padding_skip_tiles():

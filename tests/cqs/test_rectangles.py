@@ -11,20 +11,20 @@ from hypothesis import strategies as st
 
 from hf_attn_plugins import cqs
 from hf_attn_plugins.core.mask import Mask
-from hf_attn_plugins.core.rectangle import Piece
+from hf_attn_plugins.core.rectangle import Rectangle
 from hf_attn_plugins.cqs import entry as plugin
 from hf_attn_plugins.cqs.options import CQSOptions
-from hf_attn_plugins.cqs.rectangles import of_plan, pieces
+from hf_attn_plugins.cqs.rectangles import of_plan, rectangles_of
 from tests.kernels.triton_cases import ONE_LAUNCH_EACH, check, count_launches, draw, needs_interpreter, padding
 
 
 def test_rectangles_by_hand():
-    assert of_plan(cqs.plan(8, 2), True) == [Piece(0, 4, 0, 4, True), Piece(4, 8, 0, 8, True)]
+    assert of_plan(cqs.plan(8, 2), True) == [Rectangle(0, 4, 0, 4, True), Rectangle(4, 8, 0, 8, True)]
     worker = [next(iter(cqs.plan(14, 7).leaves()))]  # groups 0, 1 and 3; its own and the pairs between them
-    assert pieces(worker, True) == [
-        Piece(0, 2, 0, 2, True),
-        Piece(2, 4, 0, 2, True),
-        Piece(6, 8, 0, 4, True),
+    assert rectangles_of(worker, True) == [
+        Rectangle(0, 2, 0, 2, True),
+        Rectangle(2, 4, 0, 2, True),
+        Rectangle(6, 8, 0, 4, True),
     ]
 
 
@@ -41,7 +41,7 @@ def test_rectangles_hold_every_kept_cell_once(tokens, workers, is_causal, data):
     for chosen in (some, leaves):
         held = Counter(
             (t, s)
-            for piece in pieces(chosen, is_causal)
+            for piece in rectangles_of(chosen, is_causal)
             for t in range(piece.row_begin, piece.row_end)
             for s in range(piece.key_begin, min(piece.key_end, t + 1) if is_causal else piece.key_end)
         )

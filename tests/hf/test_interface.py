@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -35,18 +36,6 @@ def decoder(request):
 def logits(model, *args, **kwargs):
     with torch.no_grad():
         return model(*args, **kwargs).logits
-
-
-def sharpness(model, ids):
-    """The largest attention weight, averaged over rows: tests on a uniform softmax would show nothing."""
-    with hap.use(model, "eager"), torch.no_grad():
-        weights = model(ids, output_attentions=True).attentions
-    return max(float(w[..., 4:, :].amax(-1).mean()) for w in weights if w is not None)
-
-
-def test_softmax_is_sharp(plugin, decoder):
-    ids, _ = padded_batch()
-    assert sharpness(decoder, ids[:1]) > 0.6
 
 
 def test_forward(plugin, decoder):
@@ -300,10 +289,20 @@ def test_compile_fullgraph(plugin, name):
     torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], **CLOSE)
 
 
+def an_option(plugin):
+    """Some option of a plugin, with a value that is not its default."""
+    kind = hap.PLUGINS[plugin].options_type()
+    for option in kind.names():
+        for value in ("cpu_tiled", 3, 5, 0.5, True):
+            with contextlib.suppress(ValueError, TypeError):
+                if kind(**{option: value}).as_dict() == {option: value}:
+                    return option, value
+    raise AssertionError(f"no value for any of {kind.names()}: name one here")
+
+
 def test_save_and_reload(plugin, tmp_path):
     model = build("llama")
-    option = next(iter(hap.PLUGINS[plugin].options_type().__dataclass_fields__))
-    value = {"kernel": "cpu_tiled", "workers": 3}[option]
+    option, value = an_option(plugin)
     hap.configure(model, plugin, **{option: value})
     model.save_pretrained(tmp_path)
     loaded = LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation=plugin)

@@ -9,7 +9,7 @@ import torch
 
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.kernels import attend
-from hf_attn_plugins.kernels.aten.attend import supported
+from hf_attn_plugins.kernels.aten.attend import reason_against
 from hf_attn_plugins.kernels.choose import load
 from hf_attn_plugins.testing import assert_close_to_reference, dense_attention, sharp_inputs, visibility
 
@@ -55,7 +55,7 @@ def kernels_for(query, key, value, mask, softcap=None):
     trimmed, keys = mask.trimmed(query.shape[2], key.shape[2])
     yield "reference"
     yield "cpu_tiled"
-    if supported(query, key[:, :, keys], value[:, :, keys], trimmed, softcap, 0.0) is None:
+    if reason_against(query, key[:, :, keys], value[:, :, keys], trimmed, softcap, 0.0) is None:
         yield "aten"
 
 
@@ -276,3 +276,24 @@ def test_grid(name, rows, keys):
         # Of shapes with few rows some pass twice the worst error of the plain computation by luck: summed in another
         # order, that computation does so itself in one draw of twenty (and never four times).
         check_forward(name, (rows, keys), dtype, factor=4.0)
+
+
+@pytest.mark.parametrize("transposed", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize(("rows", "keys"), [(40, 40), (1, 40), (8, 700), (700, 700)])
+@pytest.mark.parametrize("kernel", [None, "aten", "cpu_tiled"])
+def test_elements_need_not_lie_side_by_side(kernel, rows, keys, transposed):
+    """Some models (Inkling) hand over keys whose last dimension has a stride of its own."""
+    query, key, value = sharp_inputs(2, 4, 2, rows, keys, 16)
+    strided = [x.mT.contiguous().mT if t else x for x, t in zip((query, key, value), transposed, strict=True)]
+    assert any(x.stride(-1) != 1 for x in strided) or rows == 1
+    leaves = [[x.clone(memory_format=torch.preserve_format).requires_grad_() for x in group]
+              for group in ([query, key, value], strided)]  # fmt: skip
+    outs = [attend(*group, is_causal=True, kernel=kernel).out for group in leaves]
+    expected, _ = dense_attention(query.double(), key.double(), value.double(), visibility(rows, keys, is_causal=True))
+    for out, group in zip(outs, leaves, strict=True):
+        torch.testing.assert_close(out, expected.float(), atol=1e-4, rtol=1e-4)
+        with torch.no_grad():  # the short way around the bookkeeping of gradients
+            torch.testing.assert_close(attend(*group, is_causal=True, kernel=kernel).out, out, atol=1e-5, rtol=1e-5)
+        out.square().sum().backward()
+    for plain, other in zip(*leaves, strict=True):
+        torch.testing.assert_close(other.grad, plain.grad, atol=1e-4, rtol=1e-3)

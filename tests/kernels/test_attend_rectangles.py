@@ -9,14 +9,24 @@ from hypothesis import strategies as st
 
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial
-from hf_attn_plugins.core.rectangle import Piece, table
+from hf_attn_plugins.core.rectangle import Rectangle, table
 from hf_attn_plugins.kernels.attend_rectangles import attend_rectangles
 from hf_attn_plugins.testing import assert_close_to_reference, dense_attention, sharp_inputs
 from tests.kernels.triton_cases import needs_interpreter, padding
 
-STAR = [Piece(0, 20, 0, 20, True), Piece(20, 40, 0, 8), Piece(20, 40, 20, 40, True), Piece(40, 50, 0, 50, True)]
-PAIRS = [Piece(0, 13, 0, 13, True), Piece(26, 40, 0, 13), Piece(26, 40, 26, 40, True), Piece(40, 50, 30, 50, True)]
-PER_ROW = [STAR, [Piece(5, 45, 3, 40, True)], []]
+STAR = [
+    Rectangle(0, 20, 0, 20, True),
+    Rectangle(20, 40, 0, 8),
+    Rectangle(20, 40, 20, 40, True),
+    Rectangle(40, 50, 0, 50, True),
+]
+PAIRS = [
+    Rectangle(0, 13, 0, 13, True),
+    Rectangle(26, 40, 0, 13),
+    Rectangle(26, 40, 26, 40, True),
+    Rectangle(40, 50, 30, 50, True),
+]
+PER_ROW = [STAR, [Rectangle(5, 45, 3, 40, True)], []]
 
 
 def seen_by(plan, batch, rows, keys, start):
@@ -24,10 +34,10 @@ def seen_by(plan, batch, rows, keys, start):
     seen = torch.zeros(batch, 1, rows, keys, dtype=torch.bool)
     lists = plan if plan and isinstance(plan[0], list) else [plan] * batch
     for b, pieces in enumerate(lists):
-        for r0, r1, k0, k1, banded, shift in pieces:
+        for r0, r1, k0, k1, position_masked, shift in pieces:
             for t in range(r0, r1):
                 for s in range(k0, k1):
-                    seen[b, 0, t, s] |= not banded or s <= t + start + shift
+                    seen[b, 0, t, s] |= not position_masked or s <= t + start + shift
     return seen
 
 
@@ -81,7 +91,7 @@ def test_a_plan_is_one_launch_forward_and_three_backward():
 
 
 def test_table_by_hand():
-    plan = [[Piece(0, 4, 0, 2), Piece(4, 8, 0, 8, True)]]
+    plan = [[Rectangle(0, 4, 0, 2), Rectangle(4, 8, 0, 8, True)]]
     assert table(plan, 8, 4) == [[[(0, 4, 0, 2, 0, 0)], [(4, 8, 0, 8, 1, 0)]]]
     assert table(plan, 8, 4, of_keys=True) == [
         [[(0, 2, 0, 4, 0, 0), (0, 8, 4, 8, 1, 0)], [(0, 8, 4, 8, 1, 0), (0,) * 6]]
@@ -99,7 +109,7 @@ edges = st.integers(0, 40)
 )
 @settings(deadline=None, max_examples=60)
 def test_tables_name_every_pair_of_every_piece(pieces, tile, of_keys):
-    plan = [Piece(*piece) for piece in pieces]
+    plan = [Rectangle(*piece) for piece in pieces]
     wanted = sorted((t, s) for p in plan for t in range(p[0], p[1]) for s in range(p[2], p[3]))
     found = []
     for index, entries in enumerate(table([plan], 40, tile, of_keys=of_keys)[0]):
@@ -112,12 +122,12 @@ def test_tables_name_every_pair_of_every_piece(pieces, tile, of_keys):
 def test_pieces_that_leave_the_scores_are_refused():
     query, key, value = sharp_inputs(2, 2, 1, 8, 8, 16)
     with pytest.raises(ValueError, match="8 rows and 8 keys"):
-        attend_rectangles(query, key, value, [Piece(0, 9, 0, 8)])
+        attend_rectangles(query, key, value, [Rectangle(0, 9, 0, 8)])
     with pytest.raises(ValueError, match="one per row of the batch"):
-        attend_rectangles(query, key, value, [[Piece(0, 8, 0, 8)]] * 3)
+        attend_rectangles(query, key, value, [[Rectangle(0, 8, 0, 8)]] * 3)
 
 
-@pytest.mark.parametrize("plan", [[], [[], []], [[Piece(0, 8, 0, 8)], []]], ids=["shared", "per row", "one row"])
+@pytest.mark.parametrize("plan", [[], [[], []], [[Rectangle(0, 8, 0, 8)], []]], ids=["shared", "per row", "one row"])
 @pytest.mark.parametrize("kernel", [None, pytest.param("triton", marks=needs_interpreter)])
 def test_rows_without_pieces_see_nothing(plan, kernel):
     query, key, value = sharp_inputs(2, 2, 1, 8, 8, 16)

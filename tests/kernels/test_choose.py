@@ -7,7 +7,7 @@ import torch
 
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.kernels import attend
-from hf_attn_plugins.kernels.aten.attend import few_rows
+from hf_attn_plugins.kernels.aten.attend import run_one_operator
 from hf_attn_plugins.testing import assert_close_to_reference, dense_attention, sharp_inputs, visibility
 
 choosing = importlib.import_module("hf_attn_plugins.kernels.choose")
@@ -32,9 +32,9 @@ def test_without_a_compiler_the_choice_follows_rows_times_shared_heads(
     monkeypatch.setattr(choosing, "cpu_multiplies_bf16", lambda: True)
     query = torch.empty(1, heads[0], rows, 64, dtype=torch.bfloat16)
     key = torch.empty(1, heads[1], keys, 64, dtype=torch.bfloat16)
-    assert choosing.choose(query, key, key, Mask(causal=causal), None, 0.0) == expected
+    assert choosing.choose(query, key, key, Mask(causal=causal), None, 0.0).name == expected
     monkeypatch.setattr(choosing, "cpu_multiplies_bf16", lambda: False)
-    assert choosing.choose(query, key, key, Mask(causal=causal), None, 0.0) == "aten"
+    assert choosing.choose(query, key, key, Mask(causal=causal), None, 0.0).name == "aten"
 
 
 @pytest.mark.parametrize(
@@ -58,9 +58,9 @@ def test_with_a_compiler_bfloat16_calls_of_some_length_are_fused(monkeypatch, ro
     dtype = change.get("dtype", torch.bfloat16)
     query, key = torch.empty(1, 8, rows, 64, dtype=dtype), torch.empty(1, 8, keys, 64, dtype=dtype)
     mask, softcap = change.get("mask", Mask(causal=rows > 1)), change.get("softcap")
-    assert choosing.choose(query, key, key, mask, softcap, change.get("dropout", 0.0)) == expected
+    assert choosing.choose(query, key, key, mask, softcap, change.get("dropout", 0.0)).name == expected
     monkeypatch.setattr(choosing, "cpu_fuses", lambda: False)
-    assert choosing.choose(query, key, key, mask, softcap, change.get("dropout", 0.0)) != "cpu_fused"
+    assert choosing.choose(query, key, key, mask, softcap, change.get("dropout", 0.0)).name != "cpu_fused"
 
 
 MASKS = {
@@ -91,10 +91,35 @@ def test_short_calls_see_the_same_keys(fields, rows, keys):
 
 
 def test_the_short_way_leaves_everything_else_alone():
+    def is_short(query, key, value, mask):
+        return choosing.choose(query, key, value, mask, None, 0.0).run is run_one_operator
+
     query, key, value = sharp_inputs(1, 4, 2, 24, 24, 16)
-    assert few_rows(query, key, value, True, None, 0.25) is not None
+    assert is_short(query, key, value, Mask(causal=True))
     for name in ("one row, not the last", "window", "padding", "prefix", "more rows than keys", "a chunk"):
         fields, rows, keys = MASKS[name]
         inputs = query[:, :, :rows], key[:, :, :keys], value[:, :, :keys]
-        assert few_rows(*inputs, False, Mask(**fields), 0.25) is None, name
-    assert few_rows(query.requires_grad_(), key, value, True, None, 0.25) is None
+        assert not is_short(*inputs, Mask(**fields)), name
+    assert not is_short(query.requires_grad_(), key, value, Mask(causal=True))
+
+
+def test_the_choice_is_made_once_per_call(monkeypatch):
+    asked = []
+    fuses = choosing.cpu_fuses
+    monkeypatch.setattr(choosing, "cpu_fuses", lambda: asked.append(1) or fuses())
+    query = torch.randn(1, 2, 300, 32).bfloat16()
+    attend(query, query, query, is_causal=True)
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("kernel", ["reference", "aten", "cpu_tiled", "cpu_fused", "triton"])
+def test_a_named_kernel_is_forced(kernel):
+    query = torch.empty(1, 2, 1, 16)
+    choice = choosing.choose(query, query, query, Mask(), None, 0.0, kernel)
+    assert choice.name == kernel and choice.run.__name__ == kernel
+
+
+def test_an_unknown_kernel_is_refused():
+    query = torch.empty(1, 2, 1, 16)
+    with pytest.raises(ValueError, match="'fast' is unknown: choose one of reference"):
+        choosing.choose(query, query, query, Mask(), None, 0.0, "fast")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -217,9 +218,24 @@ def test_sizes_in_python_are_those_in_c():
     defined = {}
     for source in Path(call.__file__).parent.glob("*.[ch]"):
         defined |= dict(re.findall(r"^#define (\w+) +(\d+)", source.read_text(), re.MULTILINE))
-    names = ("STEP", "TILE", "MAX_DIM", "CHUNK", "MAX_ROWS")
+    names = ("STEP", "TILE", "MAX_DIM", "SPLIT_KEYS", "MAX_ROWS")
     assert {name: str(getattr(call, name)) for name in names} == {name: defined[name] for name in names}
     assert 16 * int(defined["VECTORS"]) == call.LANES
+
+
+@needs_library
+def test_the_struct_has_one_size_in_python_and_in_c(monkeypatch):
+    call.checked_library.cache_clear()
+    assert call.checked_library().hf_call_size() == ctypes.sizeof(call._Call)
+
+    class Longer(call._Call):
+        _fields_ = [("more", ctypes.c_int64)]
+
+    monkeypatch.setattr(call, "_Call", Longer)
+    call.checked_library.cache_clear()
+    with pytest.raises(RuntimeError, match=r"tile\.h and call\.py differ"):
+        call.checked_library()
+    call.checked_library.cache_clear()
 
 
 REFUSED = {
@@ -247,7 +263,7 @@ from hf_attn_plugins.kernels.choose import choose
 from hf_attn_plugins.core.mask import Mask
 query = torch.randn(1, 2, 200, 32).to(torch.bfloat16)
 out = attend(query, query, query, is_causal=True).out
-kernel = choose(query, query, query, Mask(causal=True), None, 0.0)
+kernel = choose(query, query, query, Mask(causal=True), None, 0.0).name
 print(kernel, "|", fused.unavailable(), "|", bool(out.isfinite().all()))
 """
 

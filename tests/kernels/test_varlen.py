@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_attn_plugins.core.rectangle import Piece
-from hf_attn_plugins.kernels.varlen import attend_varlen, pieces
+from hf_attn_plugins.core.rectangle import Rectangle
+from hf_attn_plugins.kernels.varlen import attend_varlen, rectangles_of
 from hf_attn_plugins.testing import dense_attention, sharp_inputs
 from tests.kernels.triton_cases import ONE_LAUNCH_EACH, check, count_launches, draw, needs_interpreter
 
@@ -31,7 +31,7 @@ def seen_by(is_causal=False, window=None):
 
 
 def test_rectangles_by_hand():
-    assert pieces([0, 2, 5], [0, 4, 5]) == [Piece(0, 2, 0, 4, True, 2), Piece(2, 5, 4, 5, True, 0)]
+    assert rectangles_of([0, 2, 5], [0, 4, 5]) == [Rectangle(0, 2, 0, 4, True, 2), Rectangle(2, 5, 4, 5, True, 0)]
 
 
 @pytest.mark.parametrize("name", CASES)

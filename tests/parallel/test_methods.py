@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_attn_plugins.kernels.bound_attend import Kernel
+from hf_attn_plugins.kernels.bound_attend import BoundAttend
 from hf_attn_plugins.parallel.decode import later
 from hf_attn_plugins.parallel.dense import Dense
 from hf_attn_plugins.parallel.method import Step
@@ -45,7 +45,7 @@ def compare(method, real: torch.Tensor, size: int, window: int | None, then: tup
     query, key, value = sharp_inputs(
         batch, HEADS, KV_HEADS, total, total, DIM, DIM_V, dtype=torch.float64, sharpness=1.5
     )
-    kernel, bounds = Kernel(DIM**-0.5), (window, None)
+    kernel, bounds = BoundAttend(DIM**-0.5), (window, None)
     wanted, _ = dense_attention(
         query[:, :, :length], key[:, :, :length], value[:, :, :length], allowed(method, real, window)
     )

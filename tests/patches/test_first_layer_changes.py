@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import logging
 import pickle
 
@@ -440,3 +441,15 @@ class TestFingerprint:
                 mixed = signed((mixed ^ (mixed >> shift)) * factor)
             expected += lane * (mixed ^ (mixed >> 31))
         assert fingerprint.row_digests(states).tolist() == [signed(expected)]
+
+
+@pytest.mark.parametrize("place", ["top", "inner"])
+def test_an_attention_from_a_hub_is_refused(tmp_path, place):
+    source = checkpoint(tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    named = {"attn_implementation": "somebody/kernel"}
+    config |= named if place == "top" else {"text_config": named}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="somebody/kernel"):
+        patch("first-layer", source, tmp_path / "target")
+    assert not (tmp_path / "target").exists()

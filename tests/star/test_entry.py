@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial
+from hf_attn_plugins.kernels import choose as choosing
 from hf_attn_plugins.kernels.cpu_fused import build as fused
 from hf_attn_plugins.star.batch_plans import row_sizes
 from hf_attn_plugins.star.entry import attention
@@ -78,7 +79,7 @@ def test_dtypes_and_softcap(dtype: torch.dtype, softcap: float | None) -> None:
 @pytest.mark.parametrize("learns", [False, True])
 def test_blocks_in_turns(sizes: tuple, turn: int, learns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiled CPU kernels take a few blocks at a time; without gradients, results go straight to their rows."""
-    monkeypatch.setattr("hf_attn_plugins.star.entry.ROWS_IN_TURN", turn)
+    monkeypatch.setitem(choosing.ROWS_AT_ONCE, "cpu_fused", turn)
     inputs = sharp_inputs(2, 4, 2, 250, 250, 32, 48, dtype=torch.bfloat16)
     options = StarOptions(*sizes, kernel="cpu_fused")
     with torch.set_grad_enabled(learns):

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_attn_plugins.core.mask import Mask
-from hf_attn_plugins.core.rectangle import Piece
+from hf_attn_plugins.core.rectangle import Rectangle
 from hf_attn_plugins.star.entry import attention
 from hf_attn_plugins.star.options import StarOptions
 from hf_attn_plugins.star.plan import Plan
-from hf_attn_plugins.star.rectangles import pieces
+from hf_attn_plugins.star.rectangles import rectangles_of
 from tests.kernels.triton_cases import ONE_LAUNCH_EACH, check, count_launches, draw, needs_interpreter
 from tests.star.test_entry import pattern
 
@@ -24,8 +24,8 @@ SPANS = [[(7, 36)], [(0, 23)]]  # padded on the left, padded on the right
 
 def test_rectangles_by_hand():
     first, second, anchor, query = (0, 4, 0, 4), (4, 7, 4, 7), (4, 7, 0, 2), (7, 10, 0, 10)
-    assert pieces(Plan(10, 4, 2, 3)) == [Piece(*r, True) for r in (first, second, anchor, query)]
-    assert pieces(Plan(3, 4, 2, 3), 5) == [Piece(5, 8, 5, 8, True)]
+    assert rectangles_of(Plan(10, 4, 2, 3)) == [Rectangle(*r, True) for r in (first, second, anchor, query)]
+    assert rectangles_of(Plan(3, 4, 2, 3), 5) == [Rectangle(5, 8, 5, 8, True)]
 
 
 @given(st.integers(0, 40), st.integers(1, 15), st.integers(0, 15), st.integers(0, 15), st.integers(0, 3))
@@ -34,7 +34,7 @@ def test_rectangles_hold_every_pair_of_the_plan_once(length, block, anchor, quer
     plan = Plan(length, block, min(anchor, block), query)
     held = Counter(
         (t - first, s - first)
-        for piece in pieces(plan, first)
+        for piece in rectangles_of(plan, first)
         for t in range(piece.row_begin, piece.row_end)
         for s in range(piece.key_begin, min(piece.key_end, t + 1))
     )

@@ -23,7 +23,8 @@ from hf_attn_plugins.bench.peak_memory import PeakMemory
 from hf_attn_plugins.commands.bench.passkey import passkey, score
 from hf_attn_plugins.commands.bench.star_report import SCORED, TEXTS, report
 from hf_attn_plugins.hf.configure import use
-from hf_attn_plugins.hf.load import add_model_arguments, load_for, text_tokens
+from hf_attn_plugins.hf.load import add_model_arguments, load_for
+from hf_attn_plugins.hf.texts import text_tokens
 from hf_attn_plugins.star.plan import Plan
 
 Sizes = tuple[int | None, int | None, int | None]

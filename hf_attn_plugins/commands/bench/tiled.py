@@ -96,7 +96,7 @@ def _measure(
         "rows": rows,
         "keys": keys,
         "mask": "causal" if causal else "full",
-        "kernel": choose(query, key[:, :, cut], value[:, :, cut], mask, None, 0.0),
+        "kernel": choose(query, key[:, :, cut], value[:, :, cut], mask, None, 0.0).name,
         "SDPA GFLOP/s": round(4 * heads[0] * head_dim * cells / forward["sdpa"] / 1e9),
         "ours GFLOP/s": round(4 * heads[0] * head_dim * cells / forward["ours"] / 1e9),
         "forward ratio": forward["sdpa"] / forward["ours"],

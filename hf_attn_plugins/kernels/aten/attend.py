@@ -1,4 +1,4 @@
-"""PyTorch's own fused attention operators, those that return the lse, for every mask they can be composed for."""
+"""The kernel "aten": PyTorch's fused attention operators that return the lse, composed for the masks they lack."""
 
 from __future__ import annotations
 
@@ -10,35 +10,38 @@ from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial, merge
 from hf_attn_plugins.kernels.aten.ops import FlashCPU, FlashCUDA, flash_cpu
 
-FEW_ROWS = 16  # up to here one call with an additive (B, 1, 1, S) mask beats one call per row of the batch
-QUICK_KEYS = 511  # up to here a call is so short that the time for choosing a kernel shows, and tiles never pay
+FOLDED_ROWS = 16  # up to here query heads are folded into rows, and one biased call beats one call per batch row
+SHORT_KEYS = 511  # up to here the time for choosing a kernel shows, and tiles never pay
 
 
-def few_rows(
-    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, mask: Mask | Tensor | None, scale: float
-) -> Partial | None:
-    """A short plain call on the CPU, straight to the fused operator; None where anything has to be looked at."""
-    (_, heads, rows, head_dim), (_, kv_heads, num_keys, _) = query.shape, key.shape
-    if not (0 < rows <= FEW_ROWS or num_keys <= QUICK_KEYS) or rows > num_keys:
-        return None
-    if head_dim != value.shape[-1] or query.numel() == 0:
-        return None
-    if mask is not None:
-        if not isinstance(mask, Mask) or not mask.is_plain(num_keys - rows):
-            return None
-        is_causal = is_causal or mask.causal
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        return None
-    is_full = rows == 1 or not is_causal
-    if is_full and heads != kv_heads:
+def is_short(query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float) -> bool:
+    """Whether `run_one_operator` does this call: short, on the CPU, a plain causal or full mask, no gradient."""
+    (_, _, rows, head_dim), num_keys = query.shape, key.shape[2]
+    if not (0 < rows <= FOLDED_ROWS or num_keys <= SHORT_KEYS) or rows > num_keys:
+        return False
+    if head_dim != value.shape[-1] or query.numel() == 0 or query.device.type != "cpu":
+        return False
+    if softcap is not None or dropout or not mask.is_plain(num_keys - rows):
+        return False
+    if mask.causal and 1 < rows != num_keys:
+        return False
+    return not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
+
+
+def run_one_operator(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, softcap: float | None, dropout: float
+) -> Partial:
+    """Call PyTorch's CPU operator once; only for calls that `is_short` allows."""
+    is_full = query.shape[2] == 1 or not mask.causal
+    if is_full and query.shape[1] != key.shape[1]:
         return _full(query, key, value, scale)
-    return Partial(*flash_cpu(query, key, value, not is_full, scale, None)) if is_full or rows == num_keys else None
+    return Partial(*flash_cpu(query, key, value, not is_full, scale, None))
 
 
-def supported(
+def reason_against(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float
 ) -> str | None:
-    """None when `aten` can do this call, else the reason why it cannot."""
+    """Why `aten` cannot do this call; None when it can."""
     rows, num_keys = query.shape[2], key.shape[2]
     if softcap is not None:
         return "softcap"
@@ -49,7 +52,7 @@ def supported(
     if mask.window != (None, None):
         return "a sliding window shorter than the sequence"
     if mask.bias is not None:
-        return _bias_unsupported(query, mask)
+        return _reason_against_bias(query, mask)
     if mask.key_padding is not None and torch.compiler.is_compiling():
         return "padding lengths, which cannot be read while compiling"
     if mask.causal:
@@ -60,7 +63,7 @@ def supported(
     return None
 
 
-def _bias_unsupported(query: Tensor, mask: Mask) -> str | None:
+def _reason_against_bias(query: Tensor, mask: Mask) -> str | None:
     assert mask.bias is not None
     if mask.bias.requires_grad:
         return "a float mask that needs a gradient"
@@ -72,8 +75,8 @@ def _bias_unsupported(query: Tensor, mask: Mask) -> str | None:
 def aten(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, softcap: float | None, dropout: float
 ) -> Partial:
-    """See `kernels.attend`. Masks are taken apart into square causal and full pieces, which are merged."""
-    reason = supported(query, key, value, mask, softcap, dropout)
+    """See `kernels.attend`. A mask is split into square causal and full parts, whose results are merged."""
+    reason = reason_against(query, key, value, mask, softcap, dropout)
     if reason is not None:
         raise NotImplementedError(f"kernel 'aten' cannot do {reason}: use kernel=None, or 'cpu_tiled' on a CPU.")
     rows, num_keys = query.shape[2], key.shape[2]
@@ -87,7 +90,7 @@ def aten(
     if start < 0:  # rows before the first key
         head = Partial.empty(query[:, :, :-start], value.shape[-1])
         tail = aten(query[:, :, -start:], key, value, mask.replace(offset=0), scale, None, 0.0)
-        return Partial(torch.cat([head.out, tail.out], 2), torch.cat([head.lse, tail.lse], 2))
+        return Partial.cat([head, tail])
     square = _flash(query, key[:, :, start:], value[:, :, start:], True, scale)
     if start == 0:
         return square
@@ -96,13 +99,13 @@ def aten(
 
 def _full(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Partial:
     batch, heads, rows, head_dim = query.shape
-    groups = heads // key.shape[1]
-    # One float32 row costs less than leaving threads idle at the end, which divide up the heads.
+    group_size = heads // key.shape[1]
+    # Threads divide the heads among them. Folding leaves fewer heads: one float32 row per head is then faster.
     idle = rows == 1 and query.dtype == torch.float32 and batch * key.shape[1] % _threads()
-    if groups == 1 or not 0 < rows <= FEW_ROWS or idle:
+    if group_size == 1 or not 0 < rows <= FOLDED_ROWS or idle:
         return _flash(query, key, value, False, scale)
-    # A group's heads share their keys, and without a causal mask heads are as good as rows.
-    folded = _flash(query.reshape(batch, key.shape[1], groups * rows, head_dim), key, value, False, scale)
+    # Heads that share keys become rows of one head: (B, Hkv, group_size * T, D). Only a full mask allows that.
+    folded = _flash(query.reshape(batch, key.shape[1], group_size * rows, head_dim), key, value, False, scale)
     return Partial(folded.out.reshape(batch, heads, rows, -1), folded.lse.reshape(batch, heads, rows))
 
 
@@ -119,7 +122,7 @@ def _padded(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float)
     ends = (real * torch.arange(1, num_keys + 1, device=real.device)).amax(-1).tolist()
     counts = real.sum(-1).tolist()
     contiguous = all(bool(real[b, end - n : end].all()) for b, (end, n) in enumerate(zip(ends, counts, strict=True)))
-    if not contiguous or (rows <= FEW_ROWS and not mask.causal):
+    if not contiguous or (rows <= FOLDED_ROWS and not mask.causal):
         bias = torch.where(real, 0.0, -torch.inf).to(query.dtype)[:, None, None]
         if mask.causal:
             t, s = torch.arange(rows, device=real.device), torch.arange(num_keys, device=real.device)
@@ -127,27 +130,27 @@ def _padded(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float)
                 ~mask.replace(key_padding=None).visible(t, s, mask.start(rows, num_keys)), -torch.inf
             )
         return _biased(query, key, value, bias, scale)
-    pieces = []
+    parts = []
     plain = mask.replace(key_padding=None)
     for b, (end, count) in enumerate(zip(ends, counts, strict=True)):
         one = slice(b, b + 1)
-        pieces.append(_run_of_keys(query[one], key[one], value[one], plain, end - count, end, scale))
-    return Partial(torch.cat([piece.out for piece in pieces]), torch.cat([piece.lse for piece in pieces]))
+        parts.append(_run_of_keys(query[one], key[one], value[one], plain, end - count, end, scale))
+    return Partial.cat(parts, dim=0)
 
 
 def _run_of_keys(q: Tensor, k: Tensor, v: Tensor, mask: Mask, first: int, end: int, scale: float) -> Partial:
-    """One row of the batch whose real keys are first..end: rows beyond them see all of them when causal."""
+    """One row of the batch whose real keys are first..end; causal rows at or after `end` see all of these keys."""
     if not mask.causal:
         return aten(q, k[:, :, first:end], v[:, :, first:end], mask, scale, None, 0.0)
     rows, start = q.shape[2], mask.start(q.shape[2], k.shape[2])
     inside = min(rows, max(0, end - start))
-    pieces = []
+    parts = []
     if inside:
         causal, stop = mask.replace(offset=start - first), start + inside
-        pieces.append(aten(q[:, :, :inside], k[:, :, first:stop], v[:, :, first:stop], causal, scale, None, 0.0))
+        parts.append(aten(q[:, :, :inside], k[:, :, first:stop], v[:, :, first:stop], causal, scale, None, 0.0))
     if inside < rows:
-        pieces.append(_full(q[:, :, inside:], k[:, :, first:end], v[:, :, first:end], scale))
-    return Partial(torch.cat([piece.out for piece in pieces], 2), torch.cat([piece.lse for piece in pieces], 2))
+        parts.append(_full(q[:, :, inside:], k[:, :, first:end], v[:, :, first:end], scale))
+    return Partial.cat(parts)
 
 
 def _biased(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Partial:
@@ -165,7 +168,7 @@ def _biased(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: floa
 def _flash(
     query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, bias: Tensor | None = None
 ) -> Partial:
-    """One fused call: all keys, or a square causal mask; head dims are padded with zeros to the same size."""
+    """One operator call with a full or a square causal mask; the smaller of D and Dv is padded with zeros."""
     head_dim, head_dim_v = query.shape[-1], value.shape[-1]
     if query.numel() == 0 or key.numel() == 0:  # the operators divide by these sizes
         return Partial.empty(query, head_dim_v)

@@ -16,10 +16,24 @@ _OPS = torch.ops.aten
 def flash_cpu(
     query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    """out (B, Hq, T, Dv) and lse (B, Hq, T) of one CPU operator call; `bias` is added to the scaled scores.
+
+    A causal mask is square: T == S. Without gradient; D == Dv.
+    """
+    query, key, value = elements_side_by_side(query, key, value)
     # The binding in `torch` is the same operator as that in `torch.ops`, some microseconds closer.
     return torch._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale
     )
+
+
+def elements_side_by_side(*tensors: Tensor) -> list[Tensor]:
+    """The tensors with stride 1 in their last dimension, copied only where it is another.
+
+    The fused operators read a head's elements side by side whatever the stride says; `F.scaled_dot_product_attention`
+    looks at it, and calls them only where it is 1.
+    """
+    return [tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous() for tensor in tensors]
 
 
 class FlashCPU(torch.autograd.Function):
@@ -28,6 +42,7 @@ class FlashCPU(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
+        query, key, value = elements_side_by_side(query, key, value)
         out, lse = flash_cpu(query, key, value, is_causal, scale, bias)
         ctx.save_for_backward(query, key, value, out, lse, bias)
         ctx.options = (is_causal, scale)
@@ -48,7 +63,7 @@ class FlashCPU(torch.autograd.Function):
 def _lse_as_column(
     grads: tuple[Tensor | None, ...], query: Tensor, key: Tensor, value: Tensor, out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Smuggle the lse's gradient through an operator that only takes the gradient of out.
+    """Pass the lse's gradient through an operator that only takes the gradient of out.
 
     The operators compute delta = sum(grad_out * out) and dS = P * (grad_out value^T - delta); the lse asks for
     delta - grad_lse. Extra columns that are 0 in value, 1 in grad_out and -grad_lse in out change nothing else.
@@ -74,8 +89,9 @@ class FlashCUDA(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.groups = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(ctx.groups, 1) if ctx.groups > 1 else x for x in (key, value))
+        query, key, value = elements_side_by_side(query, key, value)
+        ctx.group_size = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(ctx.group_size, 1) if ctx.group_size > 1 else x for x in (key, value))
         ctx.half = query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0
         if ctx.half:
             out, lse, *rest = _OPS._scaled_dot_product_flash_attention(
@@ -132,6 +148,6 @@ class FlashCUDA(torch.autograd.Function):
                 is_causal,
                 scale=scale,
             )
-        if ctx.groups > 1:
-            d_key, d_value = (x.unflatten(1, (-1, ctx.groups)).sum(2) for x in (d_key, d_value))
+        if ctx.group_size > 1:
+            d_key, d_value = (x.unflatten(1, (-1, ctx.group_size)).sum(2) for x in (d_key, d_value))
         return d_query[..., :width], d_key[..., :width], d_value[..., :width], None, None, None

@@ -22,8 +22,8 @@ def cpu_tiled(
         from hf_attn_plugins.kernels.cpu_ops import tiled_op
 
         return tiled_op(query, key, value, mask, scale, softcap, dropout)
-    if len(query) > 1 and query.shape[2] < SHORT and mask.only_positions():
-        # Rows of the batch with one mask are further heads: fewer, larger products.
+    if len(query) > 1 and query.shape[2] < SHORT and mask.has_no_tensors():
+        # All batch rows share the mask: fold batch into heads, (B, H, ...) -> (1, B * H, ...), for larger products.
         q, k, v = (x.reshape(1, x.shape[0] * x.shape[1], *x.shape[2:]) for x in (query, key, value))
         out, lse = cpu_tiled(q, k, v, mask, scale, softcap, dropout)
         return Partial(out.view(*query.shape[:3], value.shape[-1]), lse.view(query.shape[:3]))

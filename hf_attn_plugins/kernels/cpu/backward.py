@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import lse_dtype
-from hf_attn_plugins.kernels.cpu.masks import Edges, dropout_generator, keep_mask
+from hf_attn_plugins.kernels.cpu.masks import TileMasks, dropout_generator, keep_mask
 from hf_attn_plugins.kernels.cpu.tile_map import KeyTile, TileMap
 from hf_attn_plugins.kernels.cpu.tiling import LOG2_E, chunks, is_fast, key_blocks
 
@@ -39,15 +39,15 @@ def backward(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, key, value and (where asked for) of a float `mask.bias`, in their dtypes."""
-    wide = lse_dtype(query)
-    grads = [torch.zeros_like(x, dtype=wide, memory_format=torch.contiguous_format) for x in (query, key, value)]
+    acc_dtype = lse_dtype(query)
+    grads = [torch.zeros_like(x, dtype=acc_dtype, memory_format=torch.contiguous_format) for x in (query, key, value)]
     grad_bias = None
     if needs_bias:
         assert mask.bias is not None
-        grad_bias = torch.zeros((1,) * (4 - mask.bias.ndim) + mask.bias.shape, dtype=wide, device=mask.bias.device)
+        grad_bias = torch.zeros((1,) * (4 - mask.bias.ndim) + mask.bias.shape, dtype=acc_dtype, device=mask.bias.device)
     if out.numel() and key.shape[2]:
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        delta = (grad_out.to(wide) * out.to(wide)).sum(-1)
+        delta = (grad_out.to(acc_dtype) * out.to(acc_dtype)).sum(-1)
         if grad_lse is not None:
             delta -= grad_lse
         loop_of: Any = _FastTiles if is_fast(query, mask, softcap) else _Tiles
@@ -89,14 +89,14 @@ class _Tiles:
         self.query, self.key, self.value, self.grad_out, self.delta = query, key, value, grad_out, delta
         self.lse = lse.masked_fill(lse == -torch.inf, HUGE)
         self.tiles, self.scale, self.softcap, self.heads = tiles, scale, softcap, heads
-        self.kv_heads, self.groups = key.shape[0], query.shape[0] // key.shape[0]
-        self.wide = lse_dtype(query)
-        self.edges = Edges(tiles, heads, self.groups, self.wide)
-        most_rows, most_keys = self.groups * tiles.row_tile, tiles.key_tile
+        self.kv_heads, self.group_size = key.shape[0], query.shape[0] // key.shape[0]
+        self.acc_dtype = lse_dtype(query)
+        self.tile_masks = TileMasks(tiles, heads, self.group_size, self.acc_dtype)
+        most_rows, most_keys = self.group_size * tiles.row_tile, tiles.key_tile
         most_parts = max(most_rows, most_keys) * max(query.shape[-1], value.shape[-1])
         # Fresh memory for every product would cost page faults.
         self.buffers = [query.new_empty(self.kv_heads * size) for size in (most_rows * most_keys,) * 2 + (most_parts,)]
-        self.wide_part = self.buffers[2].to(self.wide)
+        self.acc_part = self.buffers[2].to(self.acc_dtype)
 
     def product(self, slot: int, left: Tensor, right: Tensor) -> Tensor:
         """A batched product in buffer `slot`: 0 and 1 for scores and their gradients, 2 for a part of a gradient."""
@@ -104,12 +104,12 @@ class _Tiles:
         return torch.bmm(left, right, out=self.buffers[slot][: math.prod(size)].view(size))
 
     def part(self, left: Tensor, right: Tensor) -> Tensor:
-        """A product as a part of a gradient, in `self.wide`."""
+        """A product as a part of a gradient, in `self.acc_dtype`."""
         product = self.product(2, left, right)
-        return self.wide_part[: product.numel()].view(product.shape).copy_(product)
+        return self.acc_part[: product.numel()].view(product.shape).copy_(product)
 
     def rows(self, tensor: Tensor, index: int) -> Tensor:
-        """The rows of one row tile, (kv heads, groups * rows, ...)."""
+        """The rows of one row tile, (kv heads, group_size * rows, ...)."""
         t0, t1 = self.tiles.row_tiles[index]
         return tensor[:, t0:t1].reshape(self.kv_heads, -1, *tensor.shape[2:])
 
@@ -133,16 +133,16 @@ class _Tiles:
             self.rows(self.grad_out, index),
             slice(tile.begin, tile.end),
         )
-        scores = self.product(0, query, self.key[:, keys].mT).to(self.wide).mul_(self.scale)
+        scores = self.product(0, query, self.key[:, keys].mT).to(self.acc_dtype).mul_(self.scale)
         slope = None
         if self.softcap is not None:
             capped = scores.div_(self.softcap).tanh_()
             slope = 1 - capped * capped
             scores = capped * self.softcap
-        view = scores.view(self.kv_heads, self.groups, t1 - t0, -1)
-        self.edges.add_to(view, t0, t1, tile)
+        view = scores.view(self.kv_heads, self.group_size, t1 - t0, -1)
+        self.tile_masks.add_to(view, t0, t1, tile)
         weights = scores.sub_(self.rows(self.lse, index).unsqueeze(-1)).exp_()
-        grad_weights = self.product(1, grad_out, self.value[:, keys].mT).to(self.wide)
+        grad_weights = self.product(1, grad_out, self.value[:, keys].mT).to(self.acc_dtype)
         kept = weights
         if dropout:
             assert generator is not None
@@ -170,7 +170,7 @@ class _FastTiles(_Tiles):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         dtype = self.query.dtype
-        self.edges = Edges(self.tiles, self.heads, self.groups, dtype)
+        self.tile_masks = TileMasks(self.tiles, self.heads, self.group_size, dtype)
         log2_lse = (self.lse * LOG2_E).clamp_max(HUGE)
         self.query_columns = torch.cat([self.query * (self.scale * LOG2_E), _split(-log2_lse, dtype)], -1)
         self.grad_columns = torch.cat([self.grad_out, _split(-self.delta, dtype)], -1)
@@ -182,8 +182,8 @@ class _FastTiles(_Tiles):
         t0, t1 = self.tiles.row_tiles[index]
         block, width = tile.begin // self.tiles.key_tile, tile.end - tile.begin
         scores = self.product(0, self.rows(self.query_columns, index), self.key_columns[block][:, :width].mT)
-        view = scores.view(self.kv_heads, self.groups, t1 - t0, -1)
-        self.edges.exp2_(view, t0, t1, tile)
+        view = scores.view(self.kv_heads, self.group_size, t1 - t0, -1)
+        self.tile_masks.weights_in_place(view, t0, t1, tile)
         weights = scores
         columns, grad_out = self.rows(self.grad_columns, index), self.rows(self.grad_out, index)
         if not dropout:
@@ -197,7 +197,7 @@ class _FastTiles(_Tiles):
 
 
 def _split(column: Tensor, dtype: torch.dtype) -> Tensor:
-    """A float32 column as three columns of `dtype` whose sum it is, to nearly float32's digits."""
+    """Split float32 into high + middle + low parts in `dtype`; their sum restores about 24 bits."""
     high = column.to(dtype)
     middle = (column - high.to(column.dtype)).to(dtype)
     low = (column - high.to(column.dtype) - middle.to(column.dtype)).to(dtype)

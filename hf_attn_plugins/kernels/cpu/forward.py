@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial, lse_dtype
-from hf_attn_plugins.kernels.cpu.masks import Edges, dropout_generator, keep_mask
+from hf_attn_plugins.kernels.cpu.masks import TileMasks, dropout_generator, keep_mask
 from hf_attn_plugins.kernels.cpu.tile_map import KeyTile, TileMap
 from hf_attn_plugins.kernels.cpu.tiling import LOG2_E, chunks, is_fast, key_blocks
 
@@ -70,19 +70,19 @@ class _Rows:
     ) -> None:
         self.query, self.key, self.value = query, key, value
         self.tiles, self.scale, self.softcap, self.heads = tiles, scale, softcap, heads
-        self.kv_heads, self.groups = key.shape[0], query.shape[0] // key.shape[0]
-        self.wide = lse_dtype(query)
-        self.edges = Edges(tiles, heads, self.groups, self.wide)
+        self.kv_heads, self.group_size = key.shape[0], query.shape[0] // key.shape[0]
+        self.acc_dtype = lse_dtype(query)
+        self.tile_masks = TileMasks(tiles, heads, self.group_size, self.acc_dtype)
 
     def scores(self, index: int, tile: KeyTile) -> Tensor:
-        """(kv heads, groups * rows, keys) scaled, capped, biased and masked scores in `self.wide`."""
+        """(kv heads, group_size * rows, keys) scaled, capped, biased and masked scores in `self.acc_dtype`."""
         t0, t1 = self.tiles.row_tiles[index]
         rows = self.query[:, t0:t1].reshape(self.kv_heads, -1, self.query.shape[-1])
-        scores = torch.bmm(rows, self.key[:, tile.begin : tile.end].mT).to(self.wide).mul_(self.scale)
+        scores = torch.bmm(rows, self.key[:, tile.begin : tile.end].mT).to(self.acc_dtype).mul_(self.scale)
         if self.softcap is not None:
             scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
-        view = scores.view(self.kv_heads, self.groups, t1 - t0, -1)
-        self.edges.add_to(view, t0, t1, tile)
+        view = scores.view(self.kv_heads, self.group_size, t1 - t0, -1)
+        self.tile_masks.add_to(view, t0, t1, tile)
         return scores
 
     def run(
@@ -90,25 +90,25 @@ class _Rows:
     ) -> tuple[Tensor, Tensor]:
         """out (heads, rows, Dv) and lse (heads, rows) of row tile `index`."""
         t0, t1 = self.tiles.row_tiles[index]
-        size = (self.kv_heads, self.groups * (t1 - t0))
-        acc = self.query.new_zeros(*size, self.value.shape[-1], dtype=self.wide)
-        total = self.query.new_zeros(size, dtype=self.wide)
-        top = self.query.new_full(size, -torch.inf, dtype=self.wide)
+        size = (self.kv_heads, self.group_size * (t1 - t0))
+        acc = self.query.new_zeros(*size, self.value.shape[-1], dtype=self.acc_dtype)
+        row_sum = self.query.new_zeros(size, dtype=self.acc_dtype)
+        row_max = self.query.new_full(size, -torch.inf, dtype=self.acc_dtype)
         for j, tile in enumerate(key_tiles):
             scores = self.scores(index, tile)
-            new_top = torch.maximum(top, scores.amax(-1))
-            shift = new_top.clamp_min(torch.finfo(self.wide).min)
-            fade = (top - shift).exp()
+            new_max = torch.maximum(row_max, scores.amax(-1))
+            shift = new_max.clamp_min(torch.finfo(self.acc_dtype).min)
+            rescale = (row_max - shift).exp()
             weights = scores.sub_(shift.unsqueeze(-1)).exp_()
-            total.mul_(fade).add_(weights.sum(-1))
+            row_sum.mul_(rescale).add_(weights.sum(-1))
             if dropout:
                 weights.mul_(keep_mask(weights, dropout, generators[j]))
-            seen = torch.bmm(weights.to(self.value.dtype), self.value[:, tile.begin : tile.end])
-            acc.mul_(fade.unsqueeze(-1)).add_(seen)
-            top = new_top
-        out = acc.div_(torch.where(total > 0, total, 1).unsqueeze(-1))
-        lse = total.log().add_(top.clamp_min(torch.finfo(self.wide).min))
-        lse.masked_fill_(total == 0, -torch.inf)
+            product = torch.bmm(weights.to(self.value.dtype), self.value[:, tile.begin : tile.end])
+            acc.mul_(rescale.unsqueeze(-1)).add_(product)
+            row_max = new_max
+        out = acc.div_(torch.where(row_sum > 0, row_sum, 1).unsqueeze(-1))
+        lse = row_sum.log().add_(row_max.clamp_min(torch.finfo(self.acc_dtype).min))
+        lse.masked_fill_(row_sum == 0, -torch.inf)
         return out.view(-1, t1 - t0, out.shape[-1]), lse.view(-1, t1 - t0)
 
 
@@ -118,12 +118,12 @@ class _FastRows(_Rows):
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, tiles: TileMap, *rest: Any) -> None:
         super().__init__(query, key, value, tiles, *rest)
         self.key_blocks, self.value_blocks = key_blocks(key, tiles, 1), key_blocks(value, tiles, 0)
-        self.edges = Edges(tiles, self.heads, self.groups, query.dtype)
-        most_rows = self.groups * tiles.row_tile
+        self.tile_masks = TileMasks(tiles, self.heads, self.group_size, query.dtype)
+        most_rows = self.group_size * tiles.row_tile
         self.rows = query.new_empty(self.kv_heads, most_rows, query.shape[-1] + 1)
         self.weights = query.new_empty(self.kv_heads * most_rows * tiles.key_tile)
         self.tile_out = query.new_empty(self.kv_heads, most_rows, value.shape[-1])
-        self.wide_out = self.tile_out.to(self.wide)
+        self.acc_out = self.tile_out.to(self.acc_dtype)
 
     def shifted(self, rows: Tensor, tile: KeyTile, keys: int = 0) -> Tensor:
         """log2-scores minus the shift column of `rows`, of the tile's first `keys` keys, or of all for 0."""
@@ -134,77 +134,77 @@ class _FastRows(_Rows):
     def tile_weights(self, rows: Tensor, index: int, tile: KeyTile) -> tuple[Tensor, Tensor]:
         """exp2 of the shifted scores, 0 where hidden, and its row sums."""
         scores = self.shifted(rows, tile)
-        view, (t0, t1) = scores.view(self.kv_heads, self.groups, -1, scores.shape[-1]), self.tiles.row_tiles[index]
-        self.edges.exp2_(view, t0, t1, tile)
+        view, (t0, t1) = scores.view(self.kv_heads, self.group_size, -1, scores.shape[-1]), self.tiles.row_tiles[index]
+        self.tile_masks.weights_in_place(view, t0, t1, tile)
         return scores, scores.sum(-1)
 
-    def new_shift(self, rows: Tensor, index: int, tile: KeyTile, keys: int, top: Tensor) -> Tensor:
-        """Raise `top` to the tile's largest scores and write it into the shift column of `rows`.
+    def new_shift(self, rows: Tensor, index: int, tile: KeyTile, keys: int, row_max: Tensor) -> Tensor:
+        """Raise `row_max` to the tile's largest scores and write it into the shift column of `rows`.
 
         Only the first `keys` keys are looked at, which no mask hides; 0 asks for all that are visible.
         """
         rows[..., -1] = 0
         scores = self.shifted(rows, tile, keys)
-        if tile.edge and not keys:
+        if tile.needs_mask and not keys:
             t0, t1 = self.tiles.row_tiles[index]
-            scores.view(self.kv_heads, self.groups, t1 - t0, -1).add_(self.edges.bias(t0, t1, tile))
-        top = torch.maximum(top, scores.amax(-1))
-        rows[..., -1] = torch.where(top == -torch.inf, 0.0, -top)
-        return top
+            scores.view(self.kv_heads, self.group_size, t1 - t0, -1).add_(self.tile_masks.bias(t0, t1, tile))
+        row_max = torch.maximum(row_max, scores.amax(-1))
+        rows[..., -1] = torch.where(row_max == -torch.inf, 0.0, -row_max)
+        return row_max
 
-    def near_shift(self, rows: Tensor, index: int, top: Tensor) -> Tensor:
-        """Raise `top` by the keys next to each row: in language, weight lies on the first tokens and on the last."""
+    def near_shift(self, rows: Tensor, index: int, row_max: Tensor) -> Tensor:
+        """Raise `row_max` by the keys next to each row: text attends most to its first and its last tokens."""
         (t0, t1), head_dim = self.tiles.row_tiles[index], self.query.shape[-1]
         count = (t1 - t0) // NEAR_KEYS
         first, size = t0 + self.tiles.start, count * NEAR_KEYS
         if not count or first + size > self.tiles.num_keys:
-            return top
-        shape = (self.kv_heads, self.groups, t1 - t0)
-        near_rows = rows[..., :head_dim].unflatten(1, (self.groups, -1))[:, :, :size].unflatten(2, (count, -1))
+            return row_max
+        shape = (self.kv_heads, self.group_size, t1 - t0)
+        near_rows = rows[..., :head_dim].unflatten(1, (self.group_size, -1))[:, :, :size].unflatten(2, (count, -1))
         near_keys = self.key[:, first : first + size].unflatten(1, (count, -1))
         scores = torch.matmul(near_rows, near_keys.unsqueeze(1).mT)
         hidden = torch.ones(NEAR_KEYS, NEAR_KEYS, dtype=torch.bool).triu_(1)
         best = scores.masked_fill_(hidden, -torch.inf).amax(-1).flatten(2)
-        top.view(shape)[:, :, :size] = torch.maximum(top.view(shape)[:, :, :size], best)
-        rows[..., -1] = -top
-        return top
+        row_max.view(shape)[:, :, :size] = torch.maximum(row_max.view(shape)[:, :, :size], best)
+        rows[..., -1] = -row_max
+        return row_max
 
     def run(
         self, index: int, key_tiles: list[KeyTile], dropout: float, generators: list[torch.Generator]
     ) -> tuple[Tensor, Tensor]:
         t0, t1 = self.tiles.row_tiles[index]
-        count, head_dim = self.groups * (t1 - t0), self.query.shape[-1]
+        count, head_dim = self.group_size * (t1 - t0), self.query.shape[-1]
         rows = self.rows[:, :count]
         torch.mul(
             self.query[:, t0:t1].reshape(self.kv_heads, count, head_dim), self.scale * LOG2_E, out=rows[..., :head_dim]
         )
         acc = self.query.new_zeros(self.kv_heads, count, self.value.shape[-1], dtype=torch.float32)
-        total = self.query.new_zeros(self.kv_heads, count, dtype=torch.float32)
-        top = self.query.new_full(total.shape, -torch.inf, dtype=torch.float32)
+        row_sum = self.query.new_zeros(self.kv_heads, count, dtype=torch.float32)
+        row_max = self.query.new_full(row_sum.shape, -torch.inf, dtype=torch.float32)
         for j, tile in enumerate(key_tiles):
             width = tile.end - tile.begin
             if j == 0:
                 few = min(FIRST_KEYS, width)
                 sure = self.tiles.seen_by_all(index, tile) >= few
-                top = self.new_shift(rows, index, tile, few if sure else 0, top)
+                row_max = self.new_shift(rows, index, tile, few if sure else 0, row_max)
                 if sure and self.tiles.only_causal:
-                    top = self.near_shift(rows, index, top)
+                    row_max = self.near_shift(rows, index, row_max)
             weights, sums = self.tile_weights(rows, index, tile)
             # A weight far above 1, or rows whose first key is in this tile: move the shift, then do the tile again.
-            if bool(sums.amax() > 4 * width) or (j and bool((top == -torch.inf).any())):
-                new_top = self.new_shift(rows, index, tile, 0, top)
-                fade = torch.where(new_top == top, 1.0, (top - new_top).exp2())
-                acc.mul_(fade.unsqueeze(-1))
-                total.mul_(fade)
-                top = new_top
+            if bool(sums.amax() > 4 * width) or (j and bool((row_max == -torch.inf).any())):
+                new_max = self.new_shift(rows, index, tile, 0, row_max)
+                rescale = torch.where(new_max == row_max, 1.0, (row_max - new_max).exp2())
+                acc.mul_(rescale.unsqueeze(-1))
+                row_sum.mul_(rescale)
+                row_max = new_max
                 weights, sums = self.tile_weights(rows, index, tile)
-            total.add_(sums)
+            row_sum.add_(sums)
             if dropout:
                 weights.mul_(keep_mask(weights, dropout, generators[j]))
             tile_out = self.tile_out[:, :count]
             torch.bmm(weights, self.value_blocks[tile.begin // self.tiles.key_tile][:, :width], out=tile_out)
-            acc.add_(self.wide_out[:, :count].copy_(tile_out))
-        out = acc.div_(torch.where(total > 0, total, 1).unsqueeze(-1))
-        lse = total.log2().add_(top).div_(LOG2_E)
-        lse.masked_fill_(total == 0, -torch.inf)
+            acc.add_(self.acc_out[:, :count].copy_(tile_out))
+        out = acc.div_(torch.where(row_sum > 0, row_sum, 1).unsqueeze(-1))
+        lse = row_sum.log2().add_(row_max).div_(LOG2_E)
+        lse.masked_fill_(row_sum == 0, -torch.inf)
         return out.view(-1, t1 - t0, out.shape[-1]), lse.view(-1, t1 - t0)

@@ -20,18 +20,18 @@ def keep_mask(scores: Tensor, dropout: float, generator: torch.Generator) -> Ten
     return torch.empty_like(scores).bernoulli_(1.0 - dropout, generator=generator).div_(1.0 - dropout)
 
 
-class Edges:
+class TileMasks:
     """Masks of the tiles that need one, as 0 / -inf to add; equal ones are built once."""
 
-    def __init__(self, tiles: TileMap, heads: slice, groups: int, dtype: torch.dtype) -> None:
-        self.tiles, self.heads, self.groups, self.dtype = tiles, heads, groups, dtype
+    def __init__(self, tiles: TileMap, heads: slice, group_size: int, dtype: torch.dtype) -> None:
+        self.tiles, self.heads, self.group_size, self.dtype = tiles, heads, group_size, dtype
         held = (tiles.mask.key_padding, tiles.mask.query_segments, tiles.mask.bias)
         self.device = next((tensor.device for tensor in held if tensor is not None), None)
         self.cache: dict[tuple[int, int, int], Tensor] = {}
 
     def bias(self, t0: int, t1: int, tile: KeyTile) -> Tensor:
-        """0 or -inf, broadcastable to (kv heads, groups, rows, keys)."""
-        if not self.tiles.mask.only_positions() or self.tiles.mask.prefix:
+        """0 or -inf, broadcastable to (kv heads, group_size, rows, keys)."""
+        if not self.tiles.mask.has_no_tensors() or self.tiles.mask.prefix:
             return self._build(t0, t1, tile)
         place = (t0 - tile.begin, t1 - t0, tile.end - tile.begin)
         if place not in self.cache:
@@ -39,29 +39,29 @@ class Edges:
         return self.cache[place]
 
     def add_to(self, view: Tensor, t0: int, t1: int, tile: KeyTile) -> None:
-        """Add a float bias and the hidden pairs' -inf to scores (kv heads, groups, rows, keys), in place."""
+        """Add a float bias and the hidden pairs' -inf to scores (kv heads, group_size, rows, keys), in place."""
         bias = self.tiles.mask.bias
         if bias is not None and bias.is_floating_point():
             rows, keys = torch.arange(t0, t1), torch.arange(tile.begin, tile.end)
-            view += per_head(self.tiles.mask.bias_tile(rows, keys)[0].to(self.dtype), self.heads, self.groups)
-        if tile.edge:
+            view += per_head(self.tiles.mask.bias_tile(rows, keys)[0].to(self.dtype), self.heads, self.group_size)
+        if tile.needs_mask:
             view += self.bias(t0, t1, tile)
 
-    def exp2_(self, view: Tensor, t0: int, t1: int, tile: KeyTile) -> None:
-        """Turn log2-scores (kv heads, groups, rows, keys) into weights in place, 0 where hidden."""
-        if tile.edge and not self.tiles.only_causal:
+    def weights_in_place(self, view: Tensor, t0: int, t1: int, tile: KeyTile) -> None:
+        """Turn log2-scores (kv heads, group_size, rows, keys) into weights in place, 0 where hidden."""
+        if tile.needs_mask and not self.tiles.only_causal:
             view.add_(self.bias(t0, t1, tile))
         view.exp2_()
-        if tile.edge and self.tiles.only_causal:  # zeroing a triangle costs a tenth of masking the scores
+        if tile.needs_mask and self.tiles.only_causal:  # zeroing a triangle costs a tenth of masking the scores
             view.tril_(t0 + self.tiles.start - tile.begin)
 
     def _build(self, t0: int, t1: int, tile: KeyTile) -> Tensor:
         rows = torch.arange(t0, t1, device=self.device)
         keys = torch.arange(tile.begin, tile.end, device=self.device)
         visible = self.tiles.mask.visible(rows, keys, self.tiles.start)[0]
-        return per_head(torch.where(visible, 0.0, -torch.inf).to(self.dtype), self.heads, self.groups)
+        return per_head(torch.where(visible, 0.0, -torch.inf).to(self.dtype), self.heads, self.group_size)
 
 
-def per_head(tensor: Tensor, heads: slice, groups: int) -> Tensor:
-    """(H or 1, rows, keys) as (kv heads or 1, groups or 1, rows, keys) for the heads of a chunk."""
-    return tensor.unsqueeze(0) if tensor.shape[0] == 1 else tensor[heads].unflatten(0, (-1, groups))
+def per_head(tensor: Tensor, heads: slice, group_size: int) -> Tensor:
+    """(H or 1, rows, keys) as (kv heads or 1, group_size or 1, rows, keys) for the heads of a chunk."""
+    return tensor.unsqueeze(0) if tensor.shape[0] == 1 else tensor[heads].unflatten(0, (-1, group_size))

@@ -11,11 +11,11 @@ from hf_attn_plugins.core.mask import Mask
 
 
 class KeyTile(NamedTuple):
-    """Keys begin..end of one tile; `edge` is True when some pair in it may be hidden."""
+    """Keys begin..end of one tile; `needs_mask` is True when some pair in it may be hidden."""
 
     begin: int
     end: int
-    edge: bool
+    needs_mask: bool
 
 
 class TileMap:
@@ -31,7 +31,7 @@ class TileMap:
         self.mask, self.num_keys = mask, num_keys
         self.row_tile, self.key_tile = row_tile, key_tile
         self.start = mask.start(num_rows, num_keys)
-        self.only_causal = mask.causal and mask.window == (None, None) and mask.only_positions() and not mask.prefix
+        self.only_causal = mask.causal and mask.window == (None, None) and mask.has_no_tensors() and not mask.prefix
         self.row_tiles = [(t, min(t + row_tile, num_rows)) for t in range(0, num_rows, row_tile)]
         self.key_tiles = [(s, min(s + key_tile, num_keys)) for s in range(0, num_keys, key_tile)]
         self._whole: list[bool] | None = None
@@ -65,12 +65,12 @@ class TileMap:
                 continue
             if left is not None and mask.prefix and s0 >= mask.prefix and s1 <= low - left:
                 continue
-            tiles.append(KeyTile(s0, s1, self._is_edge(index, j, s0, s1, low, high)))
+            tiles.append(KeyTile(s0, s1, self._needs_mask(index, j, s0, s1, low, high)))
         return tiles
 
     def seen_by_all(self, index: int, tile: KeyTile) -> int:
         """How many leading keys of `tile` every row of row tile `index` sees for certain."""
-        if not tile.edge:
+        if not tile.needs_mask:
             return tile.end - tile.begin
         if not self.only_causal:
             return 0
@@ -82,7 +82,7 @@ class TileMap:
         (rows_min, rows_max), (keys_min, keys_max) = self._row_segments[index], self._key_segments[j]
         return rows_min <= keys_max and keys_min <= rows_max
 
-    def _is_edge(self, index: int, j: int, s0: int, s1: int, low: int, high: int) -> bool:
+    def _needs_mask(self, index: int, j: int, s0: int, s1: int, low: int, high: int) -> bool:
         mask, (left, right) = self.mask, self.mask.window
         if mask.predicate is not None or (mask.bias is not None and mask.bias.dtype == torch.bool):
             return True

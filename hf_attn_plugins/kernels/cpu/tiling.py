@@ -20,18 +20,18 @@ def chunks(query: Tensor, key: Tensor, mask: Mask) -> list[tuple[int, slice, sli
     """Split a call into (batch index, query heads, key heads, tiles) so that a chunk's scores fit `SCORES`."""
     batch, heads, rows, _ = query.shape
     kv_heads, num_keys = key.shape[1:3]
-    groups = heads // kv_heads
+    group_size = heads // kv_heads
     # Half of a diagonal tile is wasted: smaller ones pay until a sequence has many others, or heads fill their rows.
-    small = mask.causal and (rows < LONG or groups > 1)
+    small = mask.causal and (rows < LONG or group_size > 1)
     row_tile = max(1, min(rows, ROW_TILE // 2 if small else ROW_TILE))
     key_tile = max(1, min(num_keys, KEY_TILE // 2 if mask.causal and num_keys < SHORT else KEY_TILE))
-    at_once = max(1, min(kv_heads, SCORES // (groups * row_tile * key_tile)))
+    at_once = max(1, min(kv_heads, SCORES // (group_size * row_tile * key_tile)))
     work = []
     for b in range(batch):
         tiles = TileMap(mask.slice_batch(b), rows, num_keys, row_tile, key_tile)
         for h in range(0, kv_heads, at_once):
             end = min(h + at_once, kv_heads)
-            work.append((b, slice(h * groups, end * groups), slice(h, end), tiles))
+            work.append((b, slice(h * group_size, end * group_size), slice(h, end), tiles))
     return work
 
 

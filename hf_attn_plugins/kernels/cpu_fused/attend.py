@@ -12,17 +12,14 @@ from torch import Tensor
 
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial
-from hf_attn_plugins.kernels.cpu_fused.build import unavailable
-from hf_attn_plugins.kernels.cpu_fused.call import FEW_ROWS, backward, forward, unsupported
-
-__all__ = ["FEW_ROWS", "cpu_fused", "unavailable", "unsupported"]
+from hf_attn_plugins.kernels.cpu_fused.call import backward, forward, reason_against
 
 
 def cpu_fused(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, softcap: float | None, dropout: float
 ) -> Partial:
     """See `kernels.attend`. Memory besides inputs and output: a copy of value (backward: of all but out)."""
-    reason = unsupported(query, key, value, mask, softcap, dropout)
+    reason = reason_against(query, key, value, mask, softcap, dropout)
     if reason is not None:
         raise NotImplementedError(f"kernel 'cpu_fused' cannot do {reason}: use kernel=None, or 'cpu_tiled'.")
     if torch.compiler.is_compiling():

@@ -109,14 +109,14 @@ static void query_block(const Call *call, Block *block, int64_t b, int64_t h, in
 
 static void key_block(const Call *call, Block *block, int64_t b, int64_t kv_head, int64_t first, const int32_t *queries,
                       const int32_t *grads) {
-    const int64_t groups = call->heads / call->kv_heads, padded = padded_rows(call->num_rows);
+    const int64_t group_size = call->heads / call->kv_heads, padded = padded_rows(call->num_rows);
     hold_rows(rows_of(&call->key, b, kv_head, call->num_keys), first, call->dim, block->held);
     hold_rows(rows_of(&call->value, b, kv_head, call->num_keys), first, call->dim_v, block->held_v);
     memset(block->sums, 0, sizeof(float) * call->dim * LANES);
     memset(block->sums_v, 0, sizeof(float) * call->dim_v * LANES);
     block->sight = rows_seeing(call, b, first);
     const int64_t end = block->sight.end;
-    for (int64_t h = kv_head * groups; h < (kv_head + 1) * groups; h++) {
+    for (int64_t h = kv_head * group_size; h < (kv_head + 1) * group_size; h++) {
         const int64_t head = b * call->heads + h;
         const int32_t *head_queries = queries + head * padded / 2 * call->dim;
         const int32_t *head_grads = grads + head * padded / 2 * call->dim_v;
@@ -156,7 +156,7 @@ static void fill_delta(const Call *call) {
 /* grad_query, grad_key and grad_value (bfloat16) of a call. `pairs`: the larger of padded keys (batch, key heads, dim)
  * and of padded rows (batch, heads, dim + dim_v) numbers of 16 bit. */
 void hap_backward(const Call *call) {
-    const int64_t groups = call->heads / call->kv_heads;
+    const int64_t group_size = call->heads / call->kv_heads;
     const int64_t head_pairs = padded_rows(call->num_keys) / 2 * call->dim;
     const int64_t row_blocks = (call->num_rows + LANES - 1) / LANES, key_blocks = (call->num_keys + LANES - 1) / LANES;
     int32_t *grads = call->pairs + call->batch * call->heads * padded_rows(call->num_rows) / 2 * call->dim;
@@ -169,10 +169,10 @@ void hap_backward(const Call *call) {
         for (int64_t item = 0; item < call->batch * call->heads * row_blocks; item++) {
             /* A causal mask gives later queries, and earlier keys, more to do: they go first. */
             const int64_t b = item / row_blocks / call->heads, h = item / row_blocks % call->heads;
-            block.walked = rows_of(&call->key, b, h / groups, call->num_keys);
-            block.walked_v = rows_of(&call->value, b, h / groups, call->num_keys);
+            block.walked = rows_of(&call->key, b, h / group_size, call->num_keys);
+            block.walked_v = rows_of(&call->value, b, h / group_size, call->num_keys);
             query_block(call, &block, b, h, (row_blocks - 1 - item % row_blocks) * LANES,
-                        call->pairs + (b * call->kv_heads + h / groups) * head_pairs);
+                        call->pairs + (b * call->kv_heads + h / group_size) * head_pairs);
         }
         pair_heads(&call->query, call->batch, call->heads, call->num_rows, call->dim, call->pairs);
         pair_heads(&call->grad_out, call->batch, call->heads, call->num_rows, call->dim_v, grads);

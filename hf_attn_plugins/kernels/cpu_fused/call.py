@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from ctypes import c_float, c_int32, c_int64, c_void_p
 
 import torch
@@ -14,8 +15,8 @@ from hf_attn_plugins.kernels.cpu_fused.build import library, unavailable
 from hf_attn_plugins.kernels.segment_labels import key_bounds, make_labels, row_bounds
 
 LANES, STEP, TILE, MAX_DIM = 64, 6, 96, 256  # as in tile.h
-CHUNK, MAX_ROWS = 512, 256  # as in decode.c
-FEW_ROWS = 32  # below, keys are held and split between threads: half of the lanes would be empty otherwise
+SPLIT_KEYS, MAX_ROWS = 512, 256  # as in decode.c
+SPLIT_ROWS = 32  # with fewer rows the keys are split between threads: queries would leave half of the lanes empty
 FAR = 2**40  # a window without a bound
 
 
@@ -43,10 +44,27 @@ class _Call(ctypes.Structure):
     ]
 
 
-def unsupported(
+@functools.cache
+def checked_library() -> ctypes.CDLL:
+    """The library, once its `Call` is known to be as large as `_Call`.
+
+    Raises:
+        RuntimeError: the two differ, so the fields of one of them were changed alone.
+    """
+    loaded = library()
+    loaded.hf_call_size.restype = c_int64
+    size = loaded.hf_call_size()
+    if size != ctypes.sizeof(_Call):
+        raise RuntimeError(
+            f"Call has {size} bytes in C and {ctypes.sizeof(_Call)} in Python: tile.h and call.py differ."
+        )
+    return loaded
+
+
+def reason_against(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float
 ) -> str | None:
-    """None when the compiled kernels can do this call, else the reason why they cannot."""
+    """Why `cpu_fused` cannot do this call; None when it can."""
     if query.device.type != "cpu" or query.dtype != torch.bfloat16:
         return f"{query.dtype} on {query.device.type}: they are for bfloat16 on CPUs"
     if any(dim % 16 or not 16 <= dim <= MAX_DIM for dim in (query.shape[-1], value.shape[-1])):
@@ -67,18 +85,18 @@ def forward(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float)
         return out, lse
     query, key, value = (_rows(x) for x in (query, key, value))
     rows = query.shape[2] * (query.shape[1] // key.shape[1])
-    few = query.shape[2] < FEW_ROWS and rows <= MAX_ROWS
+    few = query.shape[2] < SPLIT_ROWS and rows <= MAX_ROWS
     call, _kept = _call(query, key, value, mask, scale, out=out, keys_too=few)
     call.lse = lse.data_ptr()
     if few:
-        chunks = -(-key.shape[2] // CHUNK)
+        chunks = -(-key.shape[2] // SPLIT_KEYS)
         partials = lse.new_empty(key.shape[:2].numel() * chunks * rows * (value.shape[-1] + 2))
         call.partials = partials.data_ptr()
-        library().hap_decode(ctypes.byref(call))
+        checked_library().hap_decode(ctypes.byref(call))
     else:
         pairs = query.new_empty(key.shape[:2].numel() * _padded(key.shape[2]) * value.shape[-1])
         call.pairs = pairs.data_ptr()
-        library().hap_forward(ctypes.byref(call))
+        checked_library().hap_forward(ctypes.byref(call))
     return out, lse
 
 
@@ -113,7 +131,7 @@ def backward(
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     call.grad_lse = None if grad_lse is None else grad_lse.data_ptr()
     call.lse, call.delta, call.pairs = lse.data_ptr(), delta.data_ptr(), pairs.data_ptr()
-    library().hap_backward(ctypes.byref(call))
+    checked_library().hap_backward(ctypes.byref(call))
     return grads[0], grads[1], grads[2]
 
 
@@ -128,7 +146,7 @@ def _call(
     grad_out: Tensor | None = None,
     keys_too: bool = False,
 ) -> tuple[_Call, list[Tensor | None]]:
-    """The struct, and tensors that have to live as long as it is used."""
+    """The struct, and the tensors that it points into: keep them until the call is over."""
     (batch, heads, rows, dim), (kv_heads, num_keys) = query.shape, key.shape[1:3]
     left, right = mask.window
     call = _Call(_tensor(query), _tensor(key), _tensor(value), _tensor(out))
@@ -162,7 +180,7 @@ def _tensor(tensor: Tensor) -> _Tensor:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """The tensor with its elements side by side, as it is where they are."""
+    """The tensor with stride(-1) == 1; copied only if needed."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 

@@ -1,15 +1,15 @@
-/* Few queries against many keys, as in decoding: split-KV. Threads take CHUNK keys each, the results are merged.
+/* Few queries against many keys, as in decoding: split-KV. Threads take SPLIT_KEYS keys each, the results are merged.
  *
  * Here the keys are held, so that each is read once for all queries of all heads that share it. Weights then lie along
  * the lanes, and their product with the values runs over pairs of keys with the columns of value in the lanes. */
 #include "visibility.h"
 
-#define CHUNK 512 /* keys of one thread's turn, whatever the number of threads: the same sums every time */
+#define SPLIT_KEYS 512 /* keys of one thread's turn, whatever the number of threads: the same sums every time */
 #define MAX_ROWS 256
 
-/* What one chunk found: top and total (in base 2) and the weighted sum of values for every row. */
+/* What one chunk found: row_max and row_sum (in base 2) and the weighted sum of values for every row. */
 typedef struct {
-    float *top, *total, *sums;
+    float *row_max, *row_sum, *sums;
 } Found;
 
 typedef struct {
@@ -34,7 +34,7 @@ static void prefetch(Rows rows, int64_t first, int64_t dim) {
             _mm_prefetch((const void *)(rows.data + row * rows.stride + column), _MM_HINT_T0);
 }
 
-/* Weights of LANES keys from `first` on for all rows; sums so far fade where a row's largest score grows. */
+/* Weights of LANES keys from `first` on for all rows; sums so far rescale where a row's largest score grows. */
 static void weigh(const Call *call, Block *block, Found found, const Sight *sight, Rows keys, int64_t first,
                   int64_t end) {
     const int64_t rows = shared_rows(call);
@@ -52,22 +52,22 @@ static void weigh(const Call *call, Block *block, Found found, const Sight *sigh
                 weight[v] = _mm512_mask_mul_ps(nothing, mask, scores[j][v], scale);
                 most = _mm512_max_ps(most, weight[v]);
             }
-            const float before = found.top[row + j], top = fmaxf(before, _mm512_reduce_max_ps(most));
-            if (top > before) {
-                const __m512 fade = exp2_of(_mm512_set1_ps(before == -INFINITY ? -1e30f : before - top));
+            const float before = found.row_max[row + j], row_max = fmaxf(before, _mm512_reduce_max_ps(most));
+            if (row_max > before) {
+                const __m512 rescale = exp2_of(_mm512_set1_ps(before == -INFINITY ? -1e30f : before - row_max));
                 float *sums = found.sums + (row + j) * call->dim_v;
                 for (int64_t column = 0; column < call->dim_v; column += 16)
-                    _mm512_storeu_ps(sums + column, _mm512_mul_ps(_mm512_loadu_ps(sums + column), fade));
-                found.total[row + j] *= _mm512_cvtss_f32(fade);
-                found.top[row + j] = top;
+                    _mm512_storeu_ps(sums + column, _mm512_mul_ps(_mm512_loadu_ps(sums + column), rescale));
+                found.row_sum[row + j] *= _mm512_cvtss_f32(rescale);
+                found.row_max[row + j] = row_max;
             }
-            const __m512 shift = _mm512_set1_ps(top == -INFINITY ? 0 : top);
+            const __m512 shift = _mm512_set1_ps(row_max == -INFINITY ? 0 : row_max);
             for (int v = 0; v < VECTORS; v++) {
                 const __mmask16 mask = _mm512_cmp_ps_mask(weight[v], nothing, _CMP_NEQ_UQ);
                 weight[v] = _mm512_maskz_mov_ps(mask, exp2_of(_mm512_sub_ps(weight[v], shift)));
                 sum = _mm512_add_ps(sum, weight[v]);
             }
-            found.total[row + j] += _mm512_reduce_add_ps(sum);
+            found.row_sum[row + j] += _mm512_reduce_add_ps(sum);
             for (int v = 0; v < VECTORS; v += 2)
                 _mm512_store_si512(block->weights[row + j] + 16 * v,
                                    (__m512i)_mm512_cvtne2ps_pbh(weight[v + 1], weight[v]));
@@ -112,16 +112,16 @@ static void add_values(const Call *call, Block *block, Found found, Rows values,
 }
 
 static void decode_chunk(const Call *call, Block *block, int64_t b, int64_t kv_head, int64_t first, Found found) {
-    const int64_t groups = call->heads / call->kv_heads, rows = shared_rows(call);
+    const int64_t group_size = call->heads / call->kv_heads, rows = shared_rows(call);
     const Rows keys = rows_of(&call->key, b, kv_head, call->num_keys);
     const Rows values = rows_of(&call->value, b, kv_head, call->num_keys);
-    const int64_t end = smaller(first + CHUNK, call->num_keys);
-    memset(found.total, 0, sizeof(float) * rows * (1 + call->dim_v));
+    const int64_t end = smaller(first + SPLIT_KEYS, call->num_keys);
+    memset(found.row_sum, 0, sizeof(float) * rows * (1 + call->dim_v));
     for (int64_t row = 0; row < rows; row++) {
-        const Rows queries = rows_of(&call->query, b, kv_head * groups + row / call->num_rows, call->num_rows);
+        const Rows queries = rows_of(&call->query, b, kv_head * group_size + row / call->num_rows, call->num_rows);
         const bf16 *query = queries.data + row % call->num_rows * queries.stride;
         memcpy(block->queries + row * call->dim, query, sizeof(bf16) * call->dim);
-        found.top[row] = -INFINITY;
+        found.row_max[row] = -INFINITY;
     }
     for (int64_t key = first; key < end; key += LANES) {
         const Sight sight = rows_seeing(call, b, key);
@@ -134,43 +134,44 @@ static void decode_chunk(const Call *call, Block *block, int64_t b, int64_t kv_h
     }
 }
 
-/* One row of a head from all chunks: M = max top, weights 2**(top - M), as in `partial.merge`. */
+/* One row of a head from all chunks: M = max row_max, weights 2**(row_max - M), as in `core/partial.py: merge`. */
 static void merge_row(const Call *call, int64_t b, int64_t h, int64_t t, int64_t chunks) {
-    const int64_t groups = call->heads / call->kv_heads, row = h % groups * call->num_rows + t;
-    const int64_t item = (b * call->kv_heads + h / groups) * chunks;
-    float sums[MAX_DIM] = {0}, top = -INFINITY, total = 0;
+    const int64_t group_size = call->heads / call->kv_heads, row = h % group_size * call->num_rows + t;
+    const int64_t item = (b * call->kv_heads + h / group_size) * chunks;
+    float sums[MAX_DIM] = {0}, row_max = -INFINITY, row_sum = 0;
     for (int64_t chunk = 0; chunk < chunks; chunk++)
-        top = fmaxf(top, found_of(call, item + chunk).top[row]);
+        row_max = fmaxf(row_max, found_of(call, item + chunk).row_max[row]);
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
         const Found found = found_of(call, item + chunk);
-        if (found.total[row] == 0)
+        if (found.row_sum[row] == 0)
             continue;
-        /* A row of NaN has a total and no top: it stays NaN. */
-        const float weight = top == -INFINITY ? 1 : exp2f(found.top[row] - top);
-        total += weight * found.total[row];
+        /* A row of NaN has a row_sum and no row_max: it stays NaN. */
+        const float weight = row_max == -INFINITY ? 1 : exp2f(found.row_max[row] - row_max);
+        row_sum += weight * found.row_sum[row];
         for (int64_t column = 0; column < call->dim_v; column++)
             sums[column] += weight * found.sums[row * call->dim_v + column];
     }
-    const __m512 factor = _mm512_set1_ps(total == 0 ? 0 : 1 / total);
+    const __m512 factor = _mm512_set1_ps(row_sum == 0 ? 0 : 1 / row_sum);
     bf16 *out = call->out.data + b * call->out.batch + h * call->out.head + t * call->out.token;
     for (int64_t column = 0; column < call->dim_v; column += 16) {
         const __m512 values = _mm512_mul_ps(_mm512_loadu_ps(sums + column), factor);
         _mm256_storeu_si256((void *)(out + column), (__m256i)_mm512_cvtneps_pbh(values));
     }
-    call->lse[(b * call->heads + h) * call->num_rows + t] = total == 0 ? -INFINITY : (top + log2f(total)) * LN_2;
+    call->lse[(b * call->heads + h) * call->num_rows + t] =
+        row_sum == 0 ? -INFINITY : (row_max + log2f(row_sum)) * LN_2;
 }
 
 /* out and lse of a call whose key heads have at most MAX_ROWS rows of queries. `partials`: (batch, key heads, chunks,
  * rows, dim_v + 2) float32. */
 void hap_decode(const Call *call) {
-    const int64_t chunks = (call->num_keys + CHUNK - 1) / CHUNK;
+    const int64_t chunks = (call->num_keys + SPLIT_KEYS - 1) / SPLIT_KEYS;
 #pragma omp parallel num_threads(call->threads)
     {
         Block block;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t item = 0; item < call->batch * call->kv_heads * chunks; item++)
             decode_chunk(call, &block, item / chunks / call->kv_heads, item / chunks % call->kv_heads,
-                         item % chunks * CHUNK, found_of(call, item));
+                         item % chunks * SPLIT_KEYS, found_of(call, item));
 #pragma omp for
         for (int64_t row = 0; row < call->batch * call->heads * call->num_rows; row++)
             merge_row(call, row / call->num_rows / call->heads, row / call->num_rows % call->heads,

@@ -1,9 +1,9 @@
 /* softmax(scale * query key^T) value and its log-sum-exp: FlashAttention's loop (arXiv 2205.14135, algorithm 1).
  *
- * A thread holds LANES queries and walks over the keys. The shift `top` under the exponent need not be the maximum,
- * only within a factor LIMIT of it: bfloat16 has float32's exponents, so weights lose no digit by being large. It is the
- * maximum of the first keys a query sees, and moves (with everything summed so far) only when a tile's weights pass the
- * limit. */
+ * A thread holds LANES queries and loops over the keys. `row_max` is subtracted from a query's scores before exp2. It
+ * need not be the maximum, only within a factor LIMIT of it: bfloat16 has the exponents of float32, so large weights
+ * lose no digit. It starts as the maximum over the first keys that a query sees. Only when the weights of a tile pass
+ * LIMIT is it raised, and are the sums so far rescaled. */
 #include "visibility.h"
 
 #define LIMIT 0x1p60f
@@ -13,21 +13,21 @@ typedef struct {
     _Alignas(64) int32_t held[MAX_DIM / 2 * LANES];
     _Alignas(64) int32_t weights[TILE / 2 * LANES];
     _Alignas(64) float sums[MAX_DIM * LANES];
-    __m512 top[VECTORS], total[VECTORS]; /* in base 2 */
+    __m512 row_max[VECTORS], row_sum[VECTORS]; /* in base 2 */
     Rows keys;
     Sight sight;
     int64_t dim, dim_v;
     float scale; /* times log2(e) */
 } Block;
 
-/* Weights of keys first .. end, their sums a lane in `total`. */
-static void weigh(Block *block, int64_t first, int64_t end, __m512 total[VECTORS]) {
+/* Weights of keys first .. end, their sums a lane in `row_sum`. */
+static void weigh(Block *block, int64_t first, int64_t end, __m512 row_sum[VECTORS]) {
     const __m512 scale = _mm512_set1_ps(block->scale);
     __m512 shift[VECTORS];
     for (int v = 0; v < VECTORS; v++) {
-        const __mmask16 known = _mm512_cmpneq_ps_mask(block->top[v], _mm512_set1_ps(-INFINITY));
-        shift[v] = _mm512_maskz_mov_ps(known, block->top[v]);
-        total[v] = _mm512_setzero_ps();
+        const __mmask16 known = _mm512_cmpneq_ps_mask(block->row_max[v], _mm512_set1_ps(-INFINITY));
+        shift[v] = _mm512_maskz_mov_ps(known, block->row_max[v]);
+        row_sum[v] = _mm512_setzero_ps();
     }
     for (int64_t key = first; key < end; key += STEP) {
         __m512 scores[STEP][VECTORS];
@@ -41,37 +41,37 @@ static void weigh(Block *block, int64_t first, int64_t end, __m512 total[VECTORS
                     pair[i] = exp2_of(_mm512_fmsub_ps(scores[j + i][v], scale, shift[v]));
                     if (!inner)
                         pair[i] = _mm512_maskz_mov_ps(seen(&block->sight, v, key + j + i), pair[i]);
-                    total[v] = _mm512_add_ps(total[v], pair[i]);
+                    row_sum[v] = _mm512_add_ps(row_sum[v], pair[i]);
                 }
                 _mm512_store_si512(weights + j / 2 * LANES + 16 * v, paired(pair[0], pair[1]));
             }
     }
 }
 
-/* Raise `top` to the largest score of keys first .. end and bring what is summed so far along. */
-static void raise_top(Block *block, int64_t first, int64_t end) {
+/* Raise `row_max` to the largest score of keys first .. end and bring what is summed so far along. */
+static void raise_max(Block *block, int64_t first, int64_t end) {
     const __m512 scale = _mm512_set1_ps(block->scale), nothing = _mm512_set1_ps(-INFINITY);
-    __m512 top[VECTORS];
+    __m512 row_max[VECTORS];
     for (int v = 0; v < VECTORS; v++)
-        top[v] = block->top[v];
+        row_max[v] = block->row_max[v];
     for (int64_t key = first; key < end; key += STEP) {
         __m512 scores[STEP][VECTORS];
         multiply(block->held, block->keys, key, block->dim, scores);
         for (int v = 0; v < VECTORS; v++)
             for (int j = 0; j < STEP; j++)
-                top[v] = _mm512_mask_max_ps(top[v], seen(&block->sight, v, key + j), top[v],
+                row_max[v] = _mm512_mask_max_ps(row_max[v], seen(&block->sight, v, key + j), row_max[v],
                                             _mm512_mul_ps(scores[j][v], scale));
     }
     for (int v = 0; v < VECTORS; v++) {
-        const __mmask16 known = _mm512_cmpneq_ps_mask(block->top[v], nothing);
-        const __m512 fade = _mm512_maskz_mov_ps(known, exp2_of(_mm512_sub_ps(block->top[v], top[v])));
-        block->top[v] = top[v];
-        block->total[v] = _mm512_mul_ps(block->total[v], fade);
+        const __mmask16 known = _mm512_cmpneq_ps_mask(block->row_max[v], nothing);
+        const __m512 rescale = _mm512_maskz_mov_ps(known, exp2_of(_mm512_sub_ps(block->row_max[v], row_max[v])));
+        block->row_max[v] = row_max[v];
+        block->row_sum[v] = _mm512_mul_ps(block->row_sum[v], rescale);
         if (!known)
             continue;
         for (int64_t column = 0; column < block->dim_v; column++) {
             float *sum = block->sums + column * LANES + 16 * v;
-            _mm512_store_ps(sum, _mm512_mul_ps(_mm512_load_ps(sum), fade));
+            _mm512_store_ps(sum, _mm512_mul_ps(_mm512_load_ps(sum), rescale));
         }
     }
 }
@@ -79,14 +79,14 @@ static void raise_top(Block *block, int64_t first, int64_t end) {
 static int unset(const Block *block) {
     int lanes = 0;
     for (int v = 0; v < VECTORS; v++)
-        lanes |= _mm512_cmpeq_ps_mask(block->top[v], _mm512_set1_ps(-INFINITY));
+        lanes |= _mm512_cmpeq_ps_mask(block->row_max[v], _mm512_set1_ps(-INFINITY));
     return lanes;
 }
 
-static int within_limit(const __m512 total[VECTORS]) {
+static int within_limit(const __m512 row_sum[VECTORS]) {
     int lanes = 0xffff;
     for (int v = 0; v < VECTORS; v++)
-        lanes &= _mm512_cmp_ps_mask(total[v], _mm512_set1_ps(LIMIT), _CMP_LT_OQ);
+        lanes &= _mm512_cmp_ps_mask(row_sum[v], _mm512_set1_ps(LIMIT), _CMP_LT_OQ);
     return lanes == 0xffff;
 }
 
@@ -95,44 +95,47 @@ static void forward_block(const Call *call, Block *block, int64_t b, int64_t h, 
     hold_rows(queries, first, call->dim, block->held);
     memset(block->sums, 0, sizeof(float) * call->dim_v * LANES);
     for (int v = 0; v < VECTORS; v++) {
-        block->top[v] = _mm512_set1_ps(-INFINITY);
-        block->total[v] = _mm512_setzero_ps();
+        block->row_max[v] = _mm512_set1_ps(-INFINITY);
+        block->row_sum[v] = _mm512_setzero_ps();
     }
     block->sight = keys_seen(call, b, first);
     const int64_t end = block->sight.end;
     for (int64_t key = block->sight.begin & ~1; key < end; key += TILE) {
         const int64_t tile_end = smaller(key + TILE, end);
         if (unset(block))
-            raise_top(block, key, smaller(key + FIRST_KEYS, tile_end));
+            raise_max(block, key, smaller(key + FIRST_KEYS, tile_end));
         if (unset(block))
-            raise_top(block, key, tile_end);
-        __m512 total[VECTORS];
-        weigh(block, key, tile_end, total);
-        if (!within_limit(total)) {
-            raise_top(block, key, tile_end);
-            weigh(block, key, tile_end, total);
+            raise_max(block, key, tile_end);
+        __m512 row_sum[VECTORS];
+        weigh(block, key, tile_end, row_sum);
+        if (!within_limit(row_sum)) {
+            raise_max(block, key, tile_end);
+            weigh(block, key, tile_end, row_sum);
         }
         for (int v = 0; v < VECTORS; v++)
-            block->total[v] = _mm512_add_ps(block->total[v], total[v]);
+            block->row_sum[v] = _mm512_add_ps(block->row_sum[v], row_sum[v]);
         accumulate(block->weights, values + key / 2 * call->dim_v, round_up(tile_end - key, STEP) / 2, call->dim_v,
                    block->sums);
     }
-    float total[LANES], top[LANES], factor[LANES];
+    float row_sum[LANES], row_max[LANES], factor[LANES];
     for (int v = 0; v < VECTORS; v++) {
-        _mm512_storeu_ps(total + 16 * v, block->total[v]);
-        _mm512_storeu_ps(top + 16 * v, block->top[v]);
+        _mm512_storeu_ps(row_sum + 16 * v, block->row_sum[v]);
+        _mm512_storeu_ps(row_max + 16 * v, block->row_max[v]);
     }
     for (int i = 0; i < LANES; i++)
-        factor[i] = total[i] == 0 ? 0 : 1 / total[i];
+        factor[i] = row_sum[i] == 0 ? 0 : 1 / row_sum[i];
     store_rows(block->sums, factor, call->out, b, h, first, call->num_rows, call->dim_v);
     float *lse = call->lse + (b * call->heads + h) * call->num_rows;
     for (int i = 0; i < LANES && first + i < call->num_rows; i++)
-        lse[first + i] = total[i] == 0 ? -INFINITY : (top[i] + log2f(total[i])) * LN_2;
+        lse[first + i] = row_sum[i] == 0 ? -INFINITY : (row_max[i] + log2f(row_sum[i])) * LN_2;
 }
+
+/* Bytes of `Call`, which call.py compares with its own. */
+int64_t hf_call_size(void) { return sizeof(Call); }
 
 /* out (bfloat16) and lse of a call. `pairs`: (batch, key heads, padded keys, dim_v) numbers of 16 bit. */
 void hap_forward(const Call *call) {
-    const int64_t groups = call->heads / call->kv_heads, head_pairs = padded_rows(call->num_keys) / 2 * call->dim_v;
+    const int64_t group_size = call->heads / call->kv_heads, head_pairs = padded_rows(call->num_keys) / 2 * call->dim_v;
     const int64_t blocks = (call->num_rows + LANES - 1) / LANES;
 #pragma omp parallel num_threads(call->threads)
     {
@@ -142,9 +145,9 @@ void hap_forward(const Call *call) {
         for (int64_t item = 0; item < call->batch * call->heads * blocks; item++) {
             /* A causal mask gives later rows more to do: they go first. */
             const int64_t b = item / blocks / call->heads, h = item / blocks % call->heads;
-            block.keys = rows_of(&call->key, b, h / groups, call->num_keys);
+            block.keys = rows_of(&call->key, b, h / group_size, call->num_keys);
             forward_block(call, &block, b, h, (blocks - 1 - item % blocks) * LANES,
-                          call->pairs + (b * call->kv_heads + h / groups) * head_pairs);
+                          call->pairs + (b * call->kv_heads + h / group_size) * head_pairs);
         }
     }
 }

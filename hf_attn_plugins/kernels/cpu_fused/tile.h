@@ -46,7 +46,7 @@ typedef struct {
     int64_t prefix;
     const int32_t *row_labels, *key_labels; /* a row sees keys of its label; without row labels it is 0; NULL: all */
     int64_t row_labels_batch, key_labels_batch;
-    const int32_t *row_bounds, *key_bounds; /* see kernels/labels.py, for LANES rows or keys; NULL without labels */
+    const int32_t *row_bounds, *key_bounds; /* kernels/segment_labels.py, per LANES rows or keys; or NULL */
     int64_t row_bounds_batch, key_bounds_batch;
     int32_t *pairs;  /* scratch for `pair_rows`: see forward.c and backward.c */
     float *partials; /* scratch of decode.c */

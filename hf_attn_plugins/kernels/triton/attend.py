@@ -7,11 +7,9 @@ from torch import Tensor
 
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial
-from hf_attn_plugins.core.rectangle import Piece
+from hf_attn_plugins.core.rectangle import Rectangle
 from hf_attn_plugins.kernels.segment_labels import make_labels
-from hf_attn_plugins.kernels.triton.support import supported
-
-__all__ = ["run", "supported", "triton"]
+from hf_attn_plugins.kernels.triton.support import reason_against
 
 
 def triton(
@@ -20,19 +18,19 @@ def triton(
     """See `kernels.attend`. Memory besides inputs and outputs: float32 partials when decoding, row sums in backward.
 
     Raises:
-        NotImplementedError: for what `supported` names.
+        NotImplementedError: for what `reason_against` names.
     """
-    reason = supported(query, key, value, mask, softcap, dropout)
+    return triton_rectangles(query, key, value, mask, scale, softcap, dropout, [])
+
+
+def triton_rectangles(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, softcap: float | None, dropout: float,
+    plan: list[list[Rectangle]],
+) -> Partial:  # fmt: skip
+    """One launch over `plan`, one list of rectangles per row of the batch or one for all; [] means every pair."""
+    reason = reason_against(query, key, value, mask, softcap, dropout)
     if reason is not None:
         raise NotImplementedError(f"kernel 'triton' cannot do {reason}: use kernel=None to choose another.")
-    return run(query, key, value, mask, scale, softcap, dropout, [])
-
-
-def run(
-    query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, softcap: float | None, dropout: float,
-    plan: list[list[Piece]],
-) -> Partial:  # fmt: skip
-    """The call as operator arguments; `plan` is empty for all pairs, or holds pieces per row of the batch."""
     from hf_attn_plugins.kernels.triton.ops import triton_attention
     from hf_attn_plugins.kernels.triton.plan import flat
 
@@ -43,8 +41,8 @@ def run(
     if mask.causal:
         right = 0 if right is None else min(right, 0)
     if mask.prefix and (left is not None or right is not None):
-        plan = plan or [[Piece(0, rows, 0, num_keys, True)]]
-        plan = [[part for piece in pieces for part in _beside_prefix(piece, mask.prefix)] for pieces in plan]
+        plan = plan or [[Rectangle(0, rows, 0, num_keys, True)]]
+        plan = [[part for rectangle in row for part in _beside_prefix(rectangle, mask.prefix)] for row in plan]
     labels = make_labels(mask.key_padding, mask.query_segments, mask.key_segments)
     bias = None if mask.bias is None else mask.bias.detach().expand(*query.shape[:3], num_keys)
     tensor_offset = isinstance(mask.offset, Tensor)
@@ -58,9 +56,9 @@ def run(
     return Partial(out, lse)
 
 
-def _beside_prefix(piece: Piece, prefix: int) -> list[Piece]:
-    """A banded piece as its part in the prefix, which every row sees, and the rest."""
-    cut = min(max(piece.key_begin, prefix), piece.key_end)
-    if not piece.banded or cut == piece.key_begin:
-        return [piece]
-    return [piece._replace(key_end=cut, banded=False), piece._replace(key_begin=cut)]
+def _beside_prefix(rectangle: Rectangle, prefix: int) -> list[Rectangle]:
+    """Split a position-masked rectangle into its prefix columns, which every row sees, and the other columns."""
+    cut = min(max(rectangle.key_begin, prefix), rectangle.key_end)
+    if not rectangle.position_masked or cut == rectangle.key_begin:
+        return [rectangle]
+    return [rectangle._replace(key_end=cut, position_masked=False), rectangle._replace(key_begin=cut)]

@@ -17,10 +17,10 @@ class Launch(NamedTuple):
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
+    arguments: dict[str, Any]
 
 
+# Global state, set by `recording` only: (architecture, launches recorded so far), None when launches run.
 _recording: tuple[str, list[Launch]] | None = None
 
 
@@ -35,12 +35,12 @@ def recording(arch: str) -> Iterator[list[Launch]]:
         _recording = None
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **keywords: Any) -> None:
-    """kernel[grid](...), unless launches are being recorded."""
+def launch(kernel: Any, grid: tuple[int, ...], /, **arguments: Any) -> None:
+    """kernel[grid](...) with every argument by its name, unless launches are being recorded."""
     if _recording is not None:
-        _recording[1].append(Launch(kernel, grid, arguments, keywords))
+        _recording[1].append(Launch(kernel, grid, arguments))
     else:
-        kernel[grid](*arguments, **keywords)
+        kernel[grid](**arguments)
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:

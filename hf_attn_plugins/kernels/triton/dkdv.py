@@ -10,55 +10,55 @@ import triton.language as tl
 from hf_attn_plugins.kernels.triton.backward import load_row_numbers, weights_and_slope
 from hf_attn_plugins.kernels.triton.program import (
     batch_labels,
+    head_pointer,
     load_numbers,
     load_piece,
-    matrix,
-    piece_span,
-    place,
+    piece_range,
+    program_tile,
     tile_limits,
     tile_plan,
 )
-from hf_attn_plugins.kernels.triton.tiles import NO_BIAS, count_steps, keep, load_tile, step_start, store_tile
+from hf_attn_plugins.kernels.triton.tiles import NO_BIAS, count_steps, dropout_scale, load_tile, step_start, store_tile
 
 
 @triton.jit
 def dkdv_range(
-    d_key, d_value, key, value, query_base, grad_base, row_lse, delta, strides, limits, keys, head, groups, num_rows,
-    piece, labels, bias, bias_strides, scale, softcap, dropout, seed,
+    d_key, d_value, key, value, query_base, grad_base, row_lse, delta, strides, limits, keys, head, group_size,
+    num_rows, piece, labels, bias, bias_strides, scale, softcap, dropout, seed,
     MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PLAN: tl.constexpr,
     LABELS: tl.constexpr, BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add dS^T Q and P^T dO over the whole or the masked tiles of some rows, of `groups` heads from `head` on.
+    """Add dS^T Q and P^T dO over the whole or the masked tiles of some rows, of `group_size` heads from `head` on.
 
-    One flat loop over heads and rows: nested ones make the compiler keep so many addresses that it spills.
+    One flat loop over heads and rows: nested ones make the compiler dropout_scale so many addresses that it spills.
     """
     stride_query_h, stride_query, stride_query_dim, stride_grad_h, stride_grad, stride_grad_dim = strides
     stride_bias_h, stride_bias_t, stride_bias_s = bias_strides
     row_end = piece[1]
     begin, whole_begin, whole_end, end = limits
     steps = count_steps(begin, whole_begin, whole_end, end, not MASKED, BLOCK_M)
-    for turn in range(steps * groups):
+    for turn in range(steps * group_size):
         group = turn // steps
         start = step_start(turn - group * steps, begin, whole_begin, whole_end, not MASKED, BLOCK_M)
-        wide = tl.cast(group, tl.int64)
+        group_64 = tl.cast(group, tl.int64)
         query = load_tile(
-            query_base + wide * stride_query_h, start, stride_query, stride_query_dim, row_end, MASKED, HEAD_DIM,
+            query_base + group_64 * stride_query_h, start, stride_query, stride_query_dim, row_end, MASKED, HEAD_DIM,
             BLOCK_M, BLOCK_D,
         )  # fmt: skip
         grad_out = load_tile(
-            grad_base + wide * stride_grad_h, start, stride_grad, stride_grad_dim, row_end, MASKED, HEAD_DIM_V, BLOCK_M,
-            BLOCK_DV,
+            grad_base + group_64 * stride_grad_h, start, stride_grad, stride_grad_dim, row_end, MASKED, HEAD_DIM_V,
+            BLOCK_M, BLOCK_DV,
         )  # fmt: skip
-        skip = wide * tl.cast(num_rows, tl.int64)
+        skip = group_64 * tl.cast(num_rows, tl.int64)
         tile_lse, tile_delta = load_row_numbers(
             row_lse + skip, delta + skip, start + tl.arange(0, BLOCK_M), row_end, MASKED
         )
         rows = start + tl.arange(0, BLOCK_M)[None, :]
         bias_rows = bias
         if BIAS != NO_BIAS:
-            bias_rows = bias + wide * stride_bias_h + tl.cast(rows, tl.int64) * stride_bias_t
+            bias_rows = bias + group_64 * stride_bias_h + tl.cast(rows, tl.int64) * stride_bias_t
         # Transposed tiles (keys, rows): P^T and dS^T are then left operands straight from registers.
         weights, slope = weights_and_slope(
             tl.dot(key, tl.trans(query), input_precision=PRECISION), rows, keys, tile_lse[None, :], piece, labels,
@@ -67,7 +67,7 @@ def dkdv_range(
         d_weights = tl.dot(value, tl.trans(grad_out), input_precision=PRECISION)
         kept = weights
         if HAS_DROPOUT:
-            drawn = keep(rows, keys, head + group, seed, dropout)
+            drawn = dropout_scale(rows, keys, head + group, seed, dropout)
             kept = weights * drawn
             d_weights = d_weights * drawn
         d_value = tl.dot(kept.to(grad_out.dtype), grad_out, d_value, input_precision=PRECISION)
@@ -88,7 +88,7 @@ def dkdv_kernel(
     stride_dv_b, stride_dv_h, stride_dv_s, stride_dv_d,
     stride_row_labels, stride_key_labels, stride_bounds_b, stride_bounds_tile, stride_plan_b, stride_plan_tile,
     stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s,
-    num_rows, num_keys, num_heads, groups, num_pieces, offset, left, right, scale, softcap, dropout,
+    num_rows, num_keys, num_heads, group_size, num_pieces, offset, left, right, scale, softcap, dropout,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_OFFSET: tl.constexpr, LABELS: tl.constexpr,
     HAS_PLAN: tl.constexpr, BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -98,8 +98,8 @@ def dkdv_kernel(
 
     `bounds` and `plan` are those of the key tiles here: which rows each of them has to visit.
     """
-    tile, kv_head, batch = place(num_keys, num_heads // groups, False, BLOCK_N)
-    head = kv_head * groups
+    tile, kv_head, batch = program_tile(num_keys, num_heads // group_size, False, BLOCK_N)
+    head = kv_head * group_size
     first = tile * BLOCK_N
     high = tl.minimum(first + BLOCK_N, num_keys) - 1
     keys = first + tl.arange(0, BLOCK_N)[:, None]
@@ -108,14 +108,14 @@ def dkdv_kernel(
     limits = tile_limits(bounds, stride_bounds_b, stride_bounds_tile, batch, tile, num_rows, LABELS)
     plan = tile_plan(plan, stride_plan_b, stride_plan_tile, batch, tile, HAS_PLAN)
     if BIAS != NO_BIAS:
-        bias = matrix(bias, batch, head, stride_bias_b, stride_bias_h)
+        bias = head_pointer(bias, batch, head, stride_bias_b, stride_bias_h)
     bias_strides = (stride_bias_h, stride_bias_t, stride_bias_s)
-    query = matrix(query, batch, head, stride_query_b, stride_query_h)
-    grad_out = matrix(grad_out, batch, head, stride_grad_b, stride_grad_h)
-    key = matrix(key, batch, kv_head, stride_key_b, stride_key_h)
-    value = matrix(value, batch, kv_head, stride_value_b, stride_value_h)
-    d_key = matrix(d_key, batch, kv_head, stride_dk_b, stride_dk_h)
-    d_value = matrix(d_value, batch, kv_head, stride_dv_b, stride_dv_h)
+    query = head_pointer(query, batch, head, stride_query_b, stride_query_h)
+    grad_out = head_pointer(grad_out, batch, head, stride_grad_b, stride_grad_h)
+    key = head_pointer(key, batch, kv_head, stride_key_b, stride_key_h)
+    value = head_pointer(value, batch, kv_head, stride_value_b, stride_value_h)
+    d_key = head_pointer(d_key, batch, kv_head, stride_dk_b, stride_dk_h)
+    d_value = head_pointer(d_value, batch, kv_head, stride_dv_b, stride_dv_h)
     row_lse += (batch * num_heads + head) * num_rows
     delta += (batch * num_heads + head) * num_rows
     strides = (stride_query_h, stride_query_t, stride_query_d, stride_grad_h, stride_grad_t, stride_grad_d)
@@ -128,11 +128,11 @@ def dkdv_kernel(
         key_begin, key_end, row_begin, row_end, piece_left, piece_right, piece_shift = held
         # Seen from a key, rows lie the other way: shift changes its sign and the bounds change sides.
         turned = (key_begin, key_end, row_begin, row_end, piece_right, piece_left, -piece_shift)
-        reach = piece_span(first, high, turned, limits, HAS_RIGHT, HAS_LEFT, HAS_PLAN, BIAS, BLOCK_M)
+        reach = piece_range(first, high, turned, limits, HAS_RIGHT, HAS_LEFT, HAS_PLAN, BIAS, BLOCK_M)
         piece = (row_begin, row_end, key_begin, key_end, piece_left, piece_right, piece_shift)
         for MASKED in tl.static_range(1 if BIAS != NO_BIAS else 0, 2):  # the whole tiles, then the others
             dk, dv = dkdv_range(
-                dk, dv, k, v, query, grad_out, row_lse, delta, strides, reach, keys, head, groups, num_rows, piece,
+                dk, dv, k, v, query, grad_out, row_lse, delta, strides, reach, keys, head, group_size, num_rows, piece,
                 labels, bias, bias_strides, scale, softcap, dropout, seed, MASKED == 1, HAS_LEFT, HAS_RIGHT, HAS_PLAN,
                 LABELS, BIAS, HAS_SOFTCAP, HAS_DROPOUT, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION,
             )  # fmt: skip

@@ -10,15 +10,15 @@ import triton.language as tl
 from hf_attn_plugins.kernels.triton.backward import load_row_numbers, weights_and_slope
 from hf_attn_plugins.kernels.triton.program import (
     batch_labels,
+    head_pointer,
     load_numbers,
     load_piece,
-    matrix,
-    piece_span,
-    place,
+    piece_range,
+    program_tile,
     tile_limits,
     tile_plan,
 )
-from hf_attn_plugins.kernels.triton.tiles import NO_BIAS, count_steps, keep, load_tile, step_start, store_tile
+from hf_attn_plugins.kernels.triton.tiles import NO_BIAS, count_steps, dropout_scale, load_tile, step_start, store_tile
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def dq_range(
         )  # fmt: skip
         d_weights = tl.dot(grad_out, tl.trans(value), input_precision=PRECISION)
         if HAS_DROPOUT:
-            d_weights = d_weights * keep(rows, keys, head, seed, dropout)
+            d_weights = d_weights * dropout_scale(rows, keys, head, seed, dropout)
         d_scores = weights * (d_weights - row_delta[:, None]) * slope
         acc = tl.dot(d_scores.to(key.dtype), key, acc, input_precision=PRECISION)
     return acc
@@ -64,14 +64,14 @@ def dq_kernel(
     stride_dq_b, stride_dq_h, stride_dq_t, stride_dq_d,
     stride_row_labels, stride_key_labels, stride_bounds_b, stride_bounds_tile, stride_plan_b, stride_plan_tile,
     stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s,
-    num_rows, num_keys, num_heads, groups, num_pieces, offset, left, right, scale, softcap, dropout,
+    num_rows, num_keys, num_heads, group_size, num_pieces, offset, left, right, scale, softcap, dropout,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_OFFSET: tl.constexpr, LABELS: tl.constexpr,
     HAS_PLAN: tl.constexpr, BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ (B, H, T, D), a tile of BLOCK_M rows each."""
-    tile, head, batch = place(num_rows, num_heads, HAS_RIGHT, BLOCK_M)
+    tile, head, batch = program_tile(num_rows, num_heads, HAS_RIGHT, BLOCK_M)
     first = tile * BLOCK_M
     high = tl.minimum(first + BLOCK_M, num_rows) - 1
     rows = first + tl.arange(0, BLOCK_M)[:, None]
@@ -81,12 +81,14 @@ def dq_kernel(
     plan = tile_plan(plan, stride_plan_b, stride_plan_tile, batch, tile, HAS_PLAN)
     bias_rows = bias
     if BIAS != NO_BIAS:
-        bias_rows = matrix(bias, batch, head, stride_bias_b, stride_bias_h) + tl.cast(rows, tl.int64) * stride_bias_t
-    query = matrix(query, batch, head, stride_query_b, stride_query_h)
-    grad_out = matrix(grad_out, batch, head, stride_grad_b, stride_grad_h)
-    d_query = matrix(d_query, batch, head, stride_dq_b, stride_dq_h)
-    key = matrix(key, batch, head // groups, stride_key_b, stride_key_h)
-    value = matrix(value, batch, head // groups, stride_value_b, stride_value_h)
+        bias_rows = (
+            head_pointer(bias, batch, head, stride_bias_b, stride_bias_h) + tl.cast(rows, tl.int64) * stride_bias_t
+        )
+    query = head_pointer(query, batch, head, stride_query_b, stride_query_h)
+    grad_out = head_pointer(grad_out, batch, head, stride_grad_b, stride_grad_h)
+    d_query = head_pointer(d_query, batch, head, stride_dq_b, stride_dq_h)
+    key = head_pointer(key, batch, head // group_size, stride_key_b, stride_key_h)
+    value = head_pointer(value, batch, head // group_size, stride_value_b, stride_value_h)
     strides = (stride_key_s, stride_key_d, stride_value_s, stride_value_d)
     q = load_tile(query, first, stride_query_t, stride_query_d, num_rows, True, HEAD_DIM, BLOCK_M, BLOCK_D)
     g = load_tile(grad_out, first, stride_grad_t, stride_grad_d, num_rows, True, HEAD_DIM_V, BLOCK_M, BLOCK_DV)
@@ -95,7 +97,7 @@ def dq_kernel(
     acc = tl.full((BLOCK_M, BLOCK_D), 0.0, tl.float32)
     for index in range(num_pieces if HAS_PLAN else 1):
         piece = load_piece(plan, index, num_rows, num_keys, left, right, shift, HAS_PLAN)
-        reach = piece_span(first, high, piece, limits, HAS_LEFT, HAS_RIGHT, HAS_PLAN, BIAS, BLOCK_N)
+        reach = piece_range(first, high, piece, limits, HAS_LEFT, HAS_RIGHT, HAS_PLAN, BIAS, BLOCK_N)
         for MASKED in tl.static_range(1 if BIAS != NO_BIAS else 0, 2):  # the whole tiles, then the others
             acc = dq_range(
                 acc, q, g, tile_lse, tile_delta, key, value, strides, reach, rows, head, piece, labels, bias_rows,

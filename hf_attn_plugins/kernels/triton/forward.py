@@ -12,11 +12,11 @@ import triton.language as tl
 
 from hf_attn_plugins.kernels.triton.program import (
     batch_labels,
+    head_pointer,
     load_numbers,
     load_piece,
-    matrix,
-    piece_span,
-    place,
+    piece_range,
+    program_tile,
     tile_limits,
     tile_plan,
 )
@@ -25,8 +25,8 @@ from hf_attn_plugins.kernels.triton.tiles import (
     NO_BIAS,
     count_steps,
     describe,
+    dropout_scale,
     fetch,
-    keep,
     load_bias,
     load_tile,
     step_start,
@@ -39,16 +39,16 @@ from hf_attn_plugins.kernels.triton.tiles import (
 
 @triton.jit
 def accumulate(
-    acc, total, top, query, key_base, value_base, strides, limits, rows, heads, piece, labels, bias_rows, stride_bias,
-    scale, softcap, dropout, seed,
+    acc, row_sum, row_max, query, key_base, value_base, strides, limits, rows, heads, piece, labels, bias_rows,
+    stride_bias, scale, softcap, dropout, seed,
     MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PLAN: tl.constexpr,
     LABELS: tl.constexpr, BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax of a tile of rows over the whole or the masked tiles of some keys (see `span`).
+    """Online softmax of a tile of rows over the whole or the masked tiles of some keys (see `key_range`).
 
-    `rows` and `heads` are (rows, 1); `acc` is out times `total`, `total` the sum of 2**(scores - top).
+    `rows` and `heads` are (rows, 1); `acc` is out times `row_sum`, `row_sum` the sum of 2**(scores - row_max).
     """
     stride_key, stride_key_dim, stride_value, stride_value_dim = strides
     row_end, key_end = piece[1], piece[3]
@@ -69,40 +69,40 @@ def accumulate(
         if MASKED:
             seen = visible(rows, keys, piece, labels, HAS_LEFT, HAS_RIGHT, HAS_PLAN, LABELS)
             scores = tl.where(seen, scores, -float("inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1) * factor)
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
         # Rows that saw nothing yet: exp2(-inf - 0) = 0 where exp2(-inf + inf) would be NaN.
-        base = tl.where(new_top == -float("inf"), 0.0, new_top)
-        weights = tl.exp2(scores * factor - base[:, None])
-        fade = tl.exp2(top - base)
-        total = total * fade + tl.sum(weights, 1)
+        score_shift = tl.where(new_max == -float("inf"), 0.0, new_max)
+        weights = tl.exp2(scores * factor - score_shift[:, None])
+        rescale = tl.exp2(row_max - score_shift)
+        row_sum = row_sum * rescale + tl.sum(weights, 1)
         if HAS_DROPOUT:
-            weights = weights * keep(rows, keys, heads, seed, dropout)
+            weights = weights * dropout_scale(rows, keys, heads, seed, dropout)
         value = fetch(
             value_base, start, stride_value, stride_value_dim, key_end, MASKED, HEAD_DIM_V, BLOCK_N, BLOCK_DV, TMA
         )
-        acc = tl.dot(weights.to(value.dtype), value, acc * fade[:, None], input_precision=PRECISION)
-        top = new_top
-    return acc, total, top
+        acc = tl.dot(weights.to(value.dtype), value, acc * rescale[:, None], input_precision=PRECISION)
+        row_max = new_max
+    return acc, row_sum, row_max
 
 
 @triton.jit
-def walk(
-    acc, total, top, query, key_base, value_base, strides, rows, heads, low, high, piece, limits, labels, bias_rows,
-    stride_bias, scale, softcap, dropout, seed,
+def accumulate_piece(
+    acc, row_sum, row_max, query, key_base, value_base, strides, rows, heads, low, high, piece, limits, labels,
+    bias_rows, stride_bias, scale, softcap, dropout, seed,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PLAN: tl.constexpr, LABELS: tl.constexpr,
     BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """`accumulate` over one piece: its whole tiles without a mask, those before and after them with one."""
-    limits = piece_span(low, high, piece, limits, HAS_LEFT, HAS_RIGHT, HAS_PLAN, BIAS, BLOCK_N)
+    limits = piece_range(low, high, piece, limits, HAS_LEFT, HAS_RIGHT, HAS_PLAN, BIAS, BLOCK_N)
     for MASKED in tl.static_range(1 if BIAS != NO_BIAS else 0, 2):
-        acc, total, top = accumulate(
-            acc, total, top, query, key_base, value_base, strides, limits, rows, heads, piece, labels, bias_rows,
+        acc, row_sum, row_max = accumulate(
+            acc, row_sum, row_max, query, key_base, value_base, strides, limits, rows, heads, piece, labels, bias_rows,
             stride_bias, scale, softcap, dropout, seed, MASKED == 1, HAS_LEFT, HAS_RIGHT, HAS_PLAN, LABELS, BIAS,
             HAS_SOFTCAP, HAS_DROPOUT, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, TMA,
         )  # fmt: skip
-    return acc, total, top
+    return acc, row_sum, row_max
 
 
 @triton.jit
@@ -114,14 +114,14 @@ def forward_kernel(
     stride_out_b, stride_out_h, stride_out_t, stride_out_d,
     stride_row_labels, stride_key_labels, stride_bounds_b, stride_bounds_tile, stride_plan_b, stride_plan_tile,
     stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s,
-    num_rows, num_keys, num_heads, groups, num_pieces, offset, left, right, scale, softcap, dropout,
+    num_rows, num_keys, num_heads, group_size, num_pieces, offset, left, right, scale, softcap, dropout,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_OFFSET: tl.constexpr, LABELS: tl.constexpr,
     HAS_PLAN: tl.constexpr, BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """out (B, H, T, Dv), lse (B, H, T) and row_lse (see `store_lse`), a tile of BLOCK_M rows each."""
-    tile, head, batch = place(num_rows, num_heads, HAS_RIGHT, BLOCK_M)
+    tile, head, batch = program_tile(num_rows, num_heads, HAS_RIGHT, BLOCK_M)
     first = tile * BLOCK_M
     high = tl.minimum(first + BLOCK_M, num_rows) - 1
     rows = first + tl.arange(0, BLOCK_M)[:, None]
@@ -131,30 +131,32 @@ def forward_kernel(
     plan = tile_plan(plan, stride_plan_b, stride_plan_tile, batch, tile, HAS_PLAN)
     bias_rows = bias
     if BIAS != NO_BIAS:
-        bias_rows = matrix(bias, batch, head, stride_bias_b, stride_bias_h) + tl.cast(rows, tl.int64) * stride_bias_t
-    query = matrix(query, batch, head, stride_query_b, stride_query_h)
-    key = matrix(key, batch, head // groups, stride_key_b, stride_key_h)
-    value = matrix(value, batch, head // groups, stride_value_b, stride_value_h)
+        bias_rows = (
+            head_pointer(bias, batch, head, stride_bias_b, stride_bias_h) + tl.cast(rows, tl.int64) * stride_bias_t
+        )
+    query = head_pointer(query, batch, head, stride_query_b, stride_query_h)
+    key = head_pointer(key, batch, head // group_size, stride_key_b, stride_key_h)
+    value = head_pointer(value, batch, head // group_size, stride_value_b, stride_value_h)
     if TMA:
         key = describe(key, num_keys, stride_key_s, HEAD_DIM, BLOCK_N, BLOCK_D)
         value = describe(value, num_keys, stride_value_s, HEAD_DIM_V, BLOCK_N, BLOCK_DV)
     strides = (stride_key_s, stride_key_d, stride_value_s, stride_value_d)
     query_tile = load_tile(query, first, stride_query_t, stride_query_d, num_rows, True, HEAD_DIM, BLOCK_M, BLOCK_D)
     acc = tl.full((BLOCK_M, BLOCK_DV), 0.0, tl.float32)
-    total = tl.full((BLOCK_M,), 0.0, tl.float32)
-    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    row_sum = tl.full((BLOCK_M,), 0.0, tl.float32)
+    row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     # One piece without a plan: the loop is then a single unrolled pass.
     for index in range(num_pieces if HAS_PLAN else 1):
         piece = load_piece(plan, index, num_rows, num_keys, left, right, shift, HAS_PLAN)
-        acc, total, top = walk(
-            acc, total, top, query_tile, key, value, strides, rows, head, first, high, piece, limits, labels, bias_rows,
-            stride_bias_s, scale, softcap, dropout, seed, HAS_LEFT, HAS_RIGHT, HAS_PLAN, LABELS, BIAS, HAS_SOFTCAP,
-            HAS_DROPOUT, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, TMA,
+        acc, row_sum, row_max = accumulate_piece(
+            acc, row_sum, row_max, query_tile, key, value, strides, rows, head, first, high, piece, limits, labels,
+            bias_rows, stride_bias_s, scale, softcap, dropout, seed, HAS_LEFT, HAS_RIGHT, HAS_PLAN, LABELS, BIAS,
+            HAS_SOFTCAP, HAS_DROPOUT, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, TMA,
         )  # fmt: skip
 
-    seen = total > 0
-    acc = acc / tl.where(seen, total, 1.0)[:, None]
-    out = matrix(out, batch, head, stride_out_b, stride_out_h)
+    seen = row_sum > 0
+    acc = acc / tl.where(seen, row_sum, 1.0)[:, None]
+    out = head_pointer(out, batch, head, stride_out_b, stride_out_h)
     store_tile(out, acc, first, stride_out_t, stride_out_d, num_rows, HEAD_DIM_V, BLOCK_M, BLOCK_DV)
     row = first + tl.arange(0, BLOCK_M)
-    store_lse(lse, row_lse, (batch * num_heads + head) * num_rows + row, top, total, row < num_rows)
+    store_lse(lse, row_lse, (batch * num_heads + head) * num_rows + row, row_max, row_sum, row < num_rows)

@@ -21,7 +21,7 @@ MAX_DECODE_ROWS = 16
 MAX_DECODE_LANES = 128  # query rows times the heads that share a key head
 MAX_SPLITS = 64
 
-override: dict[str, Config] = {}  # kind -> configuration: what tuning tries
+override: dict[str, Config] = {}  # global state: kind -> configuration, set by tuning and by static.record only
 
 
 class Call(NamedTuple):
@@ -66,33 +66,33 @@ def forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tens
     lse, row_lse = (empty(batch, heads, rows, dtype=torch.float32, device=query.device) for _ in range(2))
     if not lse.numel():
         return out, lse, row_lse
-    groups = heads // key.shape[1]
-    decoding = rows <= MAX_DECODE_ROWS and rows * groups <= MAX_DECODE_LANES and not call.pieces
+    group_size = heads // key.shape[1]
+    decoding = rows <= MAX_DECODE_ROWS and rows * group_size <= MAX_DECODE_LANES and not call.pieces
     with on_device(query):
         (_decode if decoding else _prefill)(query, key, value, call, out, lse, row_lse)
     return out, lse, row_lse
 
 
-def _prefill(query: Tensor, key: Tensor, value: Tensor, call: Call, out: Tensor, *lses: Tensor) -> None:
+def _prefill(query: Tensor, key: Tensor, value: Tensor, call: Call, out: Tensor, lse: Tensor, row_lse: Tensor) -> None:
     config = _config("forward", query, value, call)
     batch, heads, rows, _ = query.shape
     bounds, plan, num_pieces = _row_side(call, rows, config.block_m, query.device)
     grid = (-(-rows // config.block_m) * batch * heads,)
     launch(
         triton_forward.forward_kernel, grid,
-        query, key, value, out, *lses, *_side_tensors(call, bounds, plan, query),
-        *query.stride(), *key.stride(), *value.stride(), *out.stride(),
-        *_label_strides(call), *_stride2(bounds), *_stride2(plan), *_bias_strides(call),
-        rows, key.shape[2], heads, heads // key.shape[1], num_pieces, *_scalars(call),
-        **_constants(query, value, call), HAS_PLAN=bool(call.pieces), TMA=config.tma and takes_tma(key, value),
+        query=query, key=key, value=value, out=out, lse=lse, row_lse=row_lse,
+        **_strides(query_bhtd=query, key_bhsd=key, value_bhsd=value, out_bhtd=out),
+        **_side(call, bounds), **_plan(plan, num_pieces), **_numbers(call, query, key),
+        **_constants(query, value, call),
+        HAS_PLAN=bool(call.pieces), TMA=config.tma and takes_tma(key, value),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
-def _decode(query: Tensor, key: Tensor, value: Tensor, call: Call, out: Tensor, *lses: Tensor) -> None:
+def _decode(query: Tensor, key: Tensor, value: Tensor, call: Call, out: Tensor, lse: Tensor, row_lse: Tensor) -> None:
     config = _config("decode", query, value, call)
     batch, heads, rows, _ = query.shape
-    groups, num_keys = heads // key.shape[1], key.shape[2]
+    group_size, num_keys = heads // key.shape[1], key.shape[2]
     tasks = batch * key.shape[1]
     splits = max(
         1, min(-(-2 * multiprocessors(query.device) // tasks), -(-num_keys // (2 * config.block_n)), MAX_SPLITS)
@@ -102,18 +102,20 @@ def _decode(query: Tensor, key: Tensor, value: Tensor, call: Call, out: Tensor, 
     part_lse = empty(*parts, dtype=torch.float32, device=query.device)
     bounds = None if call.labels is None else row_bounds(call.labels, rows, rows)
     constants = _constants(query, value, call)
+    side = _side(call, bounds)
+    del side["stride_bounds_tile"]  # all rows are one tile
     launch(
         triton_decode.decode_kernel, (splits * tasks,),
-        query, key, value, part_out, part_lse, *_label_tensors(call), bounds, call.bias, *_offset_seed(call),
-        *query.stride(), *key.stride(), *value.stride(), *_label_strides(call), _stride2(bounds)[0],
-        *_bias_strides(call), rows, num_keys, heads, groups, splits, *_scalars(call),
-        **constants, BLOCK_M=max(16, _power(rows * groups)), BLOCK_N=config.block_n,
+        query=query, key=key, value=value, part_out=part_out, part_lse=part_lse,
+        **_strides(query_bhtd=query, key_bhsd=key, value_bhsd=value), **side, **_numbers(call, query, key), **constants,
+        num_splits=splits, BLOCK_M=max(16, _power(rows * group_size)), BLOCK_N=config.block_n,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     launch(
         triton_decode.merge_kernel, (batch * heads * rows,),
-        part_out, part_lse, out, *lses, *out.stride(), rows, heads, splits,
-        HEAD_DIM_V=constants["HEAD_DIM_V"], BLOCK_DV=constants["BLOCK_DV"], BLOCK_SPLITS=_power(splits), num_warps=4,
+        part_out=part_out, part_lse=part_lse, out=out, lse=lse, row_lse=row_lse, **_strides(out_bhtd=out),
+        num_rows=rows, num_heads=heads, num_splits=splits, HEAD_DIM_V=constants["HEAD_DIM_V"],
+        BLOCK_DV=constants["BLOCK_DV"], BLOCK_SPLITS=_power(splits), num_warps=4,
     )  # fmt: skip
 
 
@@ -135,22 +137,25 @@ def backward(
         return d_query, d_key.zero_(), d_value.zero_()
     delta = empty(batch, heads, rows, dtype=torch.float32, device=query.device)
     constants = _constants(query, value, call)
-    groups = heads // kv_heads
     with on_device(query):
         launch(
             triton_backward.delta_kernel, (-(-rows // 64) * batch * heads,),
-            out, grad_out, None if grad_lse is None else grad_lse.contiguous(), delta, *out.stride(),
-            *grad_out.stride(), rows, heads, HAS_GRAD_LSE=grad_lse is not None, HEAD_DIM_V=head_dim_v,
-            BLOCK_DV=constants["BLOCK_DV"], BLOCK_M=64, num_warps=4,
+            out=out, grad_out=grad_out, grad_lse=None if grad_lse is None else grad_lse.contiguous(), delta=delta,
+            **_strides(out_bhtd=out, grad_bhtd=grad_out), num_rows=rows, num_heads=heads,
+            HAS_GRAD_LSE=grad_lse is not None, HEAD_DIM_V=head_dim_v, BLOCK_DV=constants["BLOCK_DV"], BLOCK_M=64,
+            num_warps=4,
         )  # fmt: skip
+        # What both passes get.
+        shared = {
+            "query": query, "key": key, "value": value, "grad_out": grad_out, "row_lse": row_lse, "delta": delta,
+            **_strides(query_bhtd=query, key_bhsd=key, value_bhsd=value, grad_bhtd=grad_out),
+            **_numbers(call, query, key), **constants, "HAS_PLAN": bool(call.pieces),
+        }  # fmt: skip
         config = _config("dq", query, value, call)
         bounds, plan, num_pieces = _row_side(call, rows, config.block_m, query.device)
         launch(
             triton_dq.dq_kernel, (-(-rows // config.block_m) * batch * heads,),
-            query, key, value, grad_out, row_lse, delta, d_query, *_side_tensors(call, bounds, plan, query),
-            *query.stride(), *key.stride(), *value.stride(), *grad_out.stride(), *d_query.stride(),
-            *_label_strides(call), *_stride2(bounds), *_stride2(plan), *_bias_strides(call),
-            rows, num_keys, heads, groups, num_pieces, *_scalars(call), **constants, HAS_PLAN=bool(call.pieces),
+            d_query=d_query, **_strides(dq_bhtd=d_query), **shared, **_side(call, bounds), **_plan(plan, num_pieces),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         if not num_keys:
@@ -160,10 +165,8 @@ def backward(
         plan, num_pieces = tables(call.pieces, num_keys, config.block_n, True, query.device)
         launch(
             triton_dkdv.dkdv_kernel, (-(-num_keys // config.block_n) * batch * kv_heads,),
-            query, key, value, grad_out, row_lse, delta, d_key, d_value, *_side_tensors(call, bounds, plan, query),
-            *query.stride(), *key.stride(), *value.stride(), *grad_out.stride(), *d_key.stride(), *d_value.stride(),
-            *_label_strides(call), *_stride2(bounds), *_stride2(plan), *_bias_strides(call),
-            rows, num_keys, heads, groups, num_pieces, *_scalars(call), **constants, HAS_PLAN=bool(call.pieces),
+            d_key=d_key, d_value=d_value, **_strides(dk_bhsd=d_key, dv_bhsd=d_value), **shared, **_side(call, bounds),
+            **_plan(plan, num_pieces),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return d_query, d_key, d_value
@@ -174,24 +177,38 @@ def _row_side(call: Call, rows: int, tile: int, device: torch.device) -> tuple[T
     return bounds, *tables(call.pieces, rows, tile, False, device)
 
 
-def _side_tensors(call: Call, bounds: Tensor | None, plan: Tensor | None, query: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_label_tensors(call), bounds, plan, call.bias, *_offset_seed(call))
+def _strides(**tensors: Tensor) -> dict[str, int]:
+    """Strides by name: `query_bhtd=query` gives stride_query_b, stride_query_h, stride_query_t and stride_query_d."""
+    named: dict[str, int] = {}
+    for key, tensor in tensors.items():
+        name, _, dims = key.rpartition("_")
+        named |= {f"stride_{name}_{dim}": stride for dim, stride in zip(dims, tensor.stride(), strict=True)}
+    return named
 
 
-def _label_tensors(call: Call) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if call.labels is None else (call.labels.rows, call.labels.keys)
+def _side(call: Call, bounds: Tensor | None) -> dict[str, Any]:
+    """What restricts the pairs: labels and their bounds, bias, the tensors of offset and seed."""
+    row_labels, key_labels = (None, None) if call.labels is None else (call.labels.rows, call.labels.keys)
+    bias_strides = (0, 0, 0, 0) if call.bias is None else call.bias.stride()
+    bounds_batch, bounds_tile = _stride2(bounds)
+    return {
+        "row_labels": row_labels,
+        "key_labels": key_labels,
+        "bounds": bounds,
+        "bias": call.bias,
+        "offset_pointer": call.offset if isinstance(call.offset, Tensor) else None,
+        "seed_pointer": call.seed,
+        "stride_row_labels": _stride2(row_labels)[0],
+        "stride_key_labels": _stride2(key_labels)[0],
+        "stride_bounds_b": bounds_batch,
+        "stride_bounds_tile": bounds_tile,
+        **{f"stride_bias_{dim}": stride for dim, stride in zip("bhts", bias_strides, strict=True)},
+    }
 
 
-def _offset_seed(call: Call) -> tuple[Tensor | None, Tensor | None]:
-    return (call.offset if isinstance(call.offset, Tensor) else None), call.seed
-
-
-def _label_strides(call: Call) -> tuple[int, int]:
-    return tuple(_stride2(x)[0] for x in _label_tensors(call))  # type: ignore[return-value]
-
-
-def _bias_strides(call: Call) -> tuple[int, ...]:
-    return (0, 0, 0, 0) if call.bias is None else call.bias.stride()
+def _plan(plan: Tensor | None, num_pieces: int) -> dict[str, Any]:
+    batch, tile = _stride2(plan)
+    return {"plan": plan, "stride_plan_b": batch, "stride_plan_tile": tile, "num_pieces": num_pieces}
 
 
 def _stride2(tensor: Tensor | None) -> tuple[int, int]:
@@ -201,9 +218,19 @@ def _stride2(tensor: Tensor | None) -> tuple[int, int]:
     return (0 if tensor.shape[0] == 1 else tensor.stride(0)), tensor.stride(1)
 
 
-def _scalars(call: Call) -> tuple[float, ...]:
-    offset = 0 if isinstance(call.offset, Tensor) else call.offset
-    return offset, call.left or 0, call.right or 0, call.scale, call.softcap or 1.0, call.dropout
+def _numbers(call: Call, query: Tensor, key: Tensor) -> dict[str, float]:
+    return {
+        "num_rows": query.shape[2],
+        "num_keys": key.shape[2],
+        "num_heads": query.shape[1],
+        "group_size": query.shape[1] // key.shape[1],
+        "offset": 0 if isinstance(call.offset, Tensor) else call.offset,
+        "left": call.left or 0,
+        "right": call.right or 0,
+        "scale": call.scale,
+        "softcap": call.softcap or 1.0,
+        "dropout": call.dropout,
+    }
 
 
 def _constants(query: Tensor, value: Tensor, call: Call) -> dict[str, Any]:

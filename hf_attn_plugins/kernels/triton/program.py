@@ -10,11 +10,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hf_attn_plugins.kernels.triton.tiles import BOTH_LABELS, NO_BIAS, NO_BOUND, NO_LABELS, load_bounds, span
+from hf_attn_plugins.core.rectangle import Rectangle
+from hf_attn_plugins.kernels.triton.tiles import BOTH_LABELS, NO_BIAS, NO_BOUND, NO_LABELS, key_range, load_bounds
+
+RECTANGLE_FIELDS: tl.constexpr = tl.constexpr(len(Rectangle._fields))
 
 
 @triton.jit
-def place(num_tokens, num_heads, LAST_FIRST: tl.constexpr, BLOCK: tl.constexpr):
+def program_tile(num_tokens, num_heads, LAST_FIRST: tl.constexpr, BLOCK: tl.constexpr):
     """The tile of held tokens, the head, and the row of the batch (64 bits) of this program.
 
     LAST_FIRST: the last rows of a causal mask have most to do, and are started first.
@@ -27,7 +30,7 @@ def place(num_tokens, num_heads, LAST_FIRST: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def matrix(base, batch, head, stride_b, stride_h):
+def head_pointer(base, batch, head, stride_b, stride_h):
     """Where the (tokens, dims) of one row of the batch and one head begin."""
     return base + batch * stride_b + tl.cast(head, tl.int64) * stride_h
 
@@ -73,7 +76,7 @@ def tile_plan(plan, stride_b, stride_tile, batch, tile, HAS_PLAN: tl.constexpr):
 def load_piece(plan, index, num_held, num_walked, left, right, shift, HAS_PLAN: tl.constexpr):
     """Held begin, end, walked begin, end, left, right and shift of a piece; unbounded where it is not banded."""
     if HAS_PLAN:
-        pointer = plan + index * 6
+        pointer = plan + index * RECTANGLE_FIELDS
         banded = tl.load(pointer + 4) != 0
         return (
             tl.load(pointer),
@@ -89,13 +92,13 @@ def load_piece(plan, index, num_held, num_walked, left, right, shift, HAS_PLAN: 
 
 
 @triton.jit
-def piece_span(
+def piece_range(
     low, high, piece, limits, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PLAN: tl.constexpr,
     BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`span` of the held tokens low..high that lie in a piece, without whole tiles where none can be whole."""
+    """`key_range` of the held tokens low..high that lie in a piece, without whole tiles where none can be whole."""
     held_begin, held_end, walked_begin, walked_end, left, right, shift = piece
-    begin, whole_begin, whole_end, end = span(
+    begin, whole_begin, whole_end, end = key_range(
         tl.maximum(low, held_begin), tl.minimum(high, held_end - 1), shift, left, right, walked_begin, walked_end,
         limits, HAS_LEFT, HAS_RIGHT, BLOCK,
     )  # fmt: skip

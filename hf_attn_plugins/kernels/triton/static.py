@@ -117,10 +117,9 @@ def compile_launch(launch: Launch, target: str) -> Any:
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    keywords = dict(launch.keywords)
-    options = {name: keywords.pop(name) for name in ("num_warps", "num_stages") if name in keywords}
+    values = dict(launch.arguments)
+    options = {name: values.pop(name) for name in ("num_warps", "num_stages") if name in values}
     names = launch.kernel.arg_names
-    values = dict(zip(names, launch.arguments, strict=False)) | keywords
     if set(values) != set(names):
         raise TypeError(f"{launch.kernel.__name__} was launched with other arguments than it has.")
     for index, name in enumerate(names):
@@ -147,7 +146,7 @@ def _type(value: Any) -> str:
 def measure(launch: Launch, target: str, dtype: str, head_dim: int, causal: bool) -> Resources:
     """Compile one launch and read its binary."""
     compiled = compile_launch(launch, target)
-    chip, name, words = CHIPS[target], launch.kernel.__name__, launch.keywords
+    chip, name, words = CHIPS[target], launch.kernel.__name__, launch.arguments
     registers, spilled, matrix = (_read_amd if chip.backend == "hip" else _read_nvidia)(compiled)
     shared = compiled.metadata.shared
     floor = None

@@ -19,10 +19,10 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def supported(
+def reason_against(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float
 ) -> str | None:
-    """None when `triton` can do this call, else the reason why it cannot."""
+    """Why `triton` cannot do this call; None when it can."""
     if not INSTALLED:
         return "anything, because Triton is not installed (pip install 'hf-attn-plugins[triton]')"
     if query.device.type != "cuda" and not interpreting():

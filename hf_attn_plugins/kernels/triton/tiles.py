@@ -3,8 +3,8 @@
 "Rows" and "columns" are the two sides of the score matrix. The forward and dQ kernels hold a tile of query rows and
 walk over keys; the dK/dV kernel holds keys and walks over query rows, with the same functions and the sides swapped.
 
-Of Triton's own jitted helpers only max and sum are used. The interpreter needs TRITON_INTERPRET=1 set before Triton is
-imported for the first time in a process: those helpers are made for the one or the other then.
+Of Triton's own jitted helpers only max and sum are used. Triton binds its jitted helpers to the
+compiler or to the interpreter at its first import: set TRITON_INTERPRET=1 before.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -29,7 +29,7 @@ BOOL_BIAS: tl.constexpr = tl.constexpr(2)
 
 
 @triton.jit
-def span(
+def key_range(
     first, last, shift, left, right, lo, hi, bounds, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -165,13 +165,13 @@ def store_tile(
 
 
 @triton.jit
-def store_lse(lse, row_lse, places, top, total, inside):
-    """The lse of rows whose weights sum to total * 2**top, -inf for none; row_lse: in units of log 2, +inf for none.
+def store_lse(lse, row_lse, places, row_max, row_sum, inside):
+    """lse = log(row_sum * 2**row_max), -inf where row_sum is 0; row_lse: the same in units of log 2, +inf where 0.
 
     The backward gets row_lse, because converting the lse costs float32 gradients more than all their other roundings.
     """
-    seen = total > 0
-    value = top + tl.log2(tl.where(seen, total, 1.0))
+    seen = row_sum > 0
+    value = row_max + tl.log2(tl.where(seen, row_sum, 1.0))
     tl.store(lse + places, tl.where(seen, value * LN_2, -float("inf")), mask=inside)
     tl.store(row_lse + places, tl.where(seen, value, float("inf")), mask=inside)
 
@@ -180,8 +180,8 @@ def store_lse(lse, row_lse, places, top, total, inside):
 def tanh(x):
     """tanh to float32 rounding: the quotient cancels near 0, where a series takes over."""
     size = tl.maximum(x, -x)
-    fade = tl.exp2(size * (-2.0 * LOG2_E))
-    far = (1.0 - fade) / (1.0 + fade)
+    rescale = tl.exp2(size * (-2.0 * LOG2_E))
+    far = (1.0 - rescale) / (1.0 + rescale)
     square = x * x
     near = x * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 - square * (17.0 / 315))))
     return tl.where(size < 0.25, near, tl.where(x < 0, -far, far))
@@ -198,7 +198,7 @@ def load_bias(bias, stride, keys, inside, BIAS: tl.constexpr):
 
 
 @triton.jit
-def keep(rows, keys, head, seed, dropout):
+def dropout_scale(rows, keys, head, seed, dropout):
     """0 for dropped weights, 1 / (1 - p) for kept ones: Philox-2x32-10 keyed by seed and head, counting (row, key).
 
     The value depends on the pair alone, so every kernel and every tile size draws the same mask. Source: Salmon et

@@ -22,7 +22,7 @@ from hf_attn_plugins.hf.recognise import Place, recognise
 from hf_attn_plugins.hf.register import installed
 from hf_attn_plugins.hf.structured_mask import Structure, StructuredMask
 from hf_attn_plugins.hf.unwrap import language_model
-from hf_attn_plugins.kernels.bound_attend import Kernel
+from hf_attn_plugins.kernels.bound_attend import BoundAttend
 from hf_attn_plugins.parallel.comm.consistency import agree
 from hf_attn_plugins.parallel.comm.group import Group
 from hf_attn_plugins.parallel.comm.traffic import Traffic
@@ -144,7 +144,7 @@ class Session:
         step = mask.step if isinstance(mask, StepMask) else self.forward.step
         if step is None:
             raise RuntimeError("attention was called outside of the model's own forward: call the model itself.")
-        kernel = Kernel(scale, softcap, dropout, getattr(self.method, "kernel", None))
+        kernel = BoundAttend(scale, softcap, dropout, getattr(self.method, "kernel", None))
         run = later if step.layout is None else self.method.attention
         self.forward.merged_rows += len(query) * (query.shape[2] if step.layout is None else step.layout.merged)
         return run(query, key, value, mask.window, step, kernel, self.group)
@@ -170,7 +170,7 @@ class Session:
         """
         place = Place(batch_size, q_length, kv_length, q_offset, kv_offset, False)
         recognised = recognise(mask_function, place).mask if mask_function is not None else Mask(causal=True)
-        if not recognised.only_positions():
+        if not recognised.has_no_tensors():
             raise NotImplementedError(
                 f"{type(config).__name__} builds a mask that is neither causal nor a sliding window, which "
                 "context_parallel cannot cut into shards: run this model in one process."

@@ -71,7 +71,7 @@ def test_the_command_counts_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(words) == 0
     record = json.loads((tmp_path / "parallel.json").read_text(encoding="utf-8"))
     assert [(row["method"], row["ranks"]) for row in record["rows"]][-1] == ("cqs", 4)
-    assert "torch" in record["hardware"] and "| CQS | 8:2 | 4 |" in (tmp_path / "parallel.md").read_text(
+    assert "torch" in record["hardware"] and "| cqs | 8:2 | 4 |" in (tmp_path / "parallel.md").read_text(
         encoding="utf-8"
     )
     for bad, said in (

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import hf_attn_plugins as hap
+from hf_attn_plugins import _version
 from hf_attn_plugins.parallel import RankError
 from hf_attn_plugins.parallel.comm import failure
 from tests.parallel.models import build, prompt
@@ -63,7 +64,7 @@ def differ(rank: int, size: int, *, how: str) -> dict[str, Any]:
     """Rank 1 does something else than the others; the same ranks work again afterwards."""
     quick()
     model, inputs, options = build("llama"), prompt(length=23, batch=1), dict(OPTIONS)
-    other, version, computed = rank == 1, hap.__version__, []
+    other, version, computed = rank == 1, _version.__version__, []
     if other and how == "inputs":
         inputs["input_ids"][0, 7] += 1
     if other and how == "length":
@@ -73,7 +74,7 @@ def differ(rank: int, size: int, *, how: str) -> dict[str, Any]:
     if other and how == "method":
         options = {}
     if other and how == "version":
-        hap.__version__ = "9.9.9"
+        _version.__version__ = "9.9.9"
     weight = model.lm_head.weight
     kept = weight.detach().clone()
     if other and how == "model":
@@ -89,7 +90,7 @@ def differ(rank: int, size: int, *, how: str) -> dict[str, Any]:
     finally:
         handle.remove()
         weight.data.copy_(kept)
-        hap.__version__ = version
+        _version.__version__ = version
     with hap.context_parallel(model, "star_attention", timeout=20, **OPTIONS):
         again = model.generate(**prompt(length=23, batch=1), max_new_tokens=2, do_sample=False)
     return {"error": error, "computed": len(computed), "again": again.tolist()}

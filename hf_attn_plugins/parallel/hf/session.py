@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from hf_attn_plugins._version import __version__
+from hf_attn_plugins import _version
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.options import Options
 from hf_attn_plugins.core.partial import Partial
@@ -229,7 +229,7 @@ def _session(model: nn.Module, group: Group, method: Method, settings: dict[str,
     versions = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "hf_attn_plugins": __version__,
+        "hf_attn_plugins": _version.__version__,
     }
     _check_device(model, group)
     agree(group, {**settings, "model": fingerprint(model, whole=True), **versions, "size": group.size}, what="set-up")

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_attn_plugins.core.clean_thread import in_clean_thread
 from hf_attn_plugins.core.decision import CallFacts
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial
@@ -210,23 +210,10 @@ def plan_backward(
         return torch.autograd.grad(tuple(part), asked, (grad_out, grad_lse), allow_unused=True)
 
     # Inside an operator the dispatcher records no gradients; a thread of its own starts with a clean state.
-    grads = list(_THREAD.submit(_on_device, query.device, differentiate).result())
+    grads = list(in_clean_thread(query.device, differentiate))
     given = [query, key, value, query.new_empty(0) if bias is None else bias]
     grads += [query.new_empty(0)] * (4 - len(grads))
     return tuple(torch.zeros_like(x) if g is None else g.contiguous() for g, x in zip(grads, given, strict=True))  # type: ignore[return-value]
-
-
-_THREAD = ThreadPoolExecutor(1, thread_name_prefix="hf-attn-plugins-backward")
-
-
-def _on_device(device: torch.device, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    if device.type != "cuda":
-        return compute()
-    torch.cuda.current_stream(device).synchronize()
-    with torch.cuda.device(device):
-        grads = compute()
-        torch.cuda.current_stream(device).synchronize()
-        return grads
 
 
 @plan_backward.register_fake

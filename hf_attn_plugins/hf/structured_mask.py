@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from hf_attn_plugins.core.clean_thread import in_clean_thread
 from hf_attn_plugins.core.mask import Mask
 
 
@@ -100,7 +101,10 @@ class StructuredMask(Tensor):
 
         def plain(x: Any) -> Any:
             if isinstance(x, StructuredMask):
-                return x.structure.tensor(x.device, x.dtype)
+                if x.structure.mask.predicate is None:
+                    return x.structure.tensor(x.device, x.dtype)
+                # A model's own mask function may need vmap, which does not work in here.
+                return in_clean_thread(x.device, lambda: x.structure.tensor(x.device, x.dtype))
             return [plain(y) for y in x] if isinstance(x, list | tuple) else x
 
         return func(*plain(args), **{name: plain(x) for name, x in (kwargs or {}).items()})

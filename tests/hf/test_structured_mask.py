@@ -79,6 +79,14 @@ def test_passing_on_keeps_the_structure_and_computing_gives_numbers():
     assert mask.dtype == torch.bool and mask.shape == (2, 1, 7, 7) and bool(mask.any())
 
 
+def test_functions_that_take_plain_numbers_are_written_out_by_vmap():
+    def chunked(b, h, q, k):
+        return torch.div(q, 3, rounding_mode="trunc") >= torch.div(k, 3, rounding_mode="trunc")
+
+    mask = mask_function(2, 7, 7, 0, 0, chunked, PADDING, use_vmap=True)
+    assert torch.equal(mask & True, by_hand(chunked, PADDING))
+
+
 def test_families_without_sdpa_get_floats_to_add():
     config = hf.Gemma2Config(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, head_dim=4)
     assert not hf.Gemma2ForCausalLM._supports_sdpa  # and its file is imported

@@ -44,12 +44,16 @@ class Trace:
         return found
 
     def plan(self) -> str:
-        """One line: "star: 4 blocks, block_size 512 ... (30 layers), share 0.39"; "dense: 1024 tokens, below 2048"."""
-        texts = Counter(call.text() for call in self.calls if call.causal)
-        parts = [f"{text} ({count} calls)" if len(texts) > 1 else text for text, count in texts.most_common()]
-        if not parts:
+        """What ran for the longest prompt, as one line: "star: blocks 4, ...; 39% of the causal pairs"."""
+        prompts = [call for call in self.calls if call.causal]
+        if not prompts:
             return "no causal prompt was seen"
-        return "; ".join(parts) + ("" if self.share in (None, 1.0) else f"; {self.share:.0%} of the causal pairs")
+        longest = max(call.rows for call in prompts)
+        calls = [call for call in prompts if call.rows == longest]
+        texts = Counter(call.text() for call in calls)
+        parts = [f"{text} ({n / len(calls):.0%} of the calls)" if len(texts) > 1 else text for text, n in texts.items()]
+        share = sum(call.attended for call in calls) / sum(call.causal for call in calls)
+        return "; ".join(parts) + ("" if share == 1 else f"; {share:.0%} of the causal pairs")
 
     def __str__(self) -> str:
         if not self.calls:

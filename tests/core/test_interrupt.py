@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
@@ -41,6 +42,14 @@ status = main(sys.argv[1:])
 print("calls", len(calls))
 sys.exit(status)
 """
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """SIGINT as a terminal has it: a process started in the background ignores it, and so do its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def run(script, *words):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as hf
 
-from hf_attn_plugins.hf.scan import oracle, pool, report, runs, shrink, trial, weights
+from hf_attn_plugins.hf.scan import oracle, pool, report, runs, shrink, sizes, trial, weights
 from hf_attn_plugins.hf.scan.families import KINDS, Family, families
 
 SAMPLE = (
@@ -58,7 +58,7 @@ def test_shrunken_tokens_fit_the_vocabulary_and_stay_distinct() -> None:
 def test_towers_still_meet() -> None:
     small = shrink.shrunk(hf.LlavaConfig())
     assert small.vision_config.image_size % small.vision_config.patch_size == 0
-    assert max(small.vision_config.hidden_size, small.text_config.hidden_size) <= shrink.WIDTH
+    assert max(small.vision_config.hidden_size, small.text_config.hidden_size) <= sizes.WIDTH
 
 
 def test_the_oracle_is_the_definition_of_star() -> None:

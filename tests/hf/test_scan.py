@@ -44,9 +44,10 @@ SAMPLE = (
     "vit",
     "wav2vec2",
     "whisper",
-) @ functools.cache
+)
 
 
+@functools.cache
 def known() -> dict[str, Family]:
     return {family.name: family for family in families()}
 

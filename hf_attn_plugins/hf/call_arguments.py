@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_attn_plugins.core.mask import Mask, window_of
-from hf_attn_plugins.hf import families
+from hf_attn_plugins.hf import compat, families
 from hf_attn_plugins.hf.structured_mask import structure_of
 
 REFUSED = {
@@ -138,6 +138,8 @@ def _checked(mask: Any, query: Tensor, keys: int) -> Tensor:
             f"a 4-d attention mask is bool (True = attend) or float (added to the scores), got {mask.dtype}: "
             "pass mask.bool()."
         )
+    if mask.shape[-1] > keys and compat.cuts_wide_masks():
+        mask = mask[..., :keys]
     if any(have not in (1, want) for have, want in zip(mask.shape, (batch, heads, rows, keys), strict=True)):
         raise ValueError(
             f"the attention mask is {tuple(mask.shape)} and must broadcast to (batch, heads, queries, keys) = "

@@ -44,6 +44,14 @@ def config_carries_attention() -> bool:
     return _numbers(transformers.__version__) >= (5, 4)
 
 
+@torch.compiler.assume_constant_result
+def cuts_wide_masks() -> bool:
+    """Whether this version's own attention cuts a mask that is wider than the keys (up to 5.3; Bamba builds such)."""
+    import transformers
+
+    return _numbers(transformers.__version__) < (5, 4)
+
+
 def query_range(
     q_length: int | None, q_offset: int | Tensor, cache_position: Tensor | None, kv_length: int, kv_offset: int
 ) -> tuple[int, int | Tensor]:

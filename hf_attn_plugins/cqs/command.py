@@ -6,7 +6,8 @@ import argparse
 import json
 from collections.abc import Iterator
 
-from hf_attn_plugins.cqs import cost, show
+import hf_attn_plugins.cqs.cost as cost
+import hf_attn_plugins.cqs.show as show
 from hf_attn_plugins.cqs.demo import demonstrate, memory_summary
 from hf_attn_plugins.cqs.draw import draw
 from hf_attn_plugins.cqs.options import MOST_WORKERS

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from hf_attn_plugins.cqs import difference_covers as covers
+import hf_attn_plugins.cqs.difference_covers as covers
 from hf_attn_plugins.cqs.scheduler import Plan, plan
 
 MERGE_BLOCK = 4 * 2**20  # bytes of accumulated rows that are merged at a time

@@ -11,7 +11,7 @@ import functools
 import itertools
 from dataclasses import dataclass
 
-from hf_attn_plugins.cqs import difference_covers as covers
+import hf_attn_plugins.cqs.difference_covers as covers
 
 Pair = tuple[int, int]
 

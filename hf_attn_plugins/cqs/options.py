@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import hf_attn_plugins.cqs.difference_covers as difference_covers
 from hf_attn_plugins.core.options import MOST_TOKENS, Options, shown
-from hf_attn_plugins.cqs import difference_covers
 
 MOST_WORKERS = 1024  # the plan is made before every new length, in time that grows with the square of the workers
 

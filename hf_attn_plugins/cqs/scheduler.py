@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from hf_attn_plugins.cqs import difference_covers as covers
+import hf_attn_plugins.cqs.difference_covers as covers
 from hf_attn_plugins.cqs.division import Division, Pair, group_range
 from hf_attn_plugins.cqs.worker_share import Leaf
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hf_attn_plugins.cqs import cost
+import hf_attn_plugins.cqs.cost as cost
 from hf_attn_plugins.cqs.demo import Demonstration, memory_summary
 from hf_attn_plugins.cqs.scheduler import Plan
 from hf_attn_plugins.cqs.worker_share import Leaf

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import hf_attn_plugins.cqs.cost as cost
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial, lse_dtype, merge, with_sinks
-from hf_attn_plugins.cqs import cost
 from hf_attn_plugins.cqs.scheduler import Plan
 from hf_attn_plugins.cqs.storage import Source, file_tensor
 from hf_attn_plugins.cqs.sub_masks import check_lengths

@@ -17,7 +17,7 @@ from torch import Tensor
 from hf_attn_plugins.core.clean_thread import in_clean_thread
 from hf_attn_plugins.core.decision import CallFacts
 from hf_attn_plugins.core.mask import Mask
-from hf_attn_plugins.core.partial import Partial
+from hf_attn_plugins.core.partial import Partial, lse_dtype
 from hf_attn_plugins.hf import recorder
 from hf_attn_plugins.plugins import plugin
 
@@ -163,11 +163,7 @@ def plan_forward(
 @plan_forward.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     out = query.new_empty(*query.shape[:3], value.shape[-1])
-    return out, query.new_empty(query.shape[:3], dtype=_lse_dtype(query))
-
-
-def _lse_dtype(query: Tensor) -> torch.dtype:
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
+    return out, query.new_empty(query.shape[:3], dtype=lse_dtype(query))
 
 
 @torch.library.custom_op("hf_attn_plugins::plan_backward", mutates_args=())

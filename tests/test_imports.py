@@ -44,7 +44,7 @@ FLOORS = (
      "hf_attn_plugins.kernels.triton", "hf_attn_plugins.kernels.reference"),
     ("hf_attn_plugins.kernels.cpu_ops",),
     ("hf_attn_plugins.kernels.cpu", "hf_attn_plugins.kernels.cpu_fused"),
-    ("hf_attn_plugins.kernels.segment_labels",),
+    ("hf_attn_plugins.kernels.segment_labels", "hf_attn_plugins.kernels.rectangle_tables"),
     ("hf_attn_plugins.plugins",),
     ("hf_attn_plugins.testing",),
     ("hf_attn_plugins.core", "hf_attn_plugins._version"),

@@ -17,6 +17,7 @@ class CallFacts:
         start: position of row 0 on the key axis, None where it is not known (a traced static cache).
         mask: what restricts the pairs, its offset included.
         traced: whether a graph is being traced, so that tensors cannot be read.
+        kv_heads: key heads of the call, 0 where they are not known.
     """
 
     rows: int
@@ -25,6 +26,7 @@ class CallFacts:
     start: int | None
     mask: Mask
     traced: bool = False
+    kv_heads: int = 0
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Decision:
         reason: why the plugin's plan did not run; empty where it did.
         plan: sizes of the plan, such as {"blocks": 4, "block_size": 512}.
         attended, causal: (query, key) pairs of the prompt that were attended, and that dense causal attention has;
-            both 0 where the call was not a causal prompt.
+            both 0 where the call was not a causal prompt. Where heads differ, the mean over heads.
         plugin, layer, rows, keys, batch: the call.
         mask: what the mask was recognised as; empty where it was not.
         is_causal: whether it was causal self-attention.

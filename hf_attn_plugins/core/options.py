@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 # The kernels of `kernels.choose`, by name; they stand here because options are checked before any kernel is imported.
 KERNELS = ("reference", "aten", "cpu_tiled", "cpu_fused", "triton")
@@ -16,7 +16,13 @@ MOST_TOKENS = 1 << 31  # longer than any context, and what 32-bit places of toke
 
 @dataclass(frozen=True)
 class Options:
-    """Base of the options; subclasses are dataclasses whose fields all have defaults."""
+    """Base of the options; subclasses are dataclasses whose fields all have defaults.
+
+    Attributes:
+        by_layer: names of the options that hold something else for every layer of a model.
+    """
+
+    by_layer: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def names(cls) -> list[str]:
@@ -51,6 +57,10 @@ class Options:
             return cls(**(stored or {}))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
+
+    def for_layer(self, index: int | None) -> Options:
+        """The options of layer `index` of a model; `index` may be None where no option of `by_layer` is set."""
+        return self
 
     def _positive(self, *names: str) -> None:
         self._between(1, MOST_TOKENS, *names)

@@ -19,7 +19,7 @@ from hf_attn_plugins.cqs.tokens import TOKENS, Tokens
 from hf_attn_plugins.cqs.worker_share import Leaf
 from hf_attn_plugins.cqs.workers import work
 from hf_attn_plugins.kernels.attend_rectangles import attend_rectangles
-from hf_attn_plugins.kernels.choose import takes_rectangles
+from hf_attn_plugins.kernels.choose import choose_rectangles
 
 
 def attention(
@@ -87,7 +87,7 @@ def attention(
     if plan is None or not (device is None and out is None and folder is None):
         raise ValueError("plan may be left out, and device, out and folder be given, only with a memory_budget.")
     check_lengths(query.shape[TOKENS], key.shape[TOKENS], plan, whole)
-    if takes_rectangles(query, key, value, whole, softcap, dropout, kernel):
+    if choose_rectangles(query, key, value, whole, softcap, dropout, kernel) is not None:
         # A prefix is seen from before it, so its blocks above the diagonal count although the rest is causal.
         rectangles = of_plan(plan, whole.causal and not whole.prefix)
         part = attend_rectangles(

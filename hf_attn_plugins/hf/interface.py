@@ -6,7 +6,7 @@ the method (through `planned_op` while a graph is traced) and tells an open trac
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,17 +154,26 @@ def run(
     hidden = chosen.has_own_plan or torch.compiler.is_exporting()  # an exported graph may be for any length
     if torch.compiler.is_compiling() and hidden and chosen.name in PLUGINS:
         stored = families.stored_options(config, chosen.name)
-        return planned(chosen.name, stored, query, key, value, seen.mask, recorder.tag(trace, module, seen), **numbers)
+        layer = _layer(module, chosen.options_type.by_layer, stored)
+        tag = recorder.tag(trace, module, seen)
+        return planned(chosen.name, stored, layer, query, key, value, seen.mask, tag, **numbers)
     options = chosen.options(config)
+    if options.by_layer:
+        options = options.for_layer(getattr(module, "layer_idx", None))
     if trace is not None:
         facts = CallFacts(
             query.shape[2], key.shape[2], query.shape[0], _start(seen.mask, query, key), seen.mask,
-            torch.compiler.is_compiling(),
+            torch.compiler.is_compiling(), key.shape[1],
         )  # fmt: skip
         recorder.note(trace, module, method, chosen, facts, options, seen)
     if query.is_meta:
         return Partial.unfilled(query, value.shape[-1])
     return chosen.attention(query, key, value, seen.mask, options=options, **numbers)
+
+
+def _layer(module: nn.Module, by_layer: tuple[str, ...], stored: Mapping[str, Any]) -> int | None:
+    """A module's layer where options differ by layer: a compiled graph that reads it serves this layer only."""
+    return getattr(module, "layer_idx", None) if any(name in stored for name in by_layer) else None
 
 
 def _start(mask: Mask, query: Tensor, key: Tensor) -> int | None:

@@ -27,6 +27,7 @@ NO_BOUND = -1
 def planned(
     name: str,
     stored: Mapping[str, Any],
+    layer: int | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -37,7 +38,7 @@ def planned(
     softcap: float | None,
     dropout: float,
 ) -> Partial:
-    """The attention of plugin `name` with the options `stored`, as a node of a graph; see `kernels.attend`.
+    """The attention of plugin `name` with the options `stored` of a layer, as a node of a graph; see `kernels.attend`.
 
     Predicates, which no operator can carry, are written out as T x S booleans first.
     """
@@ -57,14 +58,16 @@ def planned(
     out, lse = plan_forward(
         query, key, value, mask.key_padding, mask.query_segments, mask.key_segments, bias, beside, offset, seed,
         start, mask.causal, left, right, mask.prefix, scale, softcap or 0.0, dropout,
-        name, _text(tuple(sorted(stored.items()))), tag,
+        name, _text(name, stored, layer), tag,
     )  # fmt: skip
     return Partial(out, lse)
 
 
 @torch.compiler.assume_constant_result
-def _text(options: tuple[tuple[str, Any], ...]) -> str:
-    return json.dumps(dict(options))
+def _text(name: str, stored: Mapping[str, Any], layer: int | None) -> str:
+    """The options of a layer as JSON, for `_call`."""
+    options = plugin(name).options_type().of(stored, f"hf_attn_plugins[{name!r}] in the config")
+    return json.dumps(options.for_layer(layer).as_dict())
 
 
 def _written(predicate: Callable[..., Tensor], query: Tensor, key: Tensor, mask: Mask) -> Tensor:

@@ -1,8 +1,8 @@
 """Attention over a list of (rows, keys) rectangles: the only place that decides between one launch and many calls.
 
 A planner (Star's blocks and anchor, CQS's pairs of token groups) lists the rectangles that it needs.
-The Triton kernels compute the list in one launch: each tile of rows loops over the rectangles that touch the tile.
-Without Triton, `attend` computes each rectangle and `merge` combines the results: more calls for the same result.
+The Triton kernels and the compiled CPU kernels take the list in one launch: each tile of rows loops over the rectangles
+that touch the tile. With other kernels `attend` computes each rectangle and `merge` combines the results.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial, merge
 from hf_attn_plugins.core.rectangle import Rectangle, Rectangles, check_rectangles, per_batch
 from hf_attn_plugins.kernels.attend import attend
-from hf_attn_plugins.kernels.choose import load_rectangles, takes_rectangles
+from hf_attn_plugins.kernels.choose import choose_rectangles
 
 
 def attend_rectangles(
@@ -39,7 +39,7 @@ def attend_rectangles(
         mask: what else restricts the pairs. Its `causal` and `window` (about positions `t + offset`) bind
             `position_masked` rectangles only; everything else binds all rectangles.
         scale, softcap, dropout: as in `kernels.attend`.
-        kernel: "triton" for a single launch; None launches once on GPUs, and calls `attend` per rectangle elsewhere.
+        kernel: one of `KERNELS`; None chooses. "triton" and "cpu_fused" launch once, others once per rectangle.
 
     Raises:
         ValueError: a rectangle outside the score matrix, or a plan of another batch size.
@@ -49,8 +49,9 @@ def attend_rectangles(
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     lists = per_batch(plan)
     check_rectangles(lists, query.shape[0], query.shape[2], key.shape[2])
-    if takes_rectangles(query, key, value, mask, softcap, dropout, kernel):
-        return load_rectangles()(query, key, value, mask, scale, softcap, dropout, lists)
+    one_launch = choose_rectangles(query, key, value, mask, softcap, dropout, kernel)
+    if one_launch is not None:
+        return one_launch(query, key, value, mask, scale, softcap, dropout, lists)
     options = {"scale": scale, "softcap": softcap, "dropout": dropout, "kernel": kernel}
     start = mask.start(query.shape[2], key.shape[2])
     parts = []

@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial
 from hf_attn_plugins.kernels.attend import attend
-from hf_attn_plugins.kernels.choose import choose, takes_rectangles
+from hf_attn_plugins.kernels.choose import choose, choose_rectangles
 
 
 @dataclass(frozen=True)
@@ -40,4 +40,4 @@ class BoundAttend:
 
     def takes_rectangles(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> bool:
         """Whether `attend_rectangles` computes a plan for these tensors in one launch."""
-        return takes_rectangles(query, key, value, mask, self.softcap, self.dropout, self.name)
+        return choose_rectangles(query, key, value, mask, self.softcap, self.dropout, self.name) is not None

@@ -37,8 +37,6 @@ MIN_TILED_ROWS, MIN_TILED_KEYS = 128, 1024
 MIN_TILED_FULL = 512  # rows and keys of a call without a causal mask, no half of whose tiles is wasted
 # Keys from which on the compiled kernels beat PyTorch's: for many rows, and for a few (below `SPLIT_ROWS`).
 MIN_FUSED_KEYS, MIN_DECODE_KEYS = 96, 256
-# A call of the compiled kernels costs little, so equal blocks go in turns, whose copies of shared keys stay small.
-ROWS_AT_ONCE = {"cpu_fused": 2048}
 
 
 def load(name: str) -> Kernel:
@@ -62,11 +60,15 @@ def load(name: str) -> Kernel:
     return reference
 
 
-def load_rectangles() -> Callable[..., Partial]:
-    """The function that computes a list of rectangles in one launch, where `takes_rectangles` says so."""
-    from hf_attn_plugins.kernels.triton.attend import triton_rectangles
+def load_rectangles(name: str) -> Callable[..., Partial]:
+    """The function that computes a list of rectangles in one launch, of a kernel that has one."""
+    if name == "triton":
+        from hf_attn_plugins.kernels.triton.attend import triton_rectangles
 
-    return triton_rectangles
+        return triton_rectangles
+    from hf_attn_plugins.kernels.cpu_fused.attend import cpu_fused_rectangles
+
+    return cpu_fused_rectangles
 
 
 # torch.compile cannot trace questions about the CPU: it asks once and keeps the answer as a constant.
@@ -104,19 +106,24 @@ def worth_fusing(query: Tensor, key: Tensor) -> bool:
     return key.shape[2] >= enough and query.dtype == torch.bfloat16 and query.device.type == "cpu" and cpu_fuses()
 
 
-def takes_rectangles(
+def choose_rectangles(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float, kernel: str | None
-) -> bool:
-    """Whether one launch computes a whole list of rectangles; elsewhere each rectangle is a call of its own."""
-    if kernel is not None:
-        return kernel == "triton"
+) -> Callable[..., Partial] | None:
+    """The function that computes a whole list of rectangles in one launch, or None: each is a call of its own."""
     call = (query, key, value, mask, softcap, dropout)
-    return query.device.type == "cuda" and triton_support.reason_against(*call) is None
+    if kernel == "triton" or (kernel is None and _suits_triton(*call)):
+        return load_rectangles("triton")
+    if kernel == "cpu_fused" or (kernel is None and worth_fusing(query, key)):
+        whole = mask.prefix == 0 and not torch.compiler.is_compiling()
+        if whole and fused.reason_against(*call) is None:
+            return load_rectangles("cpu_fused")
+    return None
 
 
-def rows_at_once(kernel: str | None) -> int | None:
-    """Rows of equal blocks that one call should take; None: all of them."""
-    return ROWS_AT_ONCE.get(kernel or "")
+def _suits_triton(query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float) -> bool:
+    if query.device.type != "cuda":
+        return False
+    return triton_support.reason_against(query, key, value, mask, softcap, dropout) is None
 
 
 def choose(
@@ -138,7 +145,7 @@ def choose(
             raise ValueError(f"kernel={kernel!r} is unknown: choose one of {', '.join(KERNELS)}, or None.")
         return Choice(kernel, load(kernel))
     call = (query, key, value, mask, softcap, dropout)
-    if takes_rectangles(*call, None):
+    if _suits_triton(*call):
         return Choice("triton", load("triton"))
     if worth_fusing(query, key):
         if fused.reason_against(*call) is None:

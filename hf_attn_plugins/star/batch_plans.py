@@ -66,6 +66,7 @@ class Sizes(NamedTuple):
     block: Tensor
     anchor: Tensor
     context: Tensor
+    halo: Tensor
 
 
 def masked(mask: Mask, rows: int, options: StarOptions) -> Mask:
@@ -73,9 +74,9 @@ def masked(mask: Mask, rows: int, options: StarOptions) -> Mask:
     sizes, given = row_sizes(mask, rows, options), mask.predicate
 
     def star(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        first, block, anchor, context = (size[b] if len(size) > 1 else size for size in sizes)
+        first, block, anchor, context, halo = (size[b] if len(size) > 1 else size for size in sizes)
         token, other = q - first, k - first
-        seen = (token >= context) | (other < anchor) | (token // block == other // block)
+        seen = (token >= context) | (other < anchor) | (other >= token // block * block - halo)
         if mask.beside is not None:
             seen = seen | mask.beside(b, h, q, k)
         if isinstance(mask.offset, Tensor):
@@ -104,4 +105,5 @@ def row_sizes(mask: Mask, rows: int, options: StarOptions) -> Sizes:
         block = torch.where(length >= DENSE_BELOW, -(-share // BLOCK_STEP) * BLOCK_STEP, length.clamp_min(1))
         block = block.clamp_min(options.anchor_size or 1)
     anchor = block // ANCHOR_SHARE if options.anchor_size is None else torch.full_like(length, options.anchor_size)
-    return Sizes(first, block, anchor, context)
+    halo = torch.full_like(length, options.halo_size or 0)
+    return Sizes(first, block, anchor, context, halo)

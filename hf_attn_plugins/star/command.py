@@ -19,15 +19,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, required=True, help="tokens of the prompt, context and query together")
     parser.add_argument("--block-size", type=int, help="tokens of a block (default: by length)")
     parser.add_argument("--anchor-size", type=int, help="leading tokens every block attends to (default: by block)")
+    parser.add_argument("--halo-size", type=int, help="tokens just before a block that it attends to as well")
     parser.add_argument("--query-size", type=int, help="last tokens of the prompt, which attend to everything")
     parser.add_argument("--model", help="folder, config.json or hub id of a model: adds FLOPs, bytes and expected gain")
     parser.add_argument("--draw", metavar="FILE", help="write the attended cells as an image")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    plan = plan_for(arguments.length, arguments.block_size, arguments.anchor_size, arguments.query_size)
-    sizes = f"{plan.num_blocks} blocks of {plan.block_size}, anchor {len(plan.anchor)}, query {len(plan.query)}"
-    print(f"context {plan.context} tokens in {sizes}")
+    sizes = (arguments.block_size, arguments.anchor_size, arguments.query_size, arguments.halo_size)
+    plan = plan_for(arguments.length, *sizes)
+    parts = {"halo": plan.halo_size, "anchor": len(plan.anchor), "query": len(plan.query)}
+    words = ", ".join(f"{name} {size}" for name, size in parts.items() if size or name != "halo")
+    print(f"context {plan.context} tokens in {plan.num_blocks} blocks of {plan.block_size}, {words}")
     shown = [(f"block {i}", plan.block(i)) for i in range(min(plan.num_blocks, SHOWN_BLOCKS))]
     for name, tokens in [*shown, ("query", plan.query)]:
         if tokens:

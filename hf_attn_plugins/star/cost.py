@@ -125,12 +125,15 @@ def warnings(plan: Plan, gain: float | None = None) -> list[str]:
     """What a user should look at before running `plan`; `gain` is `Cost.gain` where the model is known."""
     found = []
     if plan.is_dense:
-        found.append("one block: this plan is plain causal attention and gains nothing.")
+        blocks = "one block" if plan.num_blocks <= 1 else "blocks, anchor and halo leave no gap"
+        found.append(f"{blocks}: this plan is plain causal attention and gains nothing.")
     elif plan.length < DENSE_BELOW:
         found.append(
             f"below {DENSE_BELOW} tokens attention costs little: overheads may make star slower than dense attention."
         )
-    if plan.block_size < TINY_BLOCK and plan.num_blocks > TINY_BLOCK:
+    if plan.halo_size >= plan.block_size:
+        pass  # close to a sliding window, however many blocks there are
+    elif plan.block_size < TINY_BLOCK and plan.num_blocks > TINY_BLOCK:
         found.append(
             f"{plan.num_blocks} blocks of {plan.block_size} tokens: sizes are in tokens, and so many small blocks are "
             f"slower than dense attention. Did you mean block_size={plan.block_size * 1024}?"
@@ -140,7 +143,7 @@ def warnings(plan: Plan, gain: float | None = None) -> list[str]:
             f"{plan.num_blocks} blocks: more than {MANY_BLOCKS} cost many answers; measure with hf-attn bench star."
         )
     if not plan.is_dense and plan.anchor_size == 0:
-        found.append("no anchor: much worse than any anchor in the paper (table 4).")
+        found.append("no anchor: much worse than any anchor in the paper (table 4); a few tokens do beside a halo.")
     if gain is not None and not plan.is_dense and gain < 1.1:
         found.append(f"the expected gain of {gain:.2f}x is small: overheads may make star slower than dense attention.")
     return found

@@ -5,23 +5,27 @@ from __future__ import annotations
 from hf_attn_plugins.core.decision import CallFacts, Decision, causal_pairs, later_rows
 from hf_attn_plugins.star.batch_plans import prompts_of
 from hf_attn_plugins.star.options import StarOptions
-from hf_attn_plugins.star.plan import DENSE_BELOW, Plan, plan_for
+from hf_attn_plugins.star.plan import DENSE_BELOW, Plan
 
 
 def decide(call: CallFacts, options: StarOptions) -> Decision:
     """The decision for one call; prompts of a padded or packed batch have a plan each.
 
-    Without a block size, prompts below `plan.DENSE_BELOW` tokens are dense; so is a prompt of one block.
+    Without a block size, prompts below `plan.DENSE_BELOW` tokens are dense; so is a prompt whose blocks see everything.
+    `options` are those of the call's layer.
     """
     later = later_rows(call)
     if later is not None:
         return later
     lengths = _lengths(call)
-    plans = [plan_for(n, options.block_size, options.anchor_size, options.query_size) for n in lengths]
+    plans = [options.plan_of(n) for n in lengths]
     sparse = [plan for plan in plans if not plan.is_dense]
     causal = causal_pairs(lengths)
     if not sparse:
         return Decision("dense", _why_dense(max(plans, key=lambda plan: plan.length), options), {}, causal, causal)
+    heads = len(options.layer_heads)
+    if heads and heads == call.kv_heads:
+        return Decision("dense", f"all {heads} key heads of this layer are dense", {}, causal, causal)
     longest = max(sparse, key=lambda plan: plan.length)
     sizes = {
         "blocks": longest.num_blocks,
@@ -29,9 +33,16 @@ def decide(call: CallFacts, options: StarOptions) -> Decision:
         "anchor_size": longest.anchor_size,
         "query_size": len(longest.query),
     }
+    if longest.halo_size:
+        sizes["halo_size"] = longest.halo_size
+    if heads:
+        sizes["dense_heads"] = heads
     dense = len(plans) - len(sparse)
     reason = f"{dense} of {len(plans)} prompts are dense: one block each" if dense else ""
-    return Decision("star", reason, sizes, sum(plan.attended_pairs() for plan in plans), causal)
+    attended = sum(plan.attended_pairs() for plan in plans)
+    if heads and call.kv_heads:
+        attended += (causal - attended) * heads // call.kv_heads
+    return Decision("star", reason, sizes, attended, causal)
 
 
 def _lengths(call: CallFacts) -> list[int]:
@@ -49,4 +60,6 @@ def _lengths(call: CallFacts) -> list[int]:
 def _why_dense(plan: Plan, options: StarOptions) -> str:
     if options.block_size is None and plan.length < DENSE_BELOW:
         return f"{plan.length} tokens, below {DENSE_BELOW}"
+    if plan.num_blocks > 1:
+        return f"{plan.length} tokens: anchor and halo leave no gap before any of the {plan.num_blocks} blocks"
     return f"{plan.length} tokens are one block of {plan.block_size}"

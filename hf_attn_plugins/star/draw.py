@@ -7,28 +7,37 @@ from pathlib import Path
 from hf_attn_plugins.star.plan import Plan
 
 MAX_CELLS = 4096  # side of a picture, in tokens; a larger one would hold more cells than a screen has pixels
-_GLYPHS = {"": " ", "hidden": ".", "block": "#", "anchor": "a", "query": "q"}
-_COLOURS = {"": "#ffffff", "hidden": "#eeeeee", "block": "#3b6fb6", "anchor": "#8fb8de", "query": "#e08a3c"}
+_GLYPHS = {"": " ", "hidden": ".", "block": "#", "halo": "h", "anchor": "a", "query": "q"}
+_COLOURS = {
+    "": "#ffffff",
+    "hidden": "#eeeeee",
+    "block": "#3b6fb6",
+    "halo": "#5fa08f",
+    "anchor": "#8fb8de",
+    "query": "#e08a3c",
+}
 
 
 def kind(plan: Plan, position: int, key: int) -> str:
-    """What a cell is: "" (in the future), "hidden", "block" or "anchor" (phase 1), or "query" (phase 2)."""
+    """What a cell is: "" (in the future), "hidden", "block", "halo" or "anchor" (phase 1), or "query" (phase 2)."""
     if key > position:
         return ""
     phase = plan.phase(position, key)
     if phase != 1:
         return "query" if phase else "hidden"
-    return "block" if position // plan.block_size == key // plan.block_size else "anchor"
+    if position // plan.block_size == key // plan.block_size:
+        return "block"
+    return "halo" if key in plan.near(position // plan.block_size) else "anchor"
 
 
 def text(plan: Plan) -> str:
-    """The plan in characters, a line a token: # own block, a anchor, q query, . hidden."""
+    """The plan in characters, a line a token: # own block, h halo, a anchor, q query, . hidden."""
     tokens = range(plan.length)
     return "\n".join("".join(_GLYPHS[kind(plan, i, j)] for j in tokens).rstrip() for i in tokens)
 
 
 def picture(plan: Plan, path: str | Path) -> None:
-    """Write the attended cells as an image, phase 1 in blues and phase 2 in orange.
+    """Write the attended cells as an image, phase 1 in blues and green, phase 2 in orange.
 
     Raises:
         ImportError: matplotlib is missing; ValueError: no token, or more than `MAX_CELLS`.
@@ -56,10 +65,11 @@ def picture(plan: Plan, path: str | Path) -> None:
         axes.set(
             xlabel="key",
             ylabel="token",
-            title=f"{plan.num_blocks} blocks of {plan.block_size}, anchor {plan.anchor_size}",
+            title=f"{plan.num_blocks} blocks of {plan.block_size}, halo {plan.halo_size}, anchor {plan.anchor_size}",
         )
         names = {
             "block": "phase 1: own block",
+            "halo": "phase 1: halo",
             "anchor": "phase 1: anchor",
             "query": "phase 2: query",
             "hidden": "not attended",

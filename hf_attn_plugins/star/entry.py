@@ -3,20 +3,23 @@
 | the call | function | kernel calls |
 |---|---|---|
 | one row, or rows after cached keys (decoding, a second turn) | `dense` | 1 |
-| a kernel that takes a plan in one launch (Triton), no predicate | `one_launch` | 1 |
+| a kernel that takes a plan in one launch, no predicate | `one_launch` | 1 |
+| a layer with dense heads otherwise | `by_heads` | 1, and those of a row below |
 | a mask with a predicate or a bias, or an offset that a traced graph cannot read | `as_predicate` | 1 |
-| rows that all follow one plan | `single_plan` | 3 or 4, whatever the number of blocks |
-| a padded or packed batch whose prompts are runs of tokens | `grouped_rows` | 3 or 4 per group of equal prompts |
+| rows that all follow one plan | `single_plan` | 3 to 5, whatever the number of blocks |
+| a padded or packed batch whose prompts are runs of tokens | `grouped_rows` | 3 to 5 per group of equal prompts |
 | any other mask: padding between real tokens, lengths in a traced graph | `as_predicate` | 1 |
 
-`single_plan` calls the kernel for the first block, for all later whole blocks as one batch (`attend_blocks`), for a
-ragged last block if there is one, and for the query over every key. Work is proportional to the attended pairs. The
-anchor's keys are those of the first block and are computed once. Under a window that binds, each block's own keys and
-the anchor's keys are two calls and a merge instead (`windowed`), because a copied anchor would stand too near.
+Work is proportional to the attended pairs everywhere but in `as_predicate`. The anchor's keys are those of the first
+block and are computed once. `single_plan` calls the kernel for the first blocks, which see everything before them, for
+all later whole blocks as one batch (`attend_blocks`), for a ragged last block if there is one, and for the query over
+every key. A block's keys are a copy of the anchor's and its own (`blocks`). Under a halo its keys are a view of one
+run, and under a window a copied anchor would stand too near: then the anchor is a call of its own (`near_and_far`).
 """
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 
@@ -29,9 +32,10 @@ from hf_attn_plugins.kernels.attend_blocks import attend_blocks
 from hf_attn_plugins.kernels.attend_rectangles import attend_rectangles
 from hf_attn_plugins.kernels.bound_attend import BoundAttend
 from hf_attn_plugins.star.batch_plans import masked, plans_of, prompts_of
+from hf_attn_plugins.star.dense_heads import by_heads, folded, repeated, unfolded
 from hf_attn_plugins.star.options import StarOptions
-from hf_attn_plugins.star.plan import Plan, plan_for
-from hf_attn_plugins.star.rectangles import rectangles_of
+from hf_attn_plugins.star.plan import Plan
+from hf_attn_plugins.star.rectangles import rectangles_of, whole_of
 
 
 def attention(
@@ -52,11 +56,13 @@ def attention(
         mask: a causal `Mask`. Blocks are counted from each row's first real token; windows, segments, predicates and
             biases are intersected with the plan. Padding rows give out 0 and lse -inf.
         scale, softcap, dropout: as in `kernels.attend`.
-        options: block, anchor and query sizes; those that are None follow from each row's length.
+        options: sizes, those that are None follow from each row's length, and this layer's dense heads
+            (`StarOptions.for_layer`).
 
     Raises:
         NotImplementedError: the mask has a prefix that every row sees: a bidirectional prefix would change the anchor's
             keys from block to block.
+        ValueError: a dense head that this layer does not have.
 
     Source: Star Attention, arXiv 2411.17116, with the anchor's keys reused (its hidden states are those of block 1).
     """
@@ -71,22 +77,27 @@ def attention(
             "use tiled_attention for this model."
         )
 
-    def plan_of(length: int) -> Plan:
-        return plan_for(length, options.block_size, options.anchor_size, options.query_size)
-
+    heads, kv_heads = options.layer_heads, key.shape[1]
+    if heads and heads[-1] >= kv_heads:
+        raise ValueError(f"dense_heads names key head {heads[-1]}: this layer has heads 0 .. {kv_heads - 1}.")
+    if len(heads) == kv_heads:
+        return dense(query, key, value, mask, kernel)
     if not unknown_start and mask.predicate is None and kernel.takes_rectangles(query, key, value, mask):
-        plans = plans_of(mask, query.shape[0], rows, plan_of)
-        if plans is not None:
-            return one_launch(query, key[:, :, :rows], value[:, :, :rows], mask, plans, kernel)
+        plans = plans_of(mask, query.shape[0], rows, options.plan_of)
+        if plans is not None and not (heads and mask.bias is not None):
+            return one_launch(query, key[:, :, :rows], value[:, :, :rows], mask, plans, heads, kernel)
+    if heads:
+        rest = functools.partial(attention, scale=scale, softcap=softcap, dropout=dropout, options=options.all_sparse())
+        return by_heads(query, key, value, mask, heads, full=kernel, rest=rest)
     if mask.predicate is not None or mask.bias is not None or unknown_start:
         return as_predicate(query, key, value, mask, kernel, options)
     if mask.key_padding is None and mask.query_segments is None:
-        return single_plan(query, key[:, :, :rows], value[:, :, :rows], plan_of(rows), mask.window, kernel)
+        return single_plan(query, key[:, :, :rows], value[:, :, :rows], options.plan_of(rows), mask.window, kernel)
     # A traced graph cannot read lengths from tensors.
     prompts = None if torch.compiler.is_compiling() else prompts_of(mask, query.shape[0], rows)
     if prompts is None:
         return as_predicate(query, key, value, mask, kernel, options)
-    return grouped_rows(query, key[:, :, :rows], value[:, :, :rows], mask.window, prompts, plan_of, kernel)
+    return grouped_rows(query, key[:, :, :rows], value[:, :, :rows], mask.window, prompts, options.plan_of, kernel)
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, mask: Mask, kernel: BoundAttend) -> Partial:
@@ -102,14 +113,31 @@ def as_predicate(
 
 
 def one_launch(
-    query: Tensor, key: Tensor, value: Tensor, mask: Mask, plans: list[list[tuple[int, Plan]]], kernel: BoundAttend
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask,
+    plans: list[list[tuple[int, Plan]]],
+    heads: tuple[int, ...],
+    kernel: BoundAttend,
 ) -> Partial:
-    """All prompts of a batch as rectangles: one launch forward, one per gradient backward; no keys are copied."""
+    """All prompts of a batch as rectangles: one launch forward, one per gradient backward; no keys are copied.
+
+    A plan belongs to a row of the batch. So where heads differ, every key head becomes a row of the batch.
+    """
     mask = mask.over_keys(slice(0, query.shape[2])).replace(offset=0)
     if all(plan.is_dense for prompts in plans for _, plan in prompts):
         return kernel(query, key, value, mask=mask)
     rectangles = [[part for first, plan in prompts for part in rectangles_of(plan, first)] for prompts in plans]
-    return attend_rectangles(query, key, value, rectangles, mask=mask, **kernel.options)
+    if not heads:
+        return attend_rectangles(query, key, value, rectangles, mask=mask, **kernel.options)
+    whole = [[part for first, plan in prompts for part in whole_of(plan, first)] for prompts in plans]
+    batch, kv_heads = key.shape[:2]
+    by_head = [(whole if head in heads else rectangles)[b] for b in range(len(plans)) for head in range(kv_heads)]
+    part = attend_rectangles(
+        *folded(query, key, value), by_head * (batch // len(plans)), mask=repeated(mask, kv_heads), **kernel.options
+    )
+    return unfolded(part, batch)
 
 
 def single_plan(query: Tensor, key: Tensor, value: Tensor, plan: Plan, window: Window, kernel: BoundAttend) -> Partial:
@@ -121,7 +149,9 @@ def single_plan(query: Tensor, key: Tensor, value: Tensor, plan: Plan, window: W
     window_binds = window[0] is not None and window[0] < plan.length - 1
 
     def parts() -> Iterator[Partial]:
-        yield from (windowed if window_binds else blocks)(query, key, value, plan, causal, kernel)
+        end = plan.dense_end
+        yield kernel(query[:, :, :end], key[:, :, :end], value[:, :, :end], mask=causal)
+        yield from (near_and_far if window_binds or plan.halo_size else blocks)(query, key, value, plan, causal, kernel)
         if plan.query:
             yield kernel(query[:, :, plan.context :], key, value, mask=causal)
 
@@ -131,37 +161,34 @@ def single_plan(query: Tensor, key: Tensor, value: Tensor, plan: Plan, window: W
 def blocks(
     query: Tensor, key: Tensor, value: Tensor, plan: Plan, causal: Mask, kernel: BoundAttend
 ) -> Iterator[Partial]:
-    """The context's rows: the first block, the later whole ones, the ragged one."""
+    """The context's later rows: whole blocks, then the ragged one, each over a copy of the anchor and its own keys."""
     size, anchor, context = plan.block_size, plan.anchor_size, plan.context
     whole = context // size * size
 
     def ragged_keys(tensor: Tensor) -> Tensor:
         return torch.cat([tensor[:, :, :anchor], tensor[:, :, whole:context]], 2)
 
-    yield kernel(query[:, :, :size], key[:, :, :size], value[:, :, :size], mask=causal)
-    yield from attend_blocks(kernel, query, key, value, causal, range(size, whole), size, shared=anchor)
+    yield from attend_blocks(kernel, query, key, value, causal, range(plan.dense_end, whole), size, shared=anchor)
     if whole < context:
         yield kernel(query[:, :, whole:context], ragged_keys(key), ragged_keys(value), mask=causal)
 
 
-def windowed(
+def near_and_far(
     query: Tensor, key: Tensor, value: Tensor, plan: Plan, causal: Mask, kernel: BoundAttend
 ) -> Iterator[Partial]:
-    """The same rows under a window: own keys and anchor keys in two calls, because the anchor keeps its distance."""
-    size, anchor, context = plan.block_size, plan.anchor_size, plan.context
-    whole = context // size * size
-    own = list(attend_blocks(kernel, query, key, value, causal, range(whole), size, shared=0))
+    """The same rows, each over the keys from its halo on and, in a second call, over the anchor at its distance."""
+    size, halo, anchor, context = plan.block_size, plan.halo_size, plan.anchor_size, plan.context
+    first, whole = plan.dense_end, context // plan.block_size * plan.block_size
+    own = list(attend_blocks(kernel, query, key, value, causal, range(first, whole), size, before=halo))
     if whole < context:
-        rest = slice(whole, context)
-        own.append(kernel(query[:, :, rest], key[:, :, rest], value[:, :, rest], mask=causal))
+        keys = slice(whole - halo, context)
+        own.append(kernel(query[:, :, whole:context], key[:, :, keys], value[:, :, keys], mask=causal))
     near = Partial.cat(own)
     if not anchor:
         yield near
         return
-    far = Mask(window=causal.window, offset=size)
-    reached = kernel(query[:, :, size:context], key[:, :, :anchor], value[:, :, :anchor], mask=far)
-    yield near.rows(0, size)
-    yield merge([near.rows(size, context), reached])
+    far = Mask(window=causal.window, offset=first)
+    yield merge([near, kernel(query[:, :, first:context], key[:, :, :anchor], value[:, :, :anchor], mask=far)])
 
 
 def collected(parts: Iterable[Partial], query: Tensor, value: Tensor) -> Partial:

@@ -19,14 +19,17 @@ class Plan:
     """A prompt of `length` tokens in blocks, with an anchor and a query (arXiv 2411.17116, section 2).
 
     The last `query_size` tokens are the query and attend to everything before them (phase 2). The tokens before are the
-    context, cut into blocks of `block_size`, the last one ragged: token i attends to j <= i when j is in its own
-    block or j < anchor_size (phase 1). One block is dense attention.
+    context, cut into blocks of `block_size`, the last one ragged: token i attends to j <= i when j < anchor_size or
+    j >= start of i's block - halo_size (phase 1). A plan whose blocks all see everything is dense attention.
+
+    A halo of 0 is the paper's plan. Small blocks with a halo come close to a sliding window with first tokens.
 
     Attributes:
         length: tokens of the prompt, context and query together.
         block_size: tokens of a block, at least 1.
-        anchor_size: leading tokens that every block attends to, 0 (no anchor) .. block_size.
+        anchor_size: leading tokens that every block attends to, 0 (no anchor) .. block_size + halo_size.
         query_size: tokens of the query; a query as long as the prompt, or longer, makes everything dense.
+        halo_size: tokens just before a block that the block attends to as well; any number, longer than a block too.
 
     Raises:
         ValueError: a size out of its range; the message says which.
@@ -36,13 +39,14 @@ class Plan:
     block_size: int
     anchor_size: int
     query_size: int = 0
+    halo_size: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("length", 0), ("block_size", 1), ("anchor_size", 0), ("query_size", 0)):
-            value = getattr(self, name)
+        for name in ("length", "block_size", "anchor_size", "query_size", "halo_size"):
+            value, least = getattr(self, name), int(name == "block_size")
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}={value!r}: a whole number of at least {least} is needed.")
-        check_anchor(self.anchor_size, self.block_size)
+        check_anchor(self.anchor_size, self.block_size, self.halo_size)
 
     @property
     def context(self) -> int:
@@ -56,11 +60,22 @@ class Plan:
     @property
     def is_dense(self) -> bool:
         """Whether the plan is plain causal attention."""
-        return self.num_blocks <= 1
+        return self.dense_end >= self.context
+
+    @property
+    def dense_end(self) -> int:
+        """Tokens of the first blocks, which see everything before them: anchor and halo leave no gap."""
+        blocks = (self.anchor_size + self.halo_size) // self.block_size + 1
+        return min(blocks * self.block_size, self.context)
 
     def block(self, index: int) -> range:
         """Positions of block `index`; the last block ends with the context, unpadded."""
         return range(index * self.block_size, min((index + 1) * self.block_size, self.context))
+
+    def near(self, index: int) -> range:
+        """Positions that block `index` sees beside the anchor: its halo, then its own."""
+        block = self.block(index)
+        return range(max(0, block.start - self.halo_size), block.stop)
 
     def blocks(self) -> Iterator[range]:
         return (self.block(index) for index in range(self.num_blocks))
@@ -79,7 +94,7 @@ class Plan:
             return 0
         if position >= self.context:
             return 2
-        return int(key < self.anchor_size or position // self.block_size == key // self.block_size)
+        return int(key < self.anchor_size or key in self.near(position // self.block_size))
 
     def may_attend(self, position: int, key: int) -> bool:
         """Whether the token at `position` may attend to the token at `key`."""
@@ -90,9 +105,14 @@ class Plan:
         whole = max(0, self.num_blocks - 1)
         last = self.context - whole * self.block_size
         own = whole * (self.block_size * (self.block_size + 1) // 2) + last * (last + 1) // 2
-        anchor = len(self.anchor) * max(0, self.context - self.block_size)
+        # Block b sees min(b * block_size, halo + anchor) tokens before it: all of them in the first `full` blocks.
+        before = self.halo_size + self.anchor_size
+        full = min(whole, before // self.block_size)
+        earlier = self.block_size**2 * (full * (full + 1) // 2) + self.block_size * (whole - full) * before
+        if whole:  # the last block has `last` rows instead of a whole block's
+            earlier -= (self.block_size - last) * min(whole * self.block_size, before)
         query = len(self.query)
-        return own + anchor + query * self.context + query * (query + 1) // 2
+        return own + earlier + query * self.context + query * (query + 1) // 2
 
     def causal_pairs(self) -> int:
         """Number of pairs that dense causal attention attends."""
@@ -100,15 +120,18 @@ class Plan:
 
     def extended(self, length: int) -> Plan:
         """The plan of a longer context with the same sizes; the blocks that are whole here stay what they are."""
-        return Plan(length, self.block_size, self.anchor_size, self.query_size)
+        return Plan(length, self.block_size, self.anchor_size, self.query_size, self.halo_size)
 
 
-def check_anchor(anchor_size: int | None, block_size: int | None) -> None:
-    """Raise ValueError for an anchor longer than a block: its end would depend on tokens of the second block."""
-    if anchor_size is not None and block_size is not None and anchor_size > block_size:
+def check_anchor(anchor_size: int | None, block_size: int | None, halo_size: int | None = 0) -> None:
+    """Raise ValueError for an anchor longer than the first block and its halo, which would be denser than it says."""
+    if anchor_size is None or block_size is None:
+        return
+    if anchor_size > block_size + (halo_size or 0):
+        beside = f" and halo_size={halo_size}" if halo_size else ""
         raise ValueError(
-            f"anchor_size={anchor_size} is larger than block_size={block_size}: the anchor is the head of the first "
-            "block, so use anchor_size <= block_size."
+            f"anchor_size={anchor_size} is larger than block_size={block_size}{beside}: the anchor is the head of the "
+            "first block, so use anchor_size <= block_size + halo_size."
         )
 
 
@@ -117,15 +140,18 @@ def plan_for(
     block_size: int | None = None,
     anchor_size: int | None = None,
     query_size: int | None = None,
+    halo_size: int | None = None,
 ) -> Plan:
     """The plan of a prompt, with sizes that were not given filled in from its length.
 
     Without a block size: prompts below `DENSE_BELOW` tokens are one block, longer ones are cut into `BLOCKS` blocks.
-    The default anchor is a fraction of the block, the default query `DEFAULT_QUERY` tokens.
+    The default anchor is a fraction of the block, the default query `DEFAULT_QUERY` tokens. A halo that is not given is
+    0, so that sizes given alone are the paper's.
 
     Raises:
         ValueError: as `Plan`; a given anchor_size also needs to fit the default block.
     """
+    halo = halo_size or 0
     query = DEFAULT_QUERY if query_size is None else query_size
     if block_size is None:
         block_size = max(1, length)
@@ -136,4 +162,4 @@ def plan_for(
             block_size = max(block_size, anchor_size)
     if anchor_size is None:
         anchor_size = block_size // ANCHOR_SHARE
-    return Plan(length, block_size, anchor_size, query)
+    return Plan(length, block_size, anchor_size, query, halo)

@@ -12,12 +12,13 @@ from hf_attn_plugins.star.plan import DENSE_BELOW, Plan, plan_for
 
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
-    block = draw(st.integers(1, 12))
-    return Plan(draw(st.integers(0, 50)), block, draw(st.integers(0, block)), draw(st.integers(0, 60)))
+    block, halo = draw(st.integers(1, 12)), draw(st.integers(0, 30))
+    anchor = draw(st.integers(0, block + halo))
+    return Plan(draw(st.integers(0, 50)), block, anchor, draw(st.integers(0, 60)), halo)
 
 
 def defined(plan: Plan, i: int, j: int) -> bool:
-    """Section 2 of the paper, from token lists."""
+    """Section 2 of the paper, from token lists, and the tokens just before a block."""
     if j > i:
         return False
     tokens = list(range(plan.length))
@@ -27,7 +28,8 @@ def defined(plan: Plan, i: int, j: int) -> bool:
         return True
     blocks = [context[k : k + plan.block_size] for k in range(0, len(context), plan.block_size)]
     mine = next(block for block in blocks if i in block)
-    return j in mine or j in blocks[0][: plan.anchor_size]
+    halo = context[max(0, mine[0] - plan.halo_size) : mine[0]]
+    return j in mine or j in halo or j in context[: plan.anchor_size]
 
 
 @settings(deadline=None, max_examples=80)
@@ -41,8 +43,7 @@ def test_definition_self_and_closed_form(plan: Plan) -> None:
             pairs += plan.may_attend(i, j)
     assert pairs == plan.attended_pairs()
     assert plan.causal_pairs() == plan.length * (plan.length + 1) // 2
-    if plan.is_dense:
-        assert plan.attended_pairs() == plan.causal_pairs()
+    assert plan.is_dense == (plan.attended_pairs() == plan.causal_pairs())
 
 
 @settings(deadline=None, max_examples=80)
@@ -72,7 +73,7 @@ def test_edges() -> None:
     assert list(Plan(0, 4, 4).blocks()) == [] and Plan(0, 4, 4).attended_pairs() == 0
     assert Plan(1, 4, 4, 1).attended_pairs() == 1
     assert Plan(9, 2, 1, 9).is_dense and Plan(9, 2, 1, 100).attended_pairs() == 45
-    assert not Plan(9, 8, 8).is_dense and Plan(9, 8, 8, 1).is_dense
+    assert not Plan(9, 8, 7).is_dense and Plan(9, 8, 8).is_dense and Plan(9, 8, 7, 1).is_dense
     assert not Plan(4, 2, 1).may_attend(9, 0) and not Plan(4, 2, 1).may_attend(1, -1)
 
 

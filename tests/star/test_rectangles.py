@@ -1,4 +1,4 @@
-"""Star on the Triton kernels: its plans as rectangles, and whole batches in one launch against the definition."""
+"""Star in one launch: its plans as rectangles, and whole batches in one launch against the definition."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ def test_rectangles_by_hand():
     assert rectangles_of(Plan(3, 4, 2, 3), 5) == [Rectangle(5, 8, 5, 8, True)]
 
 
-@given(st.integers(0, 40), st.integers(1, 15), st.integers(0, 15), st.integers(0, 15), st.integers(0, 3))
-@settings(deadline=None, max_examples=80)
-def test_rectangles_hold_every_pair_of_the_plan_once(length, block, anchor, query, first):
-    plan = Plan(length, block, min(anchor, block), query)
+@given(st.tuples(*[st.integers(0, most) for most in (40, 14, 15, 15, 3, 25)]))
+@settings(deadline=None, max_examples=120)
+def test_rectangles_hold_every_pair_of_the_plan_once(sizes):
+    length, block, anchor, query, first, halo = sizes
+    plan = Plan(length, block + 1, min(anchor, block + 1), query, halo)
     held = Counter(
         (t - first, s - first)
         for piece in rectangles_of(plan, first)
@@ -72,6 +73,7 @@ CASES = {
     "holes in the padding": (Mask(key_padding=holes()), seen_by([[(1, 35)]], 36) & holes()[:, None, None]),
     "a mask tensor": (Mask(bias=BIAS), seen_by([[(0, 36)]] * 2, 36) & BIAS),
 }
+HALO = dict(block_size=4, anchor_size=3, query_size=6, halo_size=7)
 
 
 @needs_interpreter
@@ -91,6 +93,27 @@ def test_a_batch_is_one_launch(name, monkeypatch):
     gradients = name in ("plain", "padding and a window", "packed")
     check(draw(len(seen), 36, 36), dict(bias=seen), run=star, gradients=gradients, **softcap)
     assert names == (ONE_LAUNCH_EACH if gradients else ONE_LAUNCH_EACH[:1])
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", ["plain", "padding and a window", "packed"])
+@pytest.mark.parametrize("heads", [(), (1,)])
+def test_halo_and_dense_heads_are_one_launch(name, heads, monkeypatch):
+    mask, spans, window = {
+        "plain": (Mask(), [[(0, 36)]], None),
+        "padding and a window": (Mask(key_padding=padding(SPANS, 36), window=(10, None)), SPANS, 11),
+        "packed": (Mask(query_segments=PACKED, key_segments=PACKED), [[(0, 12), (12, 36)], [(0, 36)]], None),
+    }[name]
+    options = StarOptions(**HALO, dense_heads=[heads], kernel="triton")
+    seen = torch.cat([pattern(prompts, 36, 36, options, window) for prompts in spans])
+    names = count_launches(monkeypatch)
+
+    def star(query, key, value):
+        given = mask.replace(causal=True)
+        return attention(query, key, value, given, scale=0.25, softcap=None, dropout=0.0, options=options)
+
+    check(draw(len(seen), 36, 36, heads=(4, 2)), dict(bias=seen), run=star, gradients=name == "packed")
+    assert names == (ONE_LAUNCH_EACH if name == "packed" else ONE_LAUNCH_EACH[:1])
 
 
 @needs_interpreter

@@ -5,6 +5,7 @@ Scores, weights and their sums never leave a core's nearest cache, so little is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,13 +13,23 @@ from torch import Tensor
 
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial
+from hf_attn_plugins.core.rectangle import Rectangle
 from hf_attn_plugins.kernels.cpu_fused.call import backward, forward, reason_against
+from hf_attn_plugins.kernels.rectangle_tables import flat
 
 
 def cpu_fused(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, softcap: float | None, dropout: float
 ) -> Partial:
     """See `kernels.attend`. Memory besides inputs and output: a copy of value (backward: of all but out)."""
+    return cpu_fused_rectangles(query, key, value, mask, scale, softcap, dropout, [])
+
+
+def cpu_fused_rectangles(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, softcap: float | None, dropout: float,
+    plan: Sequence[Sequence[Rectangle]],
+) -> Partial:  # fmt: skip
+    """One launch over `plan`, one list of rectangles per row of the batch or one for all; [] means every pair."""
     reason = reason_against(query, key, value, mask, softcap, dropout)
     if reason is not None:
         raise NotImplementedError(f"kernel 'cpu_fused' cannot do {reason}: use kernel=None, or 'cpu_tiled'.")
@@ -28,16 +39,19 @@ def cpu_fused(
         return tiled_op(query, key, value, mask, scale, None, 0.0, fused=True)
     if isinstance(mask.offset, Tensor):
         mask = mask.replace(offset=int(mask.offset))  # a static cache counts on before backward runs
-    return Partial(*_Fused.apply(query, key, value, mask, scale))
+    return Partial(*_Fused.apply(query, key, value, mask, scale, tuple(flat(plan))))
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Any:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, plan: tuple[int, ...]
+    ) -> Any:
         ctx.set_materialize_grads(False)
-        out, lse = forward(query, key, value, mask, scale)
+        out, lse = forward(query, key, value, mask, scale, plan)
         ctx.save_for_backward(query, key, value, out, lse, mask.key_padding, mask.query_segments, mask.key_segments)
-        ctx.mask, ctx.scale = mask.replace(key_padding=None, query_segments=None, key_segments=None), scale
+        ctx.mask = mask.replace(key_padding=None, query_segments=None, key_segments=None)
+        ctx.scale, ctx.plan = scale, plan
         return out, lse
 
     @staticmethod
@@ -50,4 +64,5 @@ class _Fused(torch.autograd.Function):
         grad_out, grad_lse = grads
         query, key, value, out, lse, padding, query_segments, key_segments = ctx.saved_tensors
         mask = ctx.mask.replace(key_padding=padding, query_segments=query_segments, key_segments=key_segments)
-        return (*backward(grad_out, grad_lse, query, key, value, out, lse, mask, ctx.scale), None, None)
+        gradients = backward(grad_out, grad_lse, query, key, value, out, lse, mask, ctx.scale, ctx.plan)
+        return (*gradients, None, None, None)

@@ -95,16 +95,31 @@ static void query_block(const Call *call, Block *block, int64_t b, int64_t h, in
         block->lse[i] = base_2(call->lse[row]);
         block->delta[i] = call->delta[row];
     }
-    block->sight = keys_seen(call, b, first);
-    const int64_t end = block->sight.end;
-    for (int64_t key = block->sight.begin & ~1; key < end; key += TILE) {
-        const int64_t tile_end = smaller(key + TILE, end);
-        weigh(block, 0, key, tile_end);
-        grade(block, 0, key, tile_end);
-        accumulate(block->grad_scores, keys + key / 2 * call->dim, round_up(tile_end - key, STEP) / 2, call->dim,
-                   block->sums);
+    const Piece *pieces = pieces_of(call->row_pieces, call->row_pieces_most, call->row_pieces_batch, b, first);
+    for (int64_t i = 0; i < (pieces ? call->row_pieces_most : 1); i++) {
+        block->sight = keys_seen(call, b, first, pieces ? pieces + i : NULL);
+        const int64_t end = block->sight.end;
+        for (int64_t key = block->sight.begin & ~1; key < end; key += TILE) {
+            const int64_t tile_end = smaller(key + TILE, end);
+            weigh(block, 0, key, tile_end);
+            grade(block, 0, key, tile_end);
+            accumulate(block->grad_scores, keys + key / 2 * call->dim, round_up(tile_end - key, STEP) / 2, call->dim,
+                       block->sums);
+        }
     }
     store(block->sums, call->scale, call->grad_query, b, h, first, call->num_rows, call->dim);
+}
+
+/* grad_key and grad_value summed over the queries of `sight`, which are at `queries` and `grads` in pairs. */
+static void walk_queries(Block *block, const int32_t *queries, const int32_t *grads) {
+    const int64_t end = block->sight.end;
+    for (int64_t row = block->sight.begin & ~1; row < end; row += TILE) {
+        const int64_t tile_end = smaller(row + TILE, end), count = round_up(tile_end - row, STEP) / 2;
+        weigh(block, 1, row, tile_end);
+        grade(block, 1, row, tile_end);
+        accumulate(block->weights, grads + row / 2 * block->dim_v, count, block->dim_v, block->sums_v);
+        accumulate(block->grad_scores, queries + row / 2 * block->dim, count, block->dim, block->sums);
+    }
 }
 
 static void key_block(const Call *call, Block *block, int64_t b, int64_t kv_head, int64_t first, const int32_t *queries,
@@ -114,8 +129,7 @@ static void key_block(const Call *call, Block *block, int64_t b, int64_t kv_head
     hold_rows(rows_of(&call->value, b, kv_head, call->num_keys), first, call->dim_v, block->held_v);
     memset(block->sums, 0, sizeof(float) * call->dim * LANES);
     memset(block->sums_v, 0, sizeof(float) * call->dim_v * LANES);
-    block->sight = rows_seeing(call, b, first);
-    const int64_t end = block->sight.end;
+    const Piece *pieces = pieces_of(call->key_pieces, call->key_pieces_most, call->key_pieces_batch, b, first);
     for (int64_t h = kv_head * group_size; h < (kv_head + 1) * group_size; h++) {
         const int64_t head = b * call->heads + h;
         const int32_t *head_queries = queries + head * padded / 2 * call->dim;
@@ -124,12 +138,9 @@ static void key_block(const Call *call, Block *block, int64_t b, int64_t kv_head
         block->walked_v = rows_of(&call->grad_out, b, h, call->num_rows);
         block->row_lse = call->lse + head * call->num_rows;
         block->row_delta = call->delta + head * call->num_rows;
-        for (int64_t row = block->sight.begin & ~1; row < end; row += TILE) {
-            const int64_t tile_end = smaller(row + TILE, end), count = round_up(tile_end - row, STEP) / 2;
-            weigh(block, 1, row, tile_end);
-            grade(block, 1, row, tile_end);
-            accumulate(block->weights, head_grads + row / 2 * call->dim_v, count, call->dim_v, block->sums_v);
-            accumulate(block->grad_scores, head_queries + row / 2 * call->dim, count, call->dim, block->sums);
+        for (int64_t i = 0; i < (pieces ? call->key_pieces_most : 1); i++) {
+            block->sight = rows_seeing(call, b, first, pieces ? pieces + i : NULL);
+            walk_queries(block, head_queries, head_grads);
         }
     }
     store(block->sums, call->scale, call->grad_key, b, kv_head, first, call->num_keys, call->dim);

@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial
 from hf_attn_plugins.kernels.cpu_fused.build import library, unavailable
+from hf_attn_plugins.kernels.rectangle_tables import tables
 from hf_attn_plugins.kernels.segment_labels import key_bounds, make_labels, row_bounds
 
 LANES, STEP, TILE, MAX_DIM = 64, 6, 96, 256  # as in tile.h
@@ -37,6 +38,9 @@ class _Call(ctypes.Structure):
         *((name, c_int64) for name in ("row_labels_batch", "key_labels_batch")),
         *((name, c_void_p) for name in ("row_bounds", "key_bounds")),
         *((name, c_int64) for name in ("row_bounds_batch", "key_bounds_batch")),
+        *((name, c_void_p) for name in ("row_pieces", "key_pieces")),
+        *((name, c_int64) for name in ("row_pieces_most", "key_pieces_most")),
+        *((name, c_int64) for name in ("row_pieces_batch", "key_pieces_batch")),
         ("pairs", c_void_p),
         ("partials", c_void_p),
         ("scale", c_float),
@@ -76,8 +80,14 @@ def reason_against(
     return unavailable()
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
-    """out (B, Hq, T, Dv), laid out token by token as models want it next, and lse (B, Hq, T)."""
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, plan: tuple[int, ...] = ()
+) -> tuple[Tensor, Tensor]:
+    """out (B, Hq, T, Dv), laid out token by token as models want it next, and lse (B, Hq, T).
+
+    Args:
+        plan: `rectangle_tables.flat` of the rectangles that are computed; () is every row and every key.
+    """
     out, lse = Partial.unfilled(query, value.shape[-1])
     if not key.shape[2]:
         return out.zero_(), lse.fill_(-torch.inf)
@@ -85,8 +95,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float)
         return out, lse
     query, key, value = (_rows(x) for x in (query, key, value))
     rows = query.shape[2] * (query.shape[1] // key.shape[1])
-    few = query.shape[2] < SPLIT_ROWS and rows <= MAX_ROWS
-    call, _kept = _call(query, key, value, mask, scale, out=out, keys_too=few)
+    few = query.shape[2] < SPLIT_ROWS and rows <= MAX_ROWS and not plan
+    call, _kept = _call(query, key, value, mask, scale, plan, out=out, keys_too=few)
     call.lse = lse.data_ptr()
     if few:
         chunks = -(-key.shape[2] // SPLIT_KEYS)
@@ -110,6 +120,7 @@ def backward(
     lse: Tensor,
     mask: Mask,
     scale: float,
+    plan: tuple[int, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, contiguous."""
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
@@ -126,7 +137,7 @@ def backward(
         query.shape[:2].numel() * padded_rows * (query.shape[-1] + value.shape[-1]),
     )
     pairs, delta = query.new_empty(size), torch.empty_like(lse)
-    call, _kept = _call(query, key, value, mask, scale, out=out, grad_out=grad_out, keys_too=True)
+    call, _kept = _call(query, key, value, mask, scale, plan, out=out, grad_out=grad_out, keys_too=True)
     call.grad_query, call.grad_key, call.grad_value = (_tensor(x) for x in grads)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     call.grad_lse = None if grad_lse is None else grad_lse.data_ptr()
@@ -141,6 +152,7 @@ def _call(
     value: Tensor,
     mask: Mask,
     scale: float,
+    plan: tuple[int, ...],
     *,
     out: Tensor,
     grad_out: Tensor | None = None,
@@ -157,9 +169,14 @@ def _call(
     call.start, call.prefix = mask.start(rows, num_keys), mask.prefix
     call.back = FAR if left is None else left
     call.ahead = 0 if mask.causal else FAR if right is None else right
+    kept: list[Tensor | None] = []
+    if plan:
+        kept = [_set_pieces(call, "row", plan, rows)]
+        if keys_too:
+            kept.append(_set_pieces(call, "key", plan, num_keys))
     labels = make_labels(mask.key_padding, mask.query_segments, mask.key_segments)
     if labels is None:
-        return call, []
+        return call, kept
     for what, tensor, count in (("segments", labels.rows, rows), ("padding or segments", labels.keys, num_keys)):
         if tensor is not None and (tensor.shape[0] not in (1, batch) or tensor.shape[1:] != (count,)):
             raise ValueError(
@@ -167,12 +184,22 @@ def _call(
             )
     of_rows = row_bounds(labels, rows, LANES)
     of_keys = key_bounds(labels, rows, LANES) if keys_too else None
-    kept = [labels.rows, labels.keys, of_rows, of_keys]
-    for name, tensor in zip(("row_labels", "key_labels", "row_bounds", "key_bounds"), kept, strict=True):
+    fields = {"row_labels": labels.rows, "key_labels": labels.keys, "row_bounds": of_rows, "key_bounds": of_keys}
+    for name, tensor in fields.items():
         if tensor is not None:
             setattr(call, name, tensor.data_ptr())
             setattr(call, f"{name}_batch", tensor.stride(0) if tensor.shape[0] > 1 else 0)
-    return call, kept
+    return call, [*kept, *fields.values()]
+
+
+def _set_pieces(call: _Call, side: str, plan: tuple[int, ...], length: int) -> Tensor:
+    """Point the call to the rectangles per LANES rows ("row") or keys ("key"); returns their table."""
+    entries, most = tables(plan, length, LANES, side == "key", torch.device("cpu"))
+    assert entries is not None
+    setattr(call, f"{side}_pieces", entries.data_ptr())
+    setattr(call, f"{side}_pieces_most", most)
+    setattr(call, f"{side}_pieces_batch", entries.stride(0) if entries.shape[0] > 1 else 0)
+    return entries
 
 
 def _tensor(tensor: Tensor) -> _Tensor:

@@ -124,7 +124,7 @@ static void decode_chunk(const Call *call, Block *block, int64_t b, int64_t kv_h
         found.row_max[row] = -INFINITY;
     }
     for (int64_t key = first; key < end; key += LANES) {
-        const Sight sight = rows_seeing(call, b, key);
+        const Sight sight = rows_seeing(call, b, key, NULL);
         if (sight.begin >= sight.end)
             continue;
         prefetch(values, key, call->dim_v);

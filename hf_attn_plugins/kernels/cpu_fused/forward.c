@@ -2,8 +2,8 @@
  *
  * A thread holds LANES queries and loops over the keys. `row_max` is subtracted from a query's scores before exp2. It
  * need not be the maximum, only within a factor LIMIT of it: bfloat16 has the exponents of float32, so large weights
- * lose no digit. It starts as the maximum over the first keys that a query sees. Only when the weights of a tile pass
- * LIMIT is it raised, and are the sums so far rescaled. */
+ * lose no digit. It starts as the maximum over some keys that a query sees. Only when the weights of a tile pass LIMIT
+ * is it raised, and are the sums so far rescaled. */
 #include "visibility.h"
 
 #define LIMIT 0x1p60f
@@ -76,10 +76,12 @@ static void raise_max(Block *block, int64_t first, int64_t end) {
     }
 }
 
+/* Whether some lane that may see keys has no `row_max` yet. */
 static int unset(const Block *block) {
     int lanes = 0;
     for (int v = 0; v < VECTORS; v++)
-        lanes |= _mm512_cmpeq_ps_mask(block->row_max[v], _mm512_set1_ps(-INFINITY));
+        lanes |= (block->sight.prefix ? 0xffff : _mm512_cmple_epi32_mask(block->sight.low[v], block->sight.high[v])) &
+                 _mm512_cmpeq_ps_mask(block->row_max[v], _mm512_set1_ps(-INFINITY));
     return lanes;
 }
 
@@ -90,18 +92,14 @@ static int within_limit(const __m512 row_sum[VECTORS]) {
     return lanes == 0xffff;
 }
 
-static void forward_block(const Call *call, Block *block, int64_t b, int64_t h, int64_t first, const int32_t *values) {
-    const Rows queries = rows_of(&call->query, b, h, call->num_rows);
-    hold_rows(queries, first, call->dim, block->held);
-    memset(block->sums, 0, sizeof(float) * call->dim_v * LANES);
-    for (int v = 0; v < VECTORS; v++) {
-        block->row_max[v] = _mm512_set1_ps(-INFINITY);
-        block->row_sum[v] = _mm512_setzero_ps();
-    }
-    block->sight = keys_seen(call, b, first);
-    const int64_t end = block->sight.end;
-    for (int64_t key = block->sight.begin & ~1; key < end; key += TILE) {
-        const int64_t tile_end = smaller(key + TILE, end);
+/* Sums over the keys of `sight`. */
+static void walk(Block *block, const int32_t *values) {
+    const Sight *sight = &block->sight;
+    /* Keys that every lane sees tell all maxima at once; under a window the first keys do not. */
+    if (unset(block) && sight->inner_end - sight->inner_begin >= FIRST_KEYS)
+        raise_max(block, sight->inner_begin, sight->inner_begin + FIRST_KEYS);
+    for (int64_t key = sight->begin & ~1; key < sight->end; key += TILE) {
+        const int64_t tile_end = smaller(key + TILE, sight->end);
         if (unset(block))
             raise_max(block, key, smaller(key + FIRST_KEYS, tile_end));
         if (unset(block))
@@ -114,8 +112,23 @@ static void forward_block(const Call *call, Block *block, int64_t b, int64_t h, 
         }
         for (int v = 0; v < VECTORS; v++)
             block->row_sum[v] = _mm512_add_ps(block->row_sum[v], row_sum[v]);
-        accumulate(block->weights, values + key / 2 * call->dim_v, round_up(tile_end - key, STEP) / 2, call->dim_v,
+        accumulate(block->weights, values + key / 2 * block->dim_v, round_up(tile_end - key, STEP) / 2, block->dim_v,
                    block->sums);
+    }
+}
+
+static void forward_block(const Call *call, Block *block, int64_t b, int64_t h, int64_t first, const int32_t *values) {
+    const Rows queries = rows_of(&call->query, b, h, call->num_rows);
+    hold_rows(queries, first, call->dim, block->held);
+    memset(block->sums, 0, sizeof(float) * call->dim_v * LANES);
+    for (int v = 0; v < VECTORS; v++) {
+        block->row_max[v] = _mm512_set1_ps(-INFINITY);
+        block->row_sum[v] = _mm512_setzero_ps();
+    }
+    const Piece *pieces = pieces_of(call->row_pieces, call->row_pieces_most, call->row_pieces_batch, b, first);
+    for (int64_t i = 0; i < (pieces ? call->row_pieces_most : 1); i++) {
+        block->sight = keys_seen(call, b, first, pieces ? pieces + i : NULL);
+        walk(block, values);
     }
     float row_sum[LANES], row_max[LANES], factor[LANES];
     for (int v = 0; v < VECTORS; v++) {

@@ -48,6 +48,10 @@ typedef struct {
     int64_t row_labels_batch, key_labels_batch;
     const int32_t *row_bounds, *key_bounds; /* kernels/segment_labels.py, per LANES rows or keys; or NULL */
     int64_t row_bounds_batch, key_bounds_batch;
+    /* `Piece`s per LANES rows or keys: the rectangles of a plan; or NULL, which is every row and every key */
+    const int32_t *row_pieces, *key_pieces;
+    int64_t row_pieces_most, key_pieces_most;   /* pieces that a tile has room for */
+    int64_t row_pieces_batch, key_pieces_batch; /* numbers to the next row of the batch; 0: all share the plan */
     int32_t *pairs;  /* scratch for `pair_rows`: see forward.c and backward.c */
     float *partials; /* scratch of decode.c */
     float scale;

@@ -2,6 +2,12 @@
 #pragma once
 #include "tile.h"
 
+/* A rectangle of a plan, as `core.rectangle.table` writes it: held rows own_begin .. own_end see, or are seen by, walked
+ * rows begin .. end. Where position_masked, positions decide as well, and a query's position moves by `shift`. */
+typedef struct {
+    int32_t own_begin, own_end, begin, end, position_masked, shift;
+} Piece;
+
 typedef struct {
     int64_t begin, end;             /* walked rows that some lane sees */
     int64_t inner_begin, inner_end; /* those that every lane sees by its position */
@@ -65,9 +71,40 @@ static inline Sight sight_of(int64_t first, int64_t held_count, int64_t count, i
     return sight;
 }
 
-static inline Sight keys_seen(const Call *call, int64_t b, int64_t first) {
-    Sight sight =
-        sight_of(first, call->num_rows, call->num_keys, call->start, call->back, call->ahead, 0, call->prefix);
+/* What is left of a sight inside a piece. A row outside of it has high < low: it sees nothing. */
+static inline void clip(Sight *sight, const Piece *piece, int64_t first, int64_t held_count) {
+    int64_t low = INT32_MAX, high = -1;
+    sight->inner_begin = 0;
+    sight->inner_end = INT32_MAX;
+    for (int v = 0; v < VECTORS; v++) {
+        const __m512i index = held_index(first, v, held_count);
+        const __mmask16 inside = _mm512_cmpge_epi32_mask(index, _mm512_set1_epi32(piece->own_begin)) &
+                                 _mm512_cmplt_epi32_mask(index, _mm512_set1_epi32(piece->own_end));
+        sight->low[v] = _mm512_mask_max_epi32(_mm512_set1_epi32(INT32_MAX), inside, sight->low[v],
+                                              _mm512_set1_epi32(piece->begin));
+        sight->high[v] =
+            _mm512_mask_min_epi32(_mm512_set1_epi32(-1), inside, sight->high[v], _mm512_set1_epi32(piece->end - 1));
+        low = smaller(low, _mm512_reduce_min_epi32(sight->low[v]));
+        high = larger(high, _mm512_reduce_max_epi32(sight->high[v]));
+        sight->inner_begin = larger(sight->inner_begin, _mm512_reduce_max_epi32(sight->low[v]));
+        sight->inner_end = smaller(sight->inner_end, _mm512_reduce_min_epi32(sight->high[v]) + 1);
+    }
+    sight->begin = smaller(low, high + 1);
+    sight->end = high + 1;
+}
+
+/* The pieces of the LANES held rows from `first` on, `most` of them; one that is NULL where there is no plan. */
+static inline const Piece *pieces_of(const int32_t *pieces, int64_t most, int64_t stride, int64_t b, int64_t first) {
+    return pieces ? (const Piece *)(pieces + b * stride) + first / LANES * most : NULL;
+}
+
+static inline Sight keys_seen(const Call *call, int64_t b, int64_t first, const Piece *piece) {
+    const int by_position = !piece || piece->position_masked;
+    const int64_t shift = piece ? piece->shift : 0, far = (int64_t)1 << 40;
+    Sight sight = sight_of(first, call->num_rows, call->num_keys, call->start + shift, by_position ? call->back : far,
+                           by_position ? call->ahead : far, 0, call->prefix);
+    if (piece)
+        clip(&sight, piece, first, call->num_rows);
     if (call->key_labels)
         set_labels(&sight, call->row_bounds + b * call->row_bounds_batch,
                    call->row_labels ? call->row_labels + b * call->row_labels_batch : NULL,
@@ -75,9 +112,13 @@ static inline Sight keys_seen(const Call *call, int64_t b, int64_t first) {
     return sight;
 }
 
-static inline Sight rows_seeing(const Call *call, int64_t b, int64_t first) {
-    Sight sight =
-        sight_of(first, call->num_keys, call->num_rows, -call->start, call->ahead, call->back, call->prefix, 0);
+static inline Sight rows_seeing(const Call *call, int64_t b, int64_t first, const Piece *piece) {
+    const int by_position = !piece || piece->position_masked;
+    const int64_t shift = piece ? piece->shift : 0, far = (int64_t)1 << 40;
+    Sight sight = sight_of(first, call->num_keys, call->num_rows, -call->start - shift,
+                           by_position ? call->ahead : far, by_position ? call->back : far, call->prefix, 0);
+    if (piece)
+        clip(&sight, piece, first, call->num_keys);
     if (call->key_labels)
         set_labels(&sight, call->key_bounds + b * call->key_bounds_batch, call->key_labels + b * call->key_labels_batch,
                    call->row_labels ? call->row_labels + b * call->row_labels_batch : NULL, first, call->num_keys);

@@ -31,8 +31,8 @@ def triton_rectangles(
     reason = reason_against(query, key, value, mask, softcap, dropout)
     if reason is not None:
         raise NotImplementedError(f"kernel 'triton' cannot do {reason}: use kernel=None to choose another.")
+    from hf_attn_plugins.kernels.rectangle_tables import flat
     from hf_attn_plugins.kernels.triton.ops import triton_attention
-    from hf_attn_plugins.kernels.triton.plan import flat
 
     rows, num_keys = query.shape[2], key.shape[2]
     if scale <= 0:  # the kernels take the maximum before they scale

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_attn_plugins.kernels.rectangle_tables import tables
 from hf_attn_plugins.kernels.segment_labels import Labels, key_bounds, row_bounds
 from hf_attn_plugins.kernels.triton import backward as triton_backward
 from hf_attn_plugins.kernels.triton import decode as triton_decode
@@ -14,7 +15,6 @@ from hf_attn_plugins.kernels.triton import dkdv as triton_dkdv
 from hf_attn_plugins.kernels.triton import dq as triton_dq
 from hf_attn_plugins.kernels.triton import forward as triton_forward
 from hf_attn_plugins.kernels.triton.device import architecture, launch, multiprocessors, on_device, precision, takes_tma
-from hf_attn_plugins.kernels.triton.plan import tables
 from hf_attn_plugins.kernels.triton.tuning import Config, configuration
 
 MAX_DECODE_ROWS = 16

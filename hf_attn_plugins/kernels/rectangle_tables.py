@@ -1,8 +1,9 @@
-"""A plan of pieces on its way to the kernels: plain integers in the operator's arguments, tables on the device."""
+"""A plan of rectangles on its way to a kernel: plain integers in an operator's arguments, tables on the device."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,9 +13,9 @@ from hf_attn_plugins.core.rectangle import Rectangle, table
 WIDTH = 1 + len(Rectangle._fields)
 
 
-def flat(plan: list[list[Rectangle]]) -> list[int]:
+def flat(plan: Sequence[Sequence[Rectangle]]) -> list[int]:
     """WIDTH integers a piece: which list it is in, then the piece. A list without any leaves an empty one behind."""
-    nothing = [Rectangle(0, 0, 0, 0)]
+    nothing = (Rectangle(0, 0, 0, 0),)
     return [
         int(number) for index, pieces in enumerate(plan) for piece in pieces or nothing for number in (index, *piece)
     ]
@@ -27,7 +28,7 @@ MOST_TABLES = 32  # tables kept on their devices: every layer of a model asks fo
 def tables(
     pieces: tuple[int, ...], length: int, tile: int, of_keys: bool, device: torch.device
 ) -> tuple[Tensor | None, int]:
-    """`piece.table` of a flat plan, (lists, tiles, most pieces, 6) int32, and the most pieces a tile has."""
+    """`core.rectangle.table` of a flat plan, (lists, tiles, most pieces, 6) int32, and the most pieces a tile has."""
     if not pieces:
         return None, 1
     lists: list[list[Rectangle]] = [[] for _ in range(max(pieces[::WIDTH]) + 1)]

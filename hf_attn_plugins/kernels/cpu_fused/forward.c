@@ -20,31 +20,48 @@ typedef struct {
     float scale; /* times log2(e) */
 } Block;
 
-/* Weights of keys first .. end, their sums a lane in `row_sum`. */
-static void weigh(Block *block, int64_t first, int64_t end, __m512 row_sum[VECTORS]) {
+/* Weights of keys key .. key + STEP for `vectors` vectors from v0 on, whose sums are added to `row_sum`. */
+INLINE void weigh_step(Block *block, int64_t key, int32_t *weights, const __m512 shift[VECTORS], int v0,
+                       const int vectors, __m512 row_sum[VECTORS]) {
     const __m512 scale = _mm512_set1_ps(block->scale);
+    __m512 scores[STEP][VECTORS];
+    multiply_some(block->held + 16 * v0, block->keys, key, block->dim, vectors, scores);
+    const int inner = sees_all(&block->sight, key);
+    for (int v = 0; v < vectors; v++)
+        for (int j = 0; j < STEP; j += 2) {
+            __m512 pair[2];
+            for (int i = 0; i < 2; i++) {
+                pair[i] = exp2_of(_mm512_fmsub_ps(scores[j + i][v], scale, shift[v0 + v]));
+                if (!inner)
+                    pair[i] = _mm512_maskz_mov_ps(seen(&block->sight, v0 + v, key + j + i), pair[i]);
+                row_sum[v0 + v] = _mm512_add_ps(row_sum[v0 + v], pair[i]);
+            }
+            _mm512_store_si512(weights + j / 2 * LANES + 16 * (v0 + v), paired(pair[0], pair[1]));
+        }
+}
+
+/* Weights of keys first .. end, their sums a lane in `row_sum`. Vectors that see none of a step's keys get none. */
+static void weigh(Block *block, int64_t first, int64_t end, __m512 row_sum[VECTORS]) {
     __m512 shift[VECTORS];
     for (int v = 0; v < VECTORS; v++) {
         const __mmask16 known = _mm512_cmpneq_ps_mask(block->row_max[v], _mm512_set1_ps(-INFINITY));
         shift[v] = _mm512_maskz_mov_ps(known, block->row_max[v]);
         row_sum[v] = _mm512_setzero_ps();
     }
+    const Sight *sight = &block->sight;
     for (int64_t key = first; key < end; key += STEP) {
-        __m512 scores[STEP][VECTORS];
-        multiply(block->held, block->keys, key, block->dim, scores);
-        const int inner = sees_all(&block->sight, key);
+        int v0 = 0, v1 = VECTORS;
+        while (v0 < v1 && (key >= sight->to[v0] || key + STEP <= sight->from[v0]))
+            v0++;
+        while (v0 < v1 && (key >= sight->to[v1 - 1] || key + STEP <= sight->from[v1 - 1]))
+            v1--;
         int32_t *weights = block->weights + (key - first) / 2 * LANES;
-        for (int v = 0; v < VECTORS; v++)
-            for (int j = 0; j < STEP; j += 2) {
-                __m512 pair[2];
-                for (int i = 0; i < 2; i++) {
-                    pair[i] = exp2_of(_mm512_fmsub_ps(scores[j + i][v], scale, shift[v]));
-                    if (!inner)
-                        pair[i] = _mm512_maskz_mov_ps(seen(&block->sight, v, key + j + i), pair[i]);
-                    row_sum[v] = _mm512_add_ps(row_sum[v], pair[i]);
-                }
-                _mm512_store_si512(weights + j / 2 * LANES + 16 * v, paired(pair[0], pair[1]));
-            }
+        switch (v1 - v0) {
+        case 1: weigh_step(block, key, weights, shift, v0, 1, row_sum); break;
+        case 2: weigh_step(block, key, weights, shift, v0, 2, row_sum); break;
+        case 3: weigh_step(block, key, weights, shift, v0, 3, row_sum); break;
+        case VECTORS: weigh_step(block, key, weights, shift, 0, VECTORS, row_sum); break;
+        }
     }
 }
 
@@ -112,8 +129,18 @@ static void walk(Block *block, const int32_t *values) {
         }
         for (int v = 0; v < VECTORS; v++)
             block->row_sum[v] = _mm512_add_ps(block->row_sum[v], row_sum[v]);
-        accumulate(block->weights, values + key / 2 * block->dim_v, round_up(tile_end - key, STEP) / 2, block->dim_v,
-                   block->sums);
+        const int32_t *pairs = values + key / 2 * block->dim_v;
+        int64_t from[VECTORS], to[VECTORS];
+        int whole = 1;
+        for (int v = 0; v < VECTORS; v++) {
+            from[v] = (larger(sight->from[v], key) - key) / 2;
+            to[v] = (smaller(sight->to[v], tile_end) - key + 1) / 2;
+            whole &= sight->from[v] <= key && sight->to[v] >= tile_end;
+        }
+        if (whole)
+            accumulate(block->weights, pairs, round_up(tile_end - key, STEP) / 2, block->dim_v, block->sums);
+        else
+            accumulate_apart(block->weights, pairs, from, to, block->dim_v, block->sums);
     }
 }
 
@@ -156,11 +183,13 @@ void hap_forward(const Call *call) {
         pair_heads(&call->value, call->batch, call->kv_heads, call->num_keys, call->dim_v, call->pairs);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t item = 0; item < call->batch * call->heads * blocks; item++) {
-            /* A causal mask gives later rows more to do: they go first. */
-            const int64_t b = item / blocks / call->heads, h = item / blocks % call->heads;
-            block.keys = rows_of(&call->key, b, h / group_size, call->num_keys);
-            forward_block(call, &block, b, h, (blocks - 1 - item % blocks) * LANES,
-                          call->pairs + (b * call->kv_heads + h / group_size) * head_pairs);
+            /* A causal mask gives later rows more to do: they go first. Heads that share keys follow each other. */
+            const int64_t member = item % group_size, block_index = blocks - 1 - item / group_size % blocks;
+            const int64_t pair_head = item / group_size / blocks, b = pair_head / call->kv_heads;
+            const int64_t kv_head = pair_head % call->kv_heads;
+            block.keys = rows_of(&call->key, b, kv_head, call->num_keys);
+            forward_block(call, &block, b, kv_head * group_size + member, block_index * LANES,
+                          call->pairs + pair_head * head_pairs);
         }
     }
 }

@@ -135,25 +135,32 @@ static inline void pair_heads(const Tensor *tensor, int64_t batch, int64_t heads
                   pairs + item * TILE / 2 * dim);
 }
 
-/* block[j][v] = held rows times walked row first + j, over head_dim. Rows past the end repeat the last one. */
-static inline __attribute__((always_inline)) void multiply(const int32_t *held, Rows walked, int64_t first, int64_t dim,
-                                                           __m512 block[STEP][VECTORS]) {
+#define INLINE static inline __attribute__((always_inline))
+
+/* block[j][v] = held rows of the first `vectors` vectors times walked row first + j, over head_dim. Rows past the end
+ * repeat the last one. */
+INLINE void multiply_some(const int32_t *held, Rows walked, int64_t first, int64_t dim, const int vectors,
+                          __m512 block[STEP][VECTORS]) {
     const int32_t *row[STEP];
     for (int j = 0; j < STEP; j++)
         row[j] = (const void *)(walked.data + smaller(first + j, walked.count - 1) * walked.stride);
     for (int j = 0; j < STEP; j++)
-        for (int v = 0; v < VECTORS; v++)
+        for (int v = 0; v < vectors; v++)
             block[j][v] = _mm512_setzero_ps();
     for (int64_t pair = 0; pair < dim / 2; pair++) {
         __m512bh lanes[VECTORS];
-        for (int v = 0; v < VECTORS; v++)
+        for (int v = 0; v < vectors; v++)
             lanes[v] = (__m512bh)_mm512_load_si512(held + pair * LANES + 16 * v);
         for (int j = 0; j < STEP; j++) {
             const __m512bh both = (__m512bh)_mm512_set1_epi32(row[j][pair]);
-            for (int v = 0; v < VECTORS; v++)
+            for (int v = 0; v < vectors; v++)
                 block[j][v] = _mm512_dpbf16_ps(block[j][v], lanes[v], both);
         }
     }
+}
+
+INLINE void multiply(const int32_t *held, Rows walked, int64_t first, int64_t dim, __m512 block[STEP][VECTORS]) {
+    multiply_some(held, walked, first, dim, VECTORS, block);
 }
 
 /* sums[column][lane] += weights[pair][lane] * pairs[pair][column], over `count` pairs of walked rows. */
@@ -178,6 +185,25 @@ static inline void accumulate(const int32_t *weights, const int32_t *pairs, int6
             for (int v = 0; v < VECTORS; v++)
                 _mm512_store_ps(sums + (column + c) * LANES + 16 * v, sum[c][v]);
     }
+}
+
+/* The same where vector v has weights for pairs from[v] .. to[v] only: each vector by itself, more columns at once. */
+static inline void accumulate_apart(const int32_t *weights, const int32_t *pairs, const int64_t from[VECTORS],
+                                    const int64_t to[VECTORS], int64_t dim, float *sums) {
+    enum { COLUMNS = 16 };
+    for (int v = 0; v < VECTORS; v++)
+        for (int64_t column = 0; column < dim && from[v] < to[v]; column += COLUMNS) {
+            __m512 sum[COLUMNS];
+            for (int c = 0; c < COLUMNS; c++)
+                sum[c] = _mm512_load_ps(sums + (column + c) * LANES + 16 * v);
+            for (int64_t pair = from[v]; pair < to[v]; pair++) {
+                const __m512bh lanes = (__m512bh)_mm512_load_si512(weights + pair * LANES + 16 * v);
+                for (int c = 0; c < COLUMNS; c++)
+                    sum[c] = _mm512_dpbf16_ps(sum[c], lanes, (__m512bh)_mm512_set1_epi32(pairs[pair * dim + column + c]));
+            }
+            for (int c = 0; c < COLUMNS; c++)
+                _mm512_store_ps(sums + (column + c) * LANES + 16 * v, sum[c]);
+        }
 }
 
 /* Two walked rows' weights for 16 held ones as pairs. */

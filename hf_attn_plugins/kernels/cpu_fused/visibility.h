@@ -16,6 +16,7 @@ typedef struct {
     const int32_t *labels;          /* of the walked rows, NULL where all are 0 */
     int has_labels;
     __m512i low[VECTORS], high[VECTORS], label[VECTORS]; /* first and last walked row of every lane, and its label */
+    int64_t from[VECTORS], to[VECTORS];                  /* walked rows that some lane of a vector sees */
 } Sight;
 
 /* Numbers of the 16 held rows of a vector; lanes past the end repeat the last row. */
@@ -47,11 +48,23 @@ static inline __m512i moved(__m512i index, int64_t shift, int64_t low, int64_t h
     return _mm512_max_epi32(_mm512_min_epi32(sum, _mm512_set1_epi32((int32_t)high)), _mm512_set1_epi32((int32_t)low));
 }
 
+/* What follows from `low`, `high` and `prefix`: the walked rows that each vector sees, and that any does. */
+static inline void set_ends(Sight *sight) {
+    sight->begin = INT32_MAX;
+    sight->end = 0;
+    for (int v = 0; v < VECTORS; v++) {
+        sight->from[v] = sight->prefix ? 0 : _mm512_reduce_min_epi32(sight->low[v]);
+        sight->to[v] = larger(_mm512_reduce_max_epi32(sight->high[v]) + 1, sight->prefix);
+        sight->begin = smaller(sight->begin, sight->from[v]);
+        sight->end = larger(sight->end, sight->to[v]);
+    }
+    sight->begin = smaller(sight->begin, sight->end);
+}
+
 /* What LANES rows from `first` on see of `count` walked ones: row i those of i + shift - back .. i + shift + ahead. */
 static inline Sight sight_of(int64_t first, int64_t held_count, int64_t count, int64_t shift, int64_t back,
                              int64_t ahead, int64_t held_prefix, int64_t walked_prefix) {
     Sight sight = {.prefix = smaller(walked_prefix, count), .whole_end = INT32_MAX};
-    __m512i least_low = _mm512_set1_epi32(INT32_MAX), most_high = _mm512_set1_epi32(-1);
     __m512i most_low = _mm512_setzero_si512(), least_high = _mm512_set1_epi32(INT32_MAX);
     for (int v = 0; v < VECTORS; v++) {
         const __m512i index = held_index(first, v, held_count);
@@ -59,13 +72,10 @@ static inline Sight sight_of(int64_t first, int64_t held_count, int64_t count, i
         sight.low[v] = _mm512_maskz_mov_epi32(~all, moved(index, shift - back, 0, count));
         sight.high[v] = _mm512_mask_mov_epi32(moved(index, shift + ahead, -1, count - 1), all,
                                               _mm512_set1_epi32((int32_t)count - 1));
-        least_low = _mm512_min_epi32(least_low, sight.low[v]);
         most_low = _mm512_max_epi32(most_low, sight.low[v]);
         least_high = _mm512_min_epi32(least_high, sight.high[v]);
-        most_high = _mm512_max_epi32(most_high, sight.high[v]);
     }
-    sight.begin = sight.prefix ? 0 : _mm512_reduce_min_epi32(least_low);
-    sight.end = larger(_mm512_reduce_max_epi32(most_high) + 1, sight.prefix);
+    set_ends(&sight);
     sight.inner_begin = _mm512_reduce_max_epi32(most_low);
     sight.inner_end = _mm512_reduce_min_epi32(least_high) + 1;
     return sight;
@@ -73,7 +83,6 @@ static inline Sight sight_of(int64_t first, int64_t held_count, int64_t count, i
 
 /* What is left of a sight inside a piece. A row outside of it has high < low: it sees nothing. */
 static inline void clip(Sight *sight, const Piece *piece, int64_t first, int64_t held_count) {
-    int64_t low = INT32_MAX, high = -1;
     sight->inner_begin = 0;
     sight->inner_end = INT32_MAX;
     for (int v = 0; v < VECTORS; v++) {
@@ -84,13 +93,10 @@ static inline void clip(Sight *sight, const Piece *piece, int64_t first, int64_t
                                               _mm512_set1_epi32(piece->begin));
         sight->high[v] =
             _mm512_mask_min_epi32(_mm512_set1_epi32(-1), inside, sight->high[v], _mm512_set1_epi32(piece->end - 1));
-        low = smaller(low, _mm512_reduce_min_epi32(sight->low[v]));
-        high = larger(high, _mm512_reduce_max_epi32(sight->high[v]));
         sight->inner_begin = larger(sight->inner_begin, _mm512_reduce_max_epi32(sight->low[v]));
         sight->inner_end = smaller(sight->inner_end, _mm512_reduce_min_epi32(sight->high[v]) + 1);
     }
-    sight->begin = smaller(low, high + 1);
-    sight->end = high + 1;
+    set_ends(sight);
 }
 
 /* The pieces of the LANES held rows from `first` on, `most` of them; one that is NULL where there is no plan. */

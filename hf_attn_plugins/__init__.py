@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hf_attn_plugins.hf.configure import configure, use
     from hf_attn_plugins.hf.intercept import intercept
     from hf_attn_plugins.hf.trace import trace
+    from hf_attn_plugins.hf.tune import tune
     from hf_attn_plugins.parallel.hf.session import context_parallel
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "star",
     "tiled",
     "trace",
+    "tune",
     "unregister",
     "use",
 ]
@@ -51,6 +53,7 @@ _VERBS = {
     "context_parallel": "parallel.hf.session",
     "intercept": "hf.intercept",
     "trace": "hf.trace",
+    "tune": "hf.tune",
     "use": "hf.configure",
 }
 _FOLDERS = ("cqs", "indexed", "kernels", "parallel", "star", "tiled")

@@ -40,6 +40,10 @@ def commands() -> Table:
             "hf_attn_plugins.commands.compare",
             "agreement, speed and memory of a plugin against another backend",
         ),
+        "tune": (
+            "hf_attn_plugins.commands.tune",
+            "sizes and dense heads of star_attention for a model, by speed, KL or share of the pairs",
+        ),
         "plan": {
             row.short: (row.command, f"print the plan of {row.name} and its costs, or draw it")
             for row in rows

@@ -13,6 +13,7 @@ from hf_attn_plugins.checkpoint.source import Source
 from hf_attn_plugins.checkpoint.write import Patch
 from hf_attn_plugins.hf.check import check
 from hf_attn_plugins.hf.register import register
+from hf_attn_plugins.hf.tuning.report import read_options
 from hf_attn_plugins.plugins import PLUGINS, plugin
 
 SUMMARY = "write attn_implementation and the plugin's options into config.json"
@@ -20,7 +21,9 @@ SUMMARY = "write attn_implementation and the plugin's options into config.json"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --attn, --part, and one option for every option that some plugin has."""
-    parser.add_argument("--attn", required=True, metavar="NAME", help=f"one of {', '.join(PLUGINS)}")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--attn", metavar="NAME", help=f"one of {', '.join(PLUGINS)}")
+    source.add_argument("--tuned", metavar="FILE", help="plugin and options of a report that hf-attn tune --out wrote")
     parser.add_argument(
         "--part",
         action="append",
@@ -49,14 +52,15 @@ def plan(source: Source, arguments: argparse.Namespace) -> Patch:
     Raises:
         ValueError: an unknown plugin, option, value or part, or a model in which the plugin could not take effect.
     """
-    chosen = plugin(arguments.attn)
+    name, tuned = (arguments.attn, {}) if arguments.tuned is None else read_options(arguments.tuned)
+    chosen = plugin(name)
     given = {k.removeprefix("option_"): v for k, v in vars(arguments).items() if k.startswith("option_")}
     given = {name: value for name, value in given.items() if value is not None}
     unknown = sorted(set(given) - {option.name for option in dataclasses.fields(chosen.options_type())})
     if unknown:
         flags = ", ".join("--" + name.replace("_", "-") for name in unknown)
         raise ValueError(f"{chosen.name} does not take {flags}.")
-    options = chosen.options_type()(**given).as_dict()
+    options = chosen.options_type()(**{**tuned, **given}).as_dict()
     config = copy.deepcopy(source.config)
     parts = [_part(config, name) for name in arguments.part or ()]
     if parts:

@@ -32,7 +32,7 @@ class Options:
     def as_dict(self) -> dict[str, Any]:
         """The options that differ from their defaults, as JSON-ready values."""
         fields = dataclasses.fields(self)
-        return {f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default}
+        return {f.name: _plain(getattr(self, f.name)) for f in fields if getattr(self, f.name) != f.default}
 
     @classmethod
     def of(cls, stored: Any, where: str) -> Options:
@@ -80,6 +80,11 @@ class Options:
     def _check_kernel(self, name: Any) -> None:
         if name is not None and (not isinstance(name, str) or name not in KERNELS):
             raise ValueError(f"kernel={shown(name)} is unknown: choose one of {', '.join(KERNELS)}, or None.")
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists: what a JSON file gives back."""
+    return [_plain(each) for each in value] if isinstance(value, tuple) else value
 
 
 def shown(value: Any) -> str:

@@ -36,6 +36,11 @@ def text_tokens(tokenizer: Any, length: int, path: str | None = None, limit: int
         characters *= 4
 
 
+def prose_tokens(tokenizer: Any, most: int) -> torch.Tensor:
+    """(T,) token ids of the language reference that Python carries, at most `most` of them, fewer where it ends."""
+    return tokenizer(_pydoc()[: 40 * most], return_tensors="pt").input_ids[0, :most]
+
+
 def _pydoc() -> str:
     from pydoc_data.topics import topics
 

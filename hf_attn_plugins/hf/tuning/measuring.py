@@ -1,0 +1,122 @@
+"""What a choice of options costs and saves on given texts: KL, share of the pairs, seconds."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_attn_plugins.hf.compare import backbone, synchronize
+from hf_attn_plugins.hf.configure import configure, use
+from hf_attn_plugins.hf.trace import trace
+from hf_attn_plugins.hf.tuning.heads import sampled
+
+POSITIONS = 1024  # of a text at which predictions are compared, evenly spread over all of it
+CHUNK = 256  # of them whose logits exist at a time
+
+
+@dataclass(frozen=True)
+class Point:
+    """One choice of options, measured.
+
+    Attributes:
+        options: those of the plugin.
+        share: attended over causal pairs, mean over layers and heads.
+        kl: mean KL(dense || this) in nats of each text, over positions of the whole text.
+        seconds: of the fastest prefill seen.
+    """
+
+    options: dict[str, Any]
+    share: float
+    kl: tuple[float, ...]
+    seconds: float
+
+    @property
+    def mean_kl(self) -> float:
+        """Mean over the texts."""
+        return statistics.fmean(self.kl)
+
+
+class Measuring:
+    """Texts and a model's own predictions for them; `point` measures options against these.
+
+    The model must have been set to the plugin; its options are changed as points are measured.
+    """
+
+    def __init__(self, model: nn.Module, name: str, baseline: str, texts: Sequence[Tensor]) -> None:
+        self.model, self.name, self.baseline, self.texts = model, name, baseline, list(texts)
+        self.base = backbone(model)
+        self.index = sampled(self.texts[0].shape[1], POSITIONS)
+        self.defaults = dict.fromkeys(("block_size", "anchor_size", "query_size", "halo_size", "dense_heads"))
+        self.dense_seconds = float("inf")
+        self.wanted: list[Tensor] = []
+
+    def run(self, text: int = 0) -> Any:
+        """The last hidden states of a text, and the seconds they took."""
+        ids = self.texts[text]
+        start = time.perf_counter()
+        output = self.base(ids, use_cache=False)
+        synchronize(ids.device)
+        return output, time.perf_counter() - start
+
+    def begin(self) -> None:
+        """Prefill every text with the baseline and keep the hidden states at the compared positions."""
+        with use(self.model, self.baseline):
+            self.base(self.texts[0][:, :256], use_cache=False)  # lazy set-up is not attention's cost
+            for text in range(len(self.texts)):
+                output, seconds = self.run(text)
+                self.dense_seconds = min(self.dense_seconds, seconds)
+                self.wanted.append(output.last_hidden_state[:, self.index].clone())
+
+    def point(self, options: Mapping[str, Any], texts: Sequence[int] = (0,)) -> Point:
+        """Measure options on some of the texts."""
+        configure(self.model, self.name, **{**self.defaults, **options})
+        kl, fastest, share = [], float("inf"), 1.0
+        for text in texts:
+            with trace(self.model) as seen:
+                output, seconds = self.run(text)
+            fastest, share = min(fastest, seconds), seen.share if seen.share is not None else 1.0
+            kl.append(self._kl(text, output))
+        return Point(dict(options), share, tuple(kl), fastest)
+
+    def _kl(self, text: int, output: Any) -> float:
+        total = 0.0
+        for part in self.index.split(CHUNK):
+            places = slice(int((self.index < part[0]).sum()), int((self.index <= part[-1]).sum()))
+            ids = self.texts[text][:, part]
+            wanted = logits_of(self.model, ids, output, self.wanted[text][:, places])
+            got = logits_of(self.model, ids, output, output.last_hidden_state[:, part])
+            p, q = (logits.float().log_softmax(-1) for logits in (wanted, got))
+            total += float((p.exp() * (p - q)).sum(-1).clamp_min(0).double().sum())
+        return total / (len(self.index) * self.texts[text].shape[0])
+
+    def interleaved(self, options: Mapping[str, Any], rounds: int) -> list[float]:
+        """Seconds of the baseline over seconds with `options`, one ratio a round: both run in every round."""
+        ratios = []
+        configure(self.model, self.name, **{**self.defaults, **options})
+        for _ in range(rounds):
+            _, sparse = self.run()
+            with use(self.model, self.baseline):
+                _, dense = self.run()
+            ratios.append(dense / sparse)
+        return ratios
+
+
+def logits_of(model: nn.Module, ids: Tensor, output: Any, hidden: Tensor) -> Tensor:
+    """Logits of some positions' hidden states, by the model's own head and its scalings."""
+    base = backbone(model)
+    part = dataclasses.replace(output, last_hidden_state=hidden)
+    hooked = vars(base).get("forward")  # what Accelerate has put there, where it has
+    base.forward = lambda *_, **__: part  # type: ignore[method-assign]
+    try:
+        return model(ids, use_cache=False).logits
+    finally:
+        if hooked is None:
+            del base.forward
+        else:
+            base.forward = hooked  # type: ignore[method-assign]

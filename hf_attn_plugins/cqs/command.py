@@ -13,7 +13,7 @@ from hf_attn_plugins.cqs.draw import draw
 from hf_attn_plugins.cqs.options import MOST_WORKERS
 from hf_attn_plugins.cqs.scheduler import Plan, default_workers, plan
 
-SHOWN_BELOW = 30  # tokens; the seed's notebook shows everything below this length, too
+SHOWN_BELOW = 30  # tokens; the paper's notebook prints its lists below this length, too
 ITEM_SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -26,23 +26,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--interest-set", type=_numbers, help="difference cover of Z_W, like 0,1,5; default: the smallest"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the demonstration's random Q, K, V")
-    parser.add_argument("--dim", type=int, default=5, help="numbers per row of the demonstration's Q, K, V")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the demonstration's Q, K, V")
+    parser.add_argument("--dim", type=int, default=5, help="elements per row of the demonstration's Q, K, V")
     parser.add_argument("--draw", metavar="FILE.png", help="write the partition and the lengths as a picture")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--budget", type=cost.parse_bytes, help="memory for one worker at a time, like 8GiB")
     parser.add_argument("--full", action="store_true", help="costs of all pairs instead of causal attention")
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--dtype", choices=ITEM_SIZES, default="bfloat16")
+    parser.add_argument("--heads", type=int, default=32, help="query heads, for the costs; default 32")
+    parser.add_argument("--kv-heads", type=int, default=8, help="key heads, for the costs; default 8")
+    parser.add_argument("--head-dim", type=int, default=128, help="elements per head, for the costs; default 128")
+    parser.add_argument("--dtype", choices=ITEM_SIZES, default="bfloat16", help="for the costs; default bfloat16")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the plan that the options ask for.
 
     Raises:
-        ValueError: a length, a number of workers, a set or a budget that does not work; the message says which.
+        ValueError: the length, a number of workers, an interest set, a size or the budget is not possible; the message
+            says which.
     """
     shape = _shape(arguments)
     division = _plan(arguments, shape)

@@ -1,4 +1,4 @@
-"""What a plan costs, before it runs: bytes moved, bytes held, cells computed, and what the alternatives would cost."""
+"""What a plan will cost: bytes moved and bytes held, and the same for the alternatives."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import hf_attn_plugins.cqs.difference_covers as covers
 from hf_attn_plugins.cqs.scheduler import Plan, plan
 
 MERGE_BLOCK = 4 * 2**20  # bytes of accumulated rows that are merged at a time
-MERGE_COPIES = 6  # such blocks alive while merging
-WORKSPACE = 64 * 2**20  # what `kernels.cpu` may hold in scores, the most of all kernels
+MERGE_COPIES = 6  # blocks of this size that merging needs at once
+WORKSPACE = 64 * 2**20  # bytes of scores in `kernels.cpu`, which needs the most of all kernels
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 @dataclass(frozen=True)
 class CallShape:
-    """Sizes of one attention call, token count apart.
+    """Sizes of one attention call, except the number of tokens.
 
     Attributes:
         heads, kv_heads, head_dim, head_dim_v, batch: Hq, Hkv, D, Dv and B.
-        itemsize: bytes of one number of query, key, value and out.
+        itemsize: bytes per element of query, key, value and out.
     """
 
     heads: int
@@ -58,7 +58,7 @@ def parse_bytes(size: str | int) -> int:
     """Bytes of "512MiB", "8 GB", "1.5GiB" or a plain number.
 
     Raises:
-        ValueError: another form.
+        ValueError: the text has another form, or an unknown unit.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     if match is None or match[2].upper() not in UNITS:
@@ -76,7 +76,7 @@ def format_bytes(count: float) -> str:
 
 
 def leaf_sizes(division: Plan) -> tuple[int, int]:
-    """Upper bounds of a leaf's length and of one range of its rows."""
+    """(most tokens of a leaf, most tokens of one of its ranges), upper bounds."""
     longest = division.num_tokens
     rows = longest
     for level in division.levels:
@@ -87,7 +87,7 @@ def leaf_sizes(division: Plan) -> tuple[int, int]:
 
 
 def gathered_tokens(division: Plan) -> int:
-    """Tokens that all leaves gather together; above the first level an upper bound, m times as many per level."""
+    """Sum of all leaves' tokens. Exact for one level; every further level is counted with its largest quorum."""
     total = sum(division.lengths)
     for level in division.levels[1:]:
         total *= max(len(level.groups(w)) for w in range(level.num_workers))
@@ -95,10 +95,10 @@ def gathered_tokens(division: Plan) -> int:
 
 
 def streaming_peak(division: Plan, shape: CallShape, workspace: int) -> int:
-    """Bytes held while one worker after another runs, inputs and results apart.
+    """Bytes held while one worker after another runs, without the inputs and the final result.
 
-    The worker's keys and values, once more for what a kernel copies or packs, one range of rows with its result, the
-    blocks being merged, and the kernel's own workspace.
+    These are: the worker's keys and values twice, since a kernel may copy or pack them; one range of rows with its
+    result; the blocks being merged; the kernel's own workspace.
     """
     longest, rows = leaf_sizes(division)
     block = min(MERGE_BLOCK, rows * shape.accumulated_bytes) + shape.accumulated_bytes
@@ -107,14 +107,15 @@ def streaming_peak(division: Plan, shape: CallShape, workspace: int) -> int:
 
 
 def streaming_bytes(division: Plan, shape: CallShape) -> int:
-    """Bytes moved to and from the computing device: every leaf's material in, its partial results out."""
+    """Bytes moved to and from the computing device: the queries, keys and values of every leaf, and its results."""
     return gathered_tokens(division) * (shape.query_bytes + shape.key_bytes + shape.result_bytes)
 
 
 def tile_streaming_bytes(num_tokens: int, shape: CallShape, budget: int, workspace: int, is_causal: bool) -> int | None:
-    """Bytes moved by the plain alternative: rows stay as many as fit, all their keys stream past them.
+    """Bytes moved without a plan: as many rows as fit stay on the device, and all their keys pass tile by tile.
 
-    None when not even one row fits. Rows hold query, accumulator and lse; two key tiles of 1,024 tokens are in flight.
+    A row on the device is its query, accumulator and result; two key tiles of 1,024 tokens are there as well. None when
+    not even one row fits.
     """
     room = budget - workspace - 2 * min(1024, num_tokens) * shape.key_bytes
     rows = room // (shape.query_bytes + shape.result_bytes + shape.accumulated_bytes)
@@ -126,7 +127,7 @@ def tile_streaming_bytes(num_tokens: int, shape: CallShape, budget: int, workspa
 
 
 def candidates(num_tokens: int) -> Iterator[tuple[int, ...]]:
-    """Worker counts to try against a budget, those that gather fewer tokens first: Singer sizes, then two levels."""
+    """Worker counts to try, those that gather fewer tokens first: one level of a Singer size, then two levels."""
     sizes = [w for w in (1, *covers.singer_sizes(200)) if w <= max(1, num_tokens)]
     yield from ((w,) for w in sizes)
     pairs = itertools.product(sizes[1:], repeat=2)
@@ -134,7 +135,7 @@ def candidates(num_tokens: int) -> Iterator[tuple[int, ...]]:
 
 
 def choose(num_tokens: int, shape: CallShape, budget: int, workspace: int) -> Plan:
-    """The plan that fits the budget and gathers the fewest tokens.
+    """The plan that fits `budget` bytes, `workspace` included, and gathers the fewest tokens.
 
     Raises:
         ValueError: no plan fits; the message says what the smallest one needs.
@@ -149,16 +150,16 @@ def choose(num_tokens: int, shape: CallShape, budget: int, workspace: int) -> Pl
     assert smallest is not None
     raise ValueError(
         f"a budget of {format_bytes(budget)} is too small for {num_tokens} tokens: the smallest division, workers "
-        f"{'x'.join(map(str, smallest[1]))}, needs {format_bytes(smallest[0])}. Raise it, or run fewer heads at a time."
+        f"{'x'.join(map(str, smallest[1]))}, needs {format_bytes(smallest[0])}. Raise it, or pass fewer heads."
     )
 
 
 def across_devices(division: Plan, shape: CallShape) -> dict[str, tuple[float, float]]:
-    """Bytes a device receives and sends, and bytes it holds, with each method spread over W devices.
+    """Per method: (bytes that a device receives and sends, bytes that it holds), spread over W devices.
 
-    Every device starts with N / W tokens and ends with the result of these. "one device" moves nothing and holds all.
-    Ring attention passes keys and values round; Ulysses exchanges heads for tokens, twice, and cannot use more devices
-    than key heads. A model of volumes, not of time.
+    Every device starts with N / W tokens and ends with the result of the same tokens. "one device" moves nothing and
+    holds all. In ring attention, keys and values pass from device to device. Ulysses exchanges heads for tokens and
+    back, and cannot use more devices than key heads. This counts bytes, not time.
     """
     workers, tokens = division.num_workers, division.num_tokens
     quorum = max(map(len, division.distilled_quorums))

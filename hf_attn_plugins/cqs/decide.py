@@ -1,4 +1,4 @@
-"""What `cqs_attention` does with a call: a plan of workers, or tiles and why."""
+"""What `cqs_attention` does with a call: a plan of workers, or one undivided call and the reason."""
 
 from __future__ import annotations
 

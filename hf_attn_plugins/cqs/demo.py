@@ -1,7 +1,9 @@
-"""The seed's demonstration: Scheduler, Workers and Tiler with every number shown, checked against plain softmax.
+"""The paper's demonstration: Scheduler, Workers and Tiler with every number shown, checked against plain softmax.
 
-Written in NumPy with the paper's own formulas (P = exp(Q K^T) without scaling or shift, S its row sums, O = P V), so
-that it can be followed by hand, and does not lean on the code that it explains.
+The formulas are the paper's: P = exp(Q K^T) without scaling or shift, S = row sums of P, O = P V. They are written in
+NumPy and can be followed by hand. Only the plan is shared with the rest of the package.
+
+Source: CQS-Attention, IEEE Access 13 (2025) 35527.
 """
 
 from __future__ import annotations
@@ -19,7 +21,13 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What one worker of the demonstration computes: P (L, L) with banned pairs zeroed, S (L,) and O (L, d)."""
+    """What one worker of the demonstration computes from its L tokens.
+
+    Attributes:
+        scores: P (L, L), 0 for the pairs that the worker must not compute.
+        sums: S (L,).
+        outputs: O (L, d).
+    """
 
     scores: Array
     sums: Array
@@ -31,8 +39,8 @@ class Demonstration:
     """All numbers of one run.
 
     Attributes:
-        query, key, value: (N, d) in [0, 1).
-        workers: one result per worker.
+        query, key, value: (N, d), float64 in [0, 1).
+        workers: one result per worker, worker 0 first.
         outputs, sums: the Tiler's O (N, d) and S (N,).
     """
 
@@ -45,11 +53,11 @@ class Demonstration:
 
     @property
     def attention(self) -> Array:
-        """O / S: the result."""
+        """The result O / S, (N, d)."""
         return self.outputs / self.sums[:, None]
 
     def is_correct(self) -> bool:
-        """Whether the result equals softmax(Q K^T) V, computed in one piece."""
+        """Whether `attention` equals softmax(Q K^T) V of all tokens at once, up to rounding (`numpy.allclose`)."""
         scores = self.query @ self.key.T
         weights = np.exp(scores - scores.max(1, keepdims=True)) if scores.size else scores
         expected = (weights / weights.sum(1, keepdims=True)) @ self.value
@@ -57,7 +65,7 @@ class Demonstration:
 
 
 def demonstrate(plan: Plan, head_dim: int = 5, seed: int = 0) -> Demonstration:
-    """Run the plan on random queries, keys and values of `head_dim` numbers; memory grows with N^2."""
+    """Run the first level of `plan` on random Q, K and V (N, `head_dim`); memory grows with N^2."""
     generator = np.random.default_rng(seed)
     query, key, value = (generator.random((plan.num_tokens, head_dim)) for _ in range(3))
     outputs, sums = np.zeros_like(value), np.zeros(plan.num_tokens)
@@ -74,7 +82,7 @@ def demonstrate(plan: Plan, head_dim: int = 5, seed: int = 0) -> Demonstration:
 
 
 def memory_summary(plan: Plan) -> dict[str, float]:
-    """Lengths of the workers' material, as numbers and as shares of N."""
+    """Longest, shortest and average number of a worker's tokens: in tokens, and as ratios to N."""
     lengths, total = plan.lengths, max(1, plan.num_tokens)
     return {
         "expected_ratio": len(plan.interest_set) / plan.num_workers,

@@ -10,7 +10,10 @@ from collections.abc import Iterable
 
 
 def interest_set(num_workers: int) -> tuple[int, ...]:
-    """The smallest difference cover known here: from the table up to 200 workers, else Singer's set or Wichmann's.
+    """The smallest difference cover of Z_W known to this package, ascending.
+
+    Up to 200 workers it comes from a table; above, it is Singer's set where W allows one, else Wichmann's cover.
+    Example: 7 workers have (0, 1, 3), whose differences mod 7 are all of 0 .. 6.
 
     Raises:
         ValueError: fewer than one worker.
@@ -24,17 +27,17 @@ def interest_set(num_workers: int) -> tuple[int, ...]:
 
 
 def uncovered(elements: Iterable[int], num_workers: int) -> list[int]:
-    """Residues mod `num_workers`, up to half of it, that are no difference of two elements."""
+    """Residues 0 .. W // 2 that are not the difference of two elements (mod W); d and W - d are covered together."""
     members = list(elements)
     differences = {(a - b) % num_workers for a in members for b in members}
     return [residue for residue in range(num_workers // 2 + 1) if residue not in differences]
 
 
 def check(elements: Iterable[int], num_workers: int) -> tuple[int, ...]:
-    """The elements as a tuple, in their order, if they are an interest set of `num_workers` workers.
+    """The elements as a tuple, in their order, after checking that they are a difference cover of Z_W.
 
     Raises:
-        ValueError: no elements, elements outside 0 .. W - 1 or repeated, or a residue that is no difference of two.
+        ValueError: an element is no whole number of 0 .. W - 1 or is repeated, or a residue is no difference of two.
     """
     members = tuple(elements)
     if any(not isinstance(e, int) or not 0 <= e < num_workers for e in members) or len(set(members)) < len(members):
@@ -48,11 +51,6 @@ def check(elements: Iterable[int], num_workers: int) -> tuple[int, ...]:
     return members
 
 
-def is_perfect(elements: tuple[int, ...], num_workers: int) -> bool:
-    """Whether every residue but 0 is a difference exactly once: then no work or memory is spent on duplicates."""
-    return len(elements) * (len(elements) - 1) + 1 == num_workers
-
-
 @functools.cache
 def _table() -> dict[int, tuple[int, ...]]:
     text = importlib.resources.files(__package__).joinpath("difference_covers_1_200.json").read_text()
@@ -60,7 +58,7 @@ def _table() -> dict[int, tuple[int, ...]]:
 
 
 def singer_sizes(limit: int) -> list[int]:
-    """The W = q^2 + q + 1 <= limit with q a prime power: those with a perfect set, and so the sizes to prefer."""
+    """All W = q^2 + q + 1 <= limit with q a prime power. Z_W then has a cover in which no difference comes up twice."""
     orders = itertools.takewhile(lambda q: q * q + q + 1 <= limit, itertools.count(2))
     return [q * q + q + 1 for q in orders if _prime_power(q)]
 
@@ -68,8 +66,8 @@ def singer_sizes(limit: int) -> list[int]:
 def singer(num_workers: int) -> tuple[int, ...] | None:
     """Singer's perfect difference set of q + 1 elements for W = q^2 + q + 1, q a prime power; None for other W.
 
-    With alpha primitive in GF(q^3): {0} and log(alpha + a) mod W for all a in GF(q) = {0} and the powers of alpha^W.
-    Source: J. Singer, Trans. AMS 43 (1938) 377-385.
+    With a primitive element alpha of GF(q^3), the set is {0} and log_alpha(alpha + a) mod W for every a in GF(q).
+    GF(q) itself is 0 and the powers of alpha^W. Source: J. Singer, Trans. AMS 43 (1938) 377-385.
     """
     order = next(q for q in itertools.count(1) if q * q + q + 1 >= num_workers)
     factors = _prime_power(order)
@@ -133,10 +131,10 @@ def _power_of_x(exponent: int, low: tuple[int, ...], prime: int) -> tuple[int, .
 
 
 def wichmann(num_workers: int) -> tuple[int, ...]:
-    """A cover for any W from the Wichmann ruler that measures 1 .. W // 2 with the fewest marks.
+    """A cover for any W, ascending: the marks of the Wichmann ruler that measures 1 .. W // 2 with the fewest marks.
 
-    Steps 1^r, r+1, (2r+1)^r, (4r+3)^s, (2r+2)^(r+1), 1^r: 4r + s + 3 marks, length 4r(r+s+2) + 3(s+1).
-    Source: B. Wichmann, J. London Math. Soc. 38 (1963) 465-466.
+    The distances between marks are 1^r, r+1, (2r+1)^r, (4r+3)^s, (2r+2)^(r+1), 1^r, where x^n means n times x. That is
+    4r + s + 3 marks and a length of 4r(r+s+2) + 3(s+1). Source: B. Wichmann, J. London Math. Soc. 38 (1963) 465-466.
     """
     need = num_workers // 2
     best: tuple[int, int, int] | None = None

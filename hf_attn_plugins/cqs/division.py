@@ -1,8 +1,13 @@
-"""One divide: which pairs of token groups each of W workers keeps. Integers only.
+"""One level of division: which pairs of token groups each of W workers keeps. Integers only.
 
-Source: CQS-Attention, IEEE Access 13 (2025) 35527, sections on the Scheduler. All pairs of residues are enumerated by
-the position pairs of the interest set, shifted by the worker's index; where several position pairs have one cyclic
-difference, the first of them in combination order is kept by every worker, and so every pair of groups by exactly one.
+Worker w holds the groups a + w (mod W) for every a of the interest set: its quorum. The interest set is a difference
+cover, so every pair of groups is in some quorum. If two pairs of elements have the same cyclic difference, all workers
+keep the first of them only, in combination order. So exactly one worker keeps each pair of groups.
+
+Example: W = 7 and {0, 1, 3}. Worker 0 keeps the pairs of groups (0, 1), (0, 3), (1, 3) and its own group, worker 1 the
+pairs (1, 2), (1, 4), (2, 4) and its own.
+
+Source: CQS-Attention, IEEE Access 13 (2025) 35527 (Scheduler).
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ class Division:
 
     Attributes:
         num_workers: W, also the number of token groups.
-        interest_set: difference cover of Z_W; its order decides which duplicate pairs are kept.
+        interest_set: difference cover of Z_W; of pairs with one difference, its order decides which is kept.
     """
 
     num_workers: int
@@ -30,10 +35,10 @@ class Division:
 
     @classmethod
     def of(cls, num_workers: int, interest_set: tuple[int, ...] | None = None) -> Division:
-        """With the given interest set, checked, or the best one known.
+        """A division with the given interest set, which is checked; None takes the smallest known.
 
         Raises:
-            ValueError: fewer than one worker, or a set that is no difference cover.
+            ValueError: fewer than one worker, or the set is no difference cover.
         """
         known = covers.interest_set(num_workers)
         return cls(num_workers, known if interest_set is None else covers.check(interest_set, num_workers))
@@ -48,7 +53,7 @@ class Division:
 
     @functools.cached_property
     def _kept(self) -> list[tuple[int, bool]]:
-        """Positions in the undistilled list whose difference is new, and whether it is W / 2."""
+        """(position in `undistilled`, whether the difference is W / 2) of the first pair with each difference."""
         seen: set[int] = set()
         kept = []
         for position, (a, b) in enumerate(itertools.combinations(self.interest_set, 2)):
@@ -59,7 +64,7 @@ class Division:
         return kept
 
     def distilled(self, worker: int) -> list[Pair]:
-        """The pairs this worker keeps; those W / 2 apart come up twice and stay with the first half of the workers."""
+        """The pairs this worker keeps. Of two workers with the same pair, W / 2 apart, the lower one keeps it."""
         pairs = self.undistilled(worker)
         return [pairs[p] for p, half in self._kept if not half or 2 * worker < self.num_workers]
 
@@ -68,14 +73,14 @@ class Division:
         return sorted({worker}.union(*self.distilled(worker)))
 
     def keep(self, worker: int) -> list[list[bool]]:
-        """Per pair of `groups(worker)`, whether the worker computes it: its kept pairs and its own diagonal block."""
+        """A symmetric table over `groups(worker)`: True for the pairs it keeps and for its own diagonal block."""
         kept = {(worker, worker), *self.distilled(worker)}
         groups = self.groups(worker)
         return [[(min(a, b), max(a, b)) in kept for b in groups] for a in groups]
 
 
 def group_range(group: int, num_tokens: int, num_workers: int) -> Pair:
-    """First and end position of a token group: sizes differ by at most one, the larger groups come last."""
+    """First and end position of a token group. Sizes differ by at most one token; the larger groups come last."""
     size, larger = divmod(num_tokens, num_workers)
     begin = group * size + max(0, group - (num_workers - larger))
     return begin, begin + size + (group >= num_workers - larger)

@@ -9,7 +9,7 @@ from hf_attn_plugins.cqs.scheduler import Plan
 
 
 def partition(plan: Plan) -> list[list[int]]:
-    """The worker that computes each block of token groups, W x W."""
+    """W x W table: the worker that computes the block of groups (row, column)."""
     owner = [[-1] * plan.num_workers for _ in range(plan.num_workers)]
     for worker, pairs in enumerate(plan.distilled_pairs):
         owner[worker][worker] = worker
@@ -19,7 +19,7 @@ def partition(plan: Plan) -> list[list[int]]:
 
 
 def draw(plan: Plan, path: str | os.PathLike[str]) -> None:
-    """Write both pictures side by side to an image file; any N, since blocks are drawn and not tokens.
+    """Write both pictures side by side to the image file `path`. Blocks are drawn, not tokens, so any N works.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed; the message names the extra that brings it.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import hf_attn_plugins.cqs.difference_covers as difference_covers
 from hf_attn_plugins.core.options import MOST_TOKENS, Options, shown
 
-MOST_WORKERS = 1024  # the plan is made before every new length, in time that grows with the square of the workers
+MOST_WORKERS = 1024  # every new length needs a plan, and planning takes time quadratic in the workers
 
 
 @dataclass(frozen=True)
@@ -15,10 +15,13 @@ class CQSOptions(Options):
     """Options of `cqs_attention`.
 
     Attributes:
-        workers: number of workers W, 1 .. 1024, or None to choose it from the length (`cqs.scheduler.default_workers`).
-        interest_set: difference cover of Z_W for these workers, or None for the smallest known; needs `workers`.
-        min_length: prefills shorter than this, and all decoding, go straight to tiled attention.
-        kernel: a kernel by name (see `kernels.KERNELS`), or None to choose by device, dtype and shape.
+        workers: number of workers W, 1 .. 1024; None chooses it from the length (`cqs.scheduler.default_workers`).
+        interest_set: difference cover of Z_W for these workers; None takes the smallest known. Needs `workers`.
+        min_length: tokens; shorter prompts, and all decoding, are not divided.
+        kernel: a kernel's name (see `kernels.KERNELS`); None chooses by device, dtype and shape.
+
+    Raises:
+        ValueError: a value is out of range, or the interest set is no difference cover of Z_W.
     """
 
     workers: int | None = None
@@ -37,5 +40,5 @@ class CQSOptions(Options):
                 raise ValueError(f"interest_set={self.interest_set} needs workers, the number it is a cover for.")
             if not isinstance(self.interest_set, list | tuple):
                 raise ValueError(f"interest_set={shown(self.interest_set)}: a list of whole numbers is needed.")
-            # A list when it comes from a config file; a tuple can be hashed, which lets plans be kept.
+            # A config file holds a list; plans are cached by the set, which must be hashable.
             object.__setattr__(self, "interest_set", difference_covers.check(self.interest_set, self.workers))

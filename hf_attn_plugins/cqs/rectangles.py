@@ -1,4 +1,4 @@
-"""The shares of workers as rectangles of the score matrix, which a GPU does in one launch. Integers only."""
+"""The shares of workers as rectangles of the score matrix, for kernels that compute many in one launch; integers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from hf_attn_plugins.cqs.worker_share import Leaf, Range, joined
 
 
 def rectangles_of(leaves: Iterable[Leaf], is_causal: bool = False) -> list[Rectangle]:
-    """The cells that some workers keep, all of a plan's or any of them, each cell in one rectangle.
+    """Rectangles that cover the cells kept by `leaves`, each cell once; `leaves` may be any workers of a plan.
 
-    Rows are cut wherever a worker's ranges begin or end; the keys that the workers keep for the same rows are joined
-    into runs. A whole plan comes to one run a group of tokens, so that no tile is visited more often than dense
-    attention visits it. Causal rectangles reach above the diagonal: the mask binds them.
+    Rows are cut wherever a worker's range begins or ends. All keys that the workers keep for the same rows are joined
+    into runs. The leaves of a whole plan give one run per group of tokens, so a kernel visits no tile twice. Causal
+    rectangles on the diagonal hold cells above it, which the mask hides.
 
     Example: the leaves of `plan(8, 2)`, causal: rows 0 .. 4 see keys 0 .. 4, rows 4 .. 8 see keys 0 .. 8.
     """
@@ -38,7 +38,7 @@ def rectangles_of(leaves: Iterable[Leaf], is_causal: bool = False) -> list[Recta
     ]
 
 
-@functools.lru_cache(maxsize=32)  # every layer of a model asks for the same plan
+@functools.lru_cache(maxsize=32)  # every layer of a model has the same plan
 def of_plan(plan: Plan, is_causal: bool) -> list[Rectangle]:
-    """`pieces` of all leaves of a plan."""
+    """`rectangles_of` all leaves of a plan."""
     return rectangles_of(plan.leaves(), is_causal)

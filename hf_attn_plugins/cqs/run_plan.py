@@ -1,4 +1,4 @@
-"""Exact attention by a plan: Scheduler's leaves, Workers one by one, Tiler; on GPUs all Workers in one launch."""
+"""Exact attention by a plan: its workers run one by one and are merged, or run all at once where a kernel can."""
 
 from __future__ import annotations
 
@@ -41,54 +41,60 @@ def attention(
     out: Tensor | None = None,
     folder: str | os.PathLike[str] | None = None,
 ) -> Partial:
-    """Exact self-attention, divided among the workers of `plan` and merged; every pair of positions computed once.
+    """Exact self-attention: the workers of `plan` compute every pair of positions once, and their results are merged.
 
-    Differentiable in query, key, value, sinks and a float mask, through both results. The workers run one after another
-    here, or, with the kernel "triton" (which GPUs take), all in one launch over the cells that they keep: on a device
-    that holds every token anyway, one worker at a time would only leave it idle, and their partial results cost memory.
-    `work` and `Tiler` are the parts for running workers anywhere else, one by one.
+    Differentiable in query, key, value, sinks and a float mask, through both results. A kernel that takes rectangles
+    ("triton" on GPUs, "cpu_fused" on CPUs) computes the pairs of all workers in one launch. Otherwise the workers run
+    one after another. To run workers elsewhere, use `work` and `Tiler`.
 
-    With `memory_budget` the workers run one after another everywhere, and all that is allocated besides the inputs and
-    the returned pair stays within that many bytes on the computing device; a plan that fits is chosen when none is
-    given, and there are no gradients. Then query, key and value may also be NumPy arrays (`numpy.memmap`) or slice
-    objects of safetensors files, read range by range.
+    With `memory_budget` the workers always run one after another. Besides the inputs and the result, at most that many
+    bytes are allocated on the computing device. No gradients are computed. Query, key and value may then also be NumPy
+    arrays (`numpy.memmap`) or slice objects of safetensors files; both are read range by range.
 
     Args:
         query: (B, Hq, N, D), of any float dtype.
         key, value: (B, Hkv, N, D) and (B, Hkv, N, Dv) with the query's dtype; Hq a multiple of Hkv.
-        plan: made by `plan` for N tokens.
+        plan: made by `plan` for N tokens; None, only with a budget, chooses one that fits.
         is_causal, scale, softcap, window, dropout, kernel: as in `kernels.attend`.
         mask: a `Mask` over all N x N pairs, or a bool or float tensor that broadcasts to (B, Hq, N, N).
-        sinks: (Hq,) logits that take part in every row's softmax and hold no value.
+        sinks: (Hq,) learned logits: each adds exp(sink) to the denominator of every row's softmax, and no value.
         memory_budget: bytes, as a number or like "512MiB".
         device: where to compute when the inputs are elsewhere; only with a budget.
-        out: tensor for the result, for example mapped from a file; only with a budget. When None it is made in memory,
-            or in a nameless temporary file if any input is a file.
-        folder: where temporary files go; low-precision results are merged in a float32 one. Only with a budget.
+        out: (B, Hq, N, Dv) in the query's dtype, for the result, for example mapped from a file; only with a budget.
+            None takes memory, or a temporary file if any input is a file.
+        folder: where temporary files go; only with a budget. Results below float32 are merged in a float32 file.
 
     Returns:
         `Partial`, a pair (out, lse): out (B, Hq, N, Dv) in the query's dtype, lse (B, Hq, N) in float32 (float64 for
-        float64), the sinks included.
+        float64). Both include the sinks.
 
     Raises:
-        ValueError: the plan is missing, for another length or too large for the budget, or an argument does not fit;
-            the message says which.
+        ValueError: the plan is missing, is for another length or needs more than the budget, or an argument does not
+            fit; the message says which.
+        NotImplementedError: the named kernel cannot compute this call.
+
+    Source: CQS-Attention, IEEE Access 13 (2025) 35527; workers one after another: Stream-CQSA, arXiv 2604.20819.
     """
     whole = one_mask(mask, is_causal, window)
     if memory_budget is not None:
         if torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (query, key, value)):
-            raise ValueError("memory_budget computes no gradients: call it under torch.no_grad(), or leave it out.")
+            raise ValueError(
+                "memory_budget gives no gradients: call under torch.no_grad(), or leave memory_budget out."
+            )
         from hf_attn_plugins.cqs.streaming import stream
 
         return stream(
             query, key, value, plan, budget=parse_bytes(memory_budget), mask=whole, scale=scale, softcap=softcap,
             dropout=dropout, sinks=sinks, kernel=kernel, device=device, out=out, folder=folder,
         )  # fmt: skip
-    if plan is None or not (device is None and out is None and folder is None):
-        raise ValueError("plan may be left out, and device, out and folder be given, only with a memory_budget.")
+    if plan is None:
+        raise ValueError("plan is missing: pass cqs.plan(num_tokens, num_workers), or a memory_budget to choose one.")
+    given = [name for name, x in (("device", device), ("out", out), ("folder", folder)) if x is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)} needs a memory_budget: pass one, or leave {', '.join(given)} out.")
     check_lengths(query.shape[TOKENS], key.shape[TOKENS], plan, whole)
     if choose_rectangles(query, key, value, whole, softcap, dropout, kernel) is not None:
-        # A prefix is seen from before it, so its blocks above the diagonal count although the rest is causal.
+        # Rows before and inside of a prefix see all of it, so pairs above the diagonal are needed, too.
         rectangles = of_plan(plan, whole.causal and not whole.prefix)
         part = attend_rectangles(
             query, key, value, rectangles, mask=whole.replace(offset=0), scale=scale, softcap=softcap, dropout=dropout,

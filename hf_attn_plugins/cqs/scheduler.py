@@ -1,4 +1,4 @@
-"""The Scheduler: who computes what, in the paper's terms. Integers only, computed when asked for."""
+"""The Scheduler: which worker computes which pairs of tokens, in the paper's terms. Integers only."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import hf_attn_plugins.cqs.difference_covers as covers
 from hf_attn_plugins.cqs.division import Division, Pair, group_range
 from hf_attn_plugins.cqs.worker_share import Leaf
 
-LEAST_GROUP = 1024  # tokens; smaller groups make kernel calls too small to be worth their start
-MOST_WORKERS = 31
+# `default_workers`: below this many tokens per group, starting a kernel call costs more than the division is worth.
+LEAST_GROUP = 1024
+MOST_DEFAULT_WORKERS = 31
 
 
 @dataclass(frozen=True)
 class Plan:
     """A division of all ordered pairs of `num_tokens` positions among independent workers.
 
-    The lists below describe the first level; `leaves()` goes through all of them.
+    The lists describe the first level and are made anew at each access. `leaves()` takes all levels.
 
     Attributes:
         num_tokens: N >= 0.
@@ -66,12 +67,12 @@ class Plan:
 
     @property
     def keep(self) -> list[list[list[bool]]]:
-        """Per worker a table over its distilled quorum: True where it computes that block."""
+        """Per worker a symmetric table over its distilled quorum: True where it computes that block."""
         return [self.levels[0].keep(w) for w in range(self.num_workers)]
 
     @property
     def material(self) -> list[list[int]]:
-        """Per worker the positions of its tokens, ascending: O(N m) numbers, see `lengths` for their counts."""
+        """Per worker the positions of its tokens, ascending. `lengths` has their numbers alone."""
         return [self._material(w) for w in range(self.num_workers)]
 
     @property
@@ -85,13 +86,13 @@ class Plan:
         return list(itertools.chain.from_iterable(groups[g] for g in self.levels[0].groups(worker)))
 
     def tasks(self, worker: int) -> list[Pair]:
-        """All token pairs the worker computes, its diagonal block first; for demonstration, O(N^2 / W) pairs."""
+        """All token pairs the worker computes, its diagonal block first: O(N^2 / W) pairs, for demonstration."""
         groups = self.token_groups
         own = [(a, b) for a in groups[worker] for b in groups[worker]]
         return own + _both_ways(self.levels[0].distilled(worker), groups)
 
     def bans(self, worker: int) -> list[Pair]:
-        """All token pairs of its material that the worker must not compute; their order means nothing."""
+        """All token pairs of its material that the worker must not compute, in no particular order."""
         division, groups = self.levels[0], self.token_groups
         own = division.groups(worker)
         blocks = set(itertools.combinations_with_replacement(own, 2)) - {(worker, worker), *division.distilled(worker)}
@@ -102,7 +103,7 @@ class Plan:
         return banned
 
     def local_bans(self, worker: int) -> list[Pair]:
-        """`bans` with positions replaced by their places in the worker's material."""
+        """`bans` with each position replaced by its index in the worker's material."""
         place = {token: index for index, token in enumerate(self._material(worker))}
         return [(place[a], place[b]) for a, b in self.bans(worker)]
 
@@ -115,7 +116,7 @@ class Plan:
         return leaves
 
     def balance(self, is_causal: bool = False) -> float:
-        """The largest leaf's share of the cells over the mean leaf's; 1 is perfect."""
+        """Cells of the largest leaf divided by those of the mean leaf; 1 is perfect."""
         cells = [leaf.cells(is_causal) for leaf in self.leaves()]
         return max(cells) / statistics.mean(cells) if cells else 1.0
 
@@ -130,11 +131,11 @@ def plan(
     Args:
         num_tokens: N >= 0.
         num_workers: W >= 1, or one number per level of a recursive division, outermost first.
-        interest_set: a difference cover of Z_W, whose order decides between duplicate pairs; None takes the smallest
-            known. For several levels one set, or None, per level.
+        interest_set: a difference cover of Z_W; of pairs with one difference, its order decides which is kept. None
+            takes the smallest known. For several levels: one set, or None, per level.
 
     Raises:
-        ValueError: a negative length, no or fewer than one worker, or a set that is no difference cover.
+        ValueError: the length is negative, a number of workers is missing or below 1, or a set is no difference cover.
 
     Source: CQS-Attention, IEEE Access 13 (2025) 35527 (Scheduler); recursion: arXiv 2604.20819.
     """
@@ -153,8 +154,11 @@ def plan(
 
 
 def default_workers(num_tokens: int) -> int:
-    """The number of workers to take on one device: the largest Singer size from 7 to 31 with large enough groups."""
-    sizes = covers.singer_sizes(MOST_WORKERS)
+    """The number of workers for one device: the largest Singer size of 7 .. 31 with `LEAST_GROUP` tokens per group.
+
+    7 where no size has. Example: 8192 tokens have 7 workers, 32768 tokens have 31.
+    """
+    sizes = covers.singer_sizes(MOST_DEFAULT_WORKERS)
     return max(size for size in sizes if size == sizes[0] or num_tokens >= size * LEAST_GROUP)
 
 

@@ -32,7 +32,7 @@ def scheduler(plan: Plan, head_dim: int) -> Iterator[str]:
 
 
 def workers_and_tiler(demo: Demonstration) -> Iterator[str]:
-    """What every worker computes, and what the Tiler makes of it."""
+    """What every worker computes, and the Tiler's sums and result."""
     yield "===== Workers ====="
     for index, local in enumerate(demo.workers):
         length, head_dim = local.outputs.shape
@@ -46,7 +46,7 @@ def workers_and_tiler(demo: Demonstration) -> Iterator[str]:
 
 
 def summary(plan: Plan) -> Iterator[str]:
-    """The memory summary, and how evenly the work is spread."""
+    """Tokens per worker, and how evenly the work is spread."""
     s = memory_summary(plan)
     yield f"Approximate ratio of subsequence length to N, m / W: {s['expected_ratio']}"
     yield f"Longest subsequence: {s['longest']}, ratio to N: {s['longest_ratio']}"
@@ -60,7 +60,7 @@ def summary(plan: Plan) -> Iterator[str]:
 
 
 def costs(plan: Plan, shape: cost.CallShape, is_causal: bool, budget: int | None, workspace: int) -> Iterator[str]:
-    """Bytes moved and held, cells executed, and the alternatives."""
+    """Cells computed, bytes moved and held, and the same for the alternatives."""
     numbers = cost_numbers(plan, shape, is_causal, budget, workspace)
     counts = " x ".join(str(level.num_workers) for level in plan.levels)
     yield f"==== Cost of {plan.num_tokens} tokens with {counts} workers, {'causal' if is_causal else 'all pairs'} ===="
@@ -86,7 +86,7 @@ def costs(plan: Plan, shape: cost.CallShape, is_causal: bool, budget: int | None
 
 
 def cost_numbers(plan: Plan, shape: cost.CallShape, is_causal: bool, budget: int | None, workspace: int) -> dict:
-    """The numbers of `costs`, for machines."""
+    """The numbers of `costs` as a dictionary, for JSON: cells, bytes, and ratios to N^2."""
     total = max(1, plan.num_tokens) ** 2
     cells = sum(leaf.cells(is_causal) for leaf in plan.leaves())
     return {

@@ -1,4 +1,4 @@
-"""Where long tensors lie: reading ranges of tokens from memory or files, and results that are kept in files."""
+"""Long tensors in files: ranges of tokens are read from memory or a file, and results can be kept in a file."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from hf_attn_plugins.cqs.worker_share import Range
 
 
 class Source:
-    """Ranges of tokens of a (B, H, N, D) array that is not loaded as a whole.
+    """A (B, H, N, D) array in memory or in a file, of which ranges of tokens are read.
 
     Args:
         array: a tensor (in memory, or mapped by `torch.from_file`), a NumPy array (`numpy.memmap`), or a slice object
             of a safetensors file (`safetensors.safe_open(path, "pt").get_slice(name)`).
 
     Raises:
-        ValueError: something else, or not 4-d.
+        ValueError: the array is of another kind, or not 4-d.
     """
 
     def __init__(self, array: Any) -> None:
@@ -32,7 +32,7 @@ class Source:
         self._slice = None
         if isinstance(array, np.ndarray):
             with warnings.catch_warnings():
-                # A file mapped for reading only gives a tensor that must not be written to, and it is not.
+                # PyTorch warns that a tensor over a read-only file must not be written to. It is only read here.
                 warnings.simplefilter("ignore", UserWarning)
                 array = torch.from_numpy(array)
         if isinstance(array, Tensor):
@@ -41,12 +41,14 @@ class Source:
             self._slice, self.shape = array, tuple(array.get_shape())
             self.dtype = array[:0].dtype
         else:
-            raise ValueError(f"{type(array).__name__}: pass a tensor, a NumPy array or a safetensors slice.")
+            raise ValueError(
+                f"query, key or value is a {type(array).__name__}: pass a tensor, a NumPy array or a safetensors slice."
+            )
         if len(self.shape) != 4:
             raise ValueError(f"query, key and value must be 4-d (batch, heads, tokens, head_dim), got {self.shape}.")
 
     def read(self, ranges: tuple[Range, ...], device: torch.device | None = None) -> Tokens:
-        """The tokens of these ranges on the device; copied together, unless one range lies there already."""
+        """The tokens of these ranges on `device` (None: where the array is); a view if it is one range and there."""
         if self._slice is not None:
             parts = [self._slice[:, :, begin:end] for begin, end in ranges]
         else:
@@ -65,12 +67,12 @@ class Source:
             )
             place += part.shape[TOKENS]
         if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()  # pinned copies may be reused from here on
+            torch.cuda.current_stream(device).synchronize()  # the pinned copies must live until they are transferred
         return Tokens(held, ranges)
 
 
 def file_tensor(shape: tuple[int, ...], dtype: torch.dtype, folder: str | os.PathLike[str] | None) -> Tensor:
-    """A zeroed tensor in a nameless file of the folder (the system's for temporary files when None)."""
+    """A tensor of zeros in a temporary file that has no name; `folder` None is the system's temporary folder."""
     count = math.prod(shape)
     if count == 0:
         return torch.empty(shape, dtype=dtype)

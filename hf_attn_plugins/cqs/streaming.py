@@ -1,4 +1,4 @@
-"""Bounded memory: workers one after another, inputs and results wherever they lie, held within a budget of bytes."""
+"""Bounded memory: workers run one after another within a budget of bytes; inputs and results may lie in files."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from hf_attn_plugins.cqs.sub_masks import check_lengths
 from hf_attn_plugins.cqs.tiler import Ledger
 from hf_attn_plugins.cqs.tokens import TOKENS
 from hf_attn_plugins.cqs.workers import work
+from hf_attn_plugins.kernels.choose import only_pytorch_runs
 
-FUSED_WORKSPACE = 8 * 2**20  # what PyTorch's fused operators allocate, plus `PER_THREAD` for each thread
+OPERATOR_WORKSPACE = 8 * 2**20  # bytes that PyTorch's operators allocate, besides `PER_THREAD` for each thread
 PER_THREAD = 2**20
 
 
@@ -39,7 +40,14 @@ def stream(
     out: Tensor | None = None,
     folder: str | os.PathLike[str] | None = None,
 ) -> Partial:
-    """See `attention` with `memory_budget`. Rows are merged in place, in float32 (float64), block by block."""
+    """`run_plan.attention` with a `memory_budget`, here `budget` in bytes.
+
+    Results are merged in place, block of rows by block of rows, in float32 (float64 for float64).
+
+    Raises:
+        ValueError: the plan or every plan needs more than the budget, or an argument does not fit; see
+            `run_plan.attention`.
+    """
     sources = [Source(x) for x in (query, key, value)]
     shape, dtype = _shape(*sources), sources[0].dtype
     num_tokens = sources[0].shape[TOKENS]
@@ -49,21 +57,24 @@ def stream(
     peak = cost.streaming_peak(plan, shape, workspace)
     if peak > budget:
         raise ValueError(
-            f"this plan holds up to {cost.format_bytes(peak)}, above the budget of {cost.format_bytes(budget)}: leave "
-            "the plan out and one that fits is chosen."
+            f"this plan needs up to {cost.format_bytes(peak)}, more than the budget of {cost.format_bytes(budget)}: "
+            "raise the budget, or leave the plan out and one that fits is chosen."
         )
     device = torch.device(device) if device is not None else None
     mask = mask if device is None else _moved(mask, device)
     wide = lse_dtype(dtype)
-    home = query.device if isinstance(query, Tensor) else torch.device("cpu")
+    out_device = query.device if isinstance(query, Tensor) else torch.device("cpu")
     in_files = any(source.in_file for source in sources)
     rows_shape = (*sources[0].shape[:3], shape.head_dim_v)
-    if out is None:
-        out = file_tensor(rows_shape, dtype, folder) if in_files else torch.zeros(rows_shape, dtype=dtype, device=home)
+    if out is None and in_files:
+        out = file_tensor(rows_shape, dtype, folder)
+    elif out is None:
+        out = torch.zeros(rows_shape, dtype=dtype, device=out_device)
     elif tuple(out.shape) != rows_shape or out.dtype != dtype:
         raise ValueError(f"out must be {rows_shape} of {dtype}, got {tuple(out.shape)} of {out.dtype}.")
     total = out.zero_() if dtype == wide else file_tensor(rows_shape, wide, folder)
-    lse = torch.full(rows_shape[:3], -torch.inf, dtype=wide, device=out.device)
+    merged = Partial(total, torch.full(rows_shape[:3], -torch.inf, dtype=wide, device=total.device))
+    sinks = None if sinks is None else sinks.to(total.device)
     block = max(1, cost.MERGE_BLOCK // max(1, shape.accumulated_bytes))
     leaves = list(plan.leaves())
     ledger = Ledger(leaves)
@@ -86,38 +97,38 @@ def stream(
                 )
                 for (begin, end), partial in zip(result.rows, result.partials, strict=True):
                     for first in range(begin, end, block):
-                        _merge_into(total, lse, partial, begin, first, min(end, first + block))
+                        last = min(end, first + block)
+                        _merge_into(merged.rows(first, last), partial.rows(first - begin, last - begin))
                 del queries, result
             ledger.admit(leaf.path)
             del keys, values
         ledger.require_all()
+        results = Partial(out, merged.lse.to(out.device))
         for first in range(0, num_tokens, block):
-            part = (slice(None), slice(None), slice(first, first + block))
-            final = with_sinks(Partial(total[part], lse[part]), sinks)
-            out[part] = final.out.to(dtype)
-            lse[part] = final.lse
-    return Partial(out, lse)
+            _copy_into(results.rows(first, first + block), with_sinks(merged.rows(first, first + block), sinks))
+    return results
 
 
 def workspace_bytes(dtype: torch.dtype, mask: Mask, softcap: float | None, dropout: float, kernel: str | None) -> int:
-    """Bytes to set aside for the kernel itself, whichever of them runs."""
-    plain = mask.window == (None, None) and not mask.prefix and mask.has_no_tensors()
-    fused = plain and softcap is None and not dropout and dtype != torch.bfloat16
-    if kernel == "aten" or (kernel is None and fused):
-        return FUSED_WORKSPACE + PER_THREAD * torch.get_num_threads()
+    """Upper bound of the bytes that the kernel itself allocates."""
+    if only_pytorch_runs(dtype, mask, softcap, dropout, kernel):
+        return OPERATOR_WORKSPACE + PER_THREAD * torch.get_num_threads()
     return cost.WORKSPACE
 
 
 def _moved(mask: Mask, device: torch.device) -> Mask:
-    held = {name: getattr(mask, name) for name in ("key_padding", "query_segments", "key_segments", "bias")}
-    return mask.replace(**{name: tensor.to(device) for name, tensor in held.items() if tensor is not None})
+    tensors = {name: getattr(mask, name) for name in ("key_padding", "query_segments", "key_segments", "bias")}
+    return mask.replace(**{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
 
 
-def _merge_into(total: Tensor, lse: Tensor, partial: Partial, begin: int, first: int, end: int) -> None:
-    held, rows = (slice(None), slice(None), slice(first, end)), slice(first - begin, end - begin)
-    new = Partial(partial.out[:, :, rows].to(total.device), partial.lse[:, :, rows].to(total.device))
-    merged = merge([Partial(total[held], lse[held]), new])
-    total[held], lse[held] = merged.out, merged.lse
+def _merge_into(rows: Partial, new: Partial) -> None:
+    device = rows.out.device
+    _copy_into(rows, merge([rows, Partial(new.out.to(device), new.lse.to(device))]))
+
+
+def _copy_into(rows: Partial, new: Partial) -> None:
+    rows.out.copy_(new.out)
+    rows.lse.copy_(new.lse)
 
 
 def _shape(query: Source, key: Source, value: Source) -> cost.CallShape:

@@ -1,4 +1,4 @@
-"""A mask over all N positions: whether it is one for the plan, and cut down to a piece, its rows and ranges of keys."""
+"""The mask of one piece, cut from the mask over all N positions; and the check that call and plan fit together."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from hf_attn_plugins.cqs.worker_share import Piece, Range
 
 
 def calls(mask: Mask, piece: Piece) -> list[tuple[tuple[Range, ...], Mask]]:
-    """The kernel calls of a piece, each with its ranges of keys and the mask for them.
+    """The kernel calls of a piece: the ranges of keys of each call, and its mask.
 
-    One call where only tensors decide beyond causality. Windows, prefixes and predicates go by position, so then each
-    run of neighbouring keys is its own call, whose offset says where it lies, and runs out of reach are left out.
+    One call for all keys, unless the mask has a window, a prefix or a predicate. Those depend on positions: each run of
+    neighbouring keys becomes a call of its own with its own offset, and runs that no row can see are left out.
     """
     if mask.window == (None, None) and not mask.prefix and mask.predicate is None:
         local = _cut(mask, piece.rows, piece.keys).replace(causal=piece.causal, offset=None)
@@ -66,11 +66,15 @@ def _shifted(predicate: Predicate | None, first_key: int) -> Predicate | None:
 
 
 def check_lengths(rows: int, keys: int, plan: Plan, mask: Mask) -> None:
-    """Raise ValueError unless this is self-attention over the plan's tokens."""
+    """Check that this is self-attention over the plan's tokens.
+
+    Raises:
+        ValueError: the number of rows or keys is not the plan's, or row 0 is not at position 0.
+    """
     if not rows == keys == plan.num_tokens:
         raise ValueError(
             f"the plan is for {plan.num_tokens} tokens, got {rows} query and {keys} key positions: CQS divides square "
             "self-attention; use kernels.attend for decoding and cross-attention."
         )
     if mask.start(rows, keys) != 0:
-        raise ValueError(f"mask.offset={mask.offset}: in self-attention row 0 stands at position 0.")
+        raise ValueError(f"mask.offset={mask.offset}: self-attention starts at position 0; pass offset=0 or None.")

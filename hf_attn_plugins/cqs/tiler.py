@@ -1,4 +1,4 @@
-"""The Tiler: puts the workers' partial results together, each worker once, in whatever order they come."""
+"""The Tiler: merges the workers' partial results, each worker once, in any order of arrival."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_attn_plugins.cqs.workers import WorkerResult
 
 
 class Ledger:
-    """Who has reported, and who has yet to.
+    """Which workers of a plan have reported.
 
     Args:
         leaves: all leaves of a plan.
@@ -25,7 +25,7 @@ class Ledger:
         self._done: set[tuple[int, ...]] = set()
 
     def admit(self, path: tuple[int, ...]) -> bool:
-        """Note a worker's report; False when it had reported before, and its result must not be counted again.
+        """Note a worker's report. False when it had reported before: its result must not be counted again.
 
         Raises:
             ValueError: the plan has no such worker.
@@ -43,10 +43,10 @@ class Ledger:
         return [name for path, name in self._names.items() if path not in self._done]
 
     def require_all(self) -> None:
-        """Raise unless every worker has reported.
+        """Check that every worker has reported.
 
         Raises:
-            ValueError: naming the missing workers.
+            ValueError: workers are missing; the message names them.
         """
         missing = self.missing
         if missing:
@@ -59,8 +59,8 @@ class Tiler:
 
     Args:
         leaves: all leaves of the plan.
-        query: (B, Hq, N, D), for the shape and dtype of rows.
-        head_dim_v: Dv.
+        query: (B, Hq, N, D), read for its shape, dtype and device only.
+        head_dim_v: Dv, elements of a value.
     """
 
     def __init__(self, leaves: Iterable[Leaf], query: Tensor, head_dim_v: int) -> None:
@@ -69,7 +69,7 @@ class Tiler:
         self._results: dict[tuple[int, ...], WorkerResult] = {}
 
     def add(self, result: WorkerResult) -> bool:
-        """Take a worker's result; False, and no change, when this worker's result is here already.
+        """Take a worker's result. False, and nothing changes, when this worker's result was added before.
 
         Raises:
             ValueError: the plan has no such worker.
@@ -81,11 +81,14 @@ class Tiler:
 
     @property
     def missing(self) -> list[str]:
-        """Names of the workers whose results are not here yet."""
+        """Names of the workers whose results have not been added."""
         return self._ledger.missing
 
     def result(self) -> Partial:
-        """Attention of all N rows: out (B, Hq, N, Dv) and lse (B, Hq, N), the same whatever the order of arrival.
+        """Attention of all N rows, bit for bit the same for every order of arrival.
+
+        Returns:
+            `Partial`: out (B, Hq, N, Dv) in the query's dtype, lse (B, Hq, N) in float32 (float64 for float64).
 
         Raises:
             ValueError: results are missing; the message names the workers.

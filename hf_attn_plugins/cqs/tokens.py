@@ -1,4 +1,4 @@
-"""Access to ranges of tokens, wherever the tensor lies: in memory, mapped from a file, or gathered by a worker."""
+"""Ranges of tokens of a tensor that holds all positions, or only some of them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Tokens:
     """Ranges of positions of a (B, H, N, D) tensor.
 
     Args:
-        tensor: holds the tokens of `ranges` one after another.
-        ranges: ascending positions; all of 0 .. N when None.
-        cuts: positions at which ranges begin and end. Given these, the tensor is split once, so that the backward pass
-            joins the pieces' gradients once instead of writing zeros around each of them.
+        tensor: (B, H, n, D), the tokens of `ranges` one after another.
+        ranges: ascending ranges of positions; None means 0 .. n.
+        cuts: positions at which all ranges asked for begin and end. Given under autograd: the tensor is split once, so
+            that the backward pass joins all gradients once instead of padding each with zeros to the full length.
     """
 
     def __init__(
@@ -33,7 +33,11 @@ class Tokens:
         self._parts = tensor.split([b - a for a, b in itertools.pairwise(cuts)], TOKENS) if cuts else None
 
     def take(self, ranges: Sequence[Range]) -> Tensor:
-        """The tokens of ascending ranges, one after another: a view where they are neighbours, else a copy."""
+        """(B, H, n, D): the tokens of ascending ranges, one after another; a view if they are neighbours, else a copy.
+
+        Raises:
+            ValueError: a token is not held.
+        """
         if self._parts is not None and self._cuts is not None:
             parts: list[Tensor] = []
             for begin, end in ranges:
@@ -44,7 +48,7 @@ class Tokens:
         return parts[0] if len(parts) == 1 else torch.cat(parts, TOKENS)
 
     def gather(self, ranges: Sequence[Range]) -> Tokens:
-        """The same tokens, held by themselves; left where they are under autograd, which would copy them twice."""
+        """These tokens in a tensor of their own. With `cuts` self: `take` copies, and autograd keeps each copy."""
         return self if self._parts is not None else Tokens(self.take(ranges), ranges)
 
     def _place(self, wanted: Range) -> Range:
@@ -57,7 +61,7 @@ class Tokens:
 
 
 class Parts(Tokens):
-    """Ranges of positions that are tensors of their own, as when each came from somewhere else.
+    """Ranges of positions that are one tensor each, for example received from other ranks.
 
     Args:
         parts: (B, H, end - begin, D) by range; ranges are disjoint.
@@ -68,7 +72,7 @@ class Parts(Tokens):
         self.ranges = joined([span for span, _ in self._held])
 
     def take(self, ranges: Sequence[Range]) -> Tensor:
-        """As `Tokens.take`; a range is one that is held, or several neighbouring ones."""
+        """As `Tokens.take`; a range is one of `parts`, or several neighbouring ones."""
         found: list[Tensor] = []
         for begin, end in ranges:
             inside = [(span, tensor) for span, tensor in self._held if begin <= span[0] and span[1] <= end]
@@ -78,5 +82,5 @@ class Parts(Tokens):
         return found[0] if len(found) == 1 else torch.cat(found, TOKENS)
 
     def gather(self, ranges: Sequence[Range]) -> Tokens:
-        """The same tokens one after another; left where they are under autograd, which would copy them twice."""
+        """These tokens in one tensor. Under autograd self: `take` copies, and autograd keeps each copy."""
         return self if torch.is_grad_enabled() else Tokens(self.take(ranges), ranges)

@@ -1,4 +1,4 @@
-"""A worker's share as token ranges and a keep table, its recursive division, and the attention calls it comes to."""
+"""A worker's share: its token ranges, the pairs of them that it keeps, its further division and its kernel calls."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Piece(NamedTuple):
 
     Attributes:
         rows: range of query positions.
-        keys: ascending, disjoint ranges of key positions, adjacent ones joined.
-        causal: True when the keys end with the rows themselves, of which each row sees those up to its own.
+        keys: ascending, disjoint ranges of key positions; adjacent ranges are joined.
+        causal: True when the last keys are the rows' own positions, and each row sees none after its own.
     """
 
     rows: Range
@@ -27,11 +27,11 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Leaf:
-    """What one worker computes: pair (i, j) of its ranges wherever `keep[i][j]`.
+    """What one worker computes: the queries of range i with the keys of range j wherever `keep[i][j]`.
 
     Attributes:
-        path: the worker's index at every level of the division; its name.
-        ranges: ascending, disjoint, non-empty ranges of token positions; together the material.
+        path: the worker's index at every level of the division, outermost first.
+        ranges: ascending, disjoint, non-empty ranges of token positions; together they are the worker's material.
         keep: symmetric table over the ranges.
     """
 
@@ -41,7 +41,7 @@ class Leaf:
 
     @property
     def name(self) -> str:
-        """The path in words: "worker 3", or "worker 3.5" for worker 5 of worker 3's own division."""
+        """The path as text: "worker 3", or "worker 3.5" for worker 5 of the division of worker 3."""
         return "worker " + ".".join(map(str, self.path))
 
     @property
@@ -61,7 +61,7 @@ class Leaf:
         return total
 
     def pieces(self, is_causal: bool = False) -> Iterator[Piece]:
-        """One piece per range of rows that has anything to compute."""
+        """One piece per range of rows that keeps any keys."""
         for i, rows in enumerate(self.ranges):
             columns = range(i + 1) if is_causal else range(len(self.ranges))
             keys = joined([self.ranges[j] for j in columns if self.keep[i][j]])
@@ -87,10 +87,10 @@ class Leaf:
         return Leaf(self.path, ranges, tuple(keep))
 
     def divide(self, division: Division) -> Iterator[Leaf]:
-        """The leaves of the division applied to this leaf's tokens, without those that have nothing to compute.
+        """Divide this leaf's tokens among the workers of `division`; workers without any pair are left out.
 
-        A pair is kept where both this leaf's table and the child's keep it, so that every pair stays with exactly one.
-        Source: the recursive divide of Stream-CQSA (arXiv 2604.20819), here for any number of workers.
+        A new leaf keeps the pairs that both this leaf and the division keep, so each pair goes to exactly one new leaf.
+        Source: the recursive division of Stream-CQSA (arXiv 2604.20819), here for any number of workers.
         """
         for worker in range(division.num_workers):
             table = division.keep(worker)
@@ -105,7 +105,7 @@ class Leaf:
                 yield Leaf((*self.path, worker), ranges, tuple(tuple(keep[i][j] for j in used) for i in used))
 
     def _locate(self, span: Range) -> Iterator[tuple[Range, int]]:
-        """The token ranges of places begin .. end in the material, each with the index of the range it lies in."""
+        """Token ranges of the material's tokens number `span[0] .. span[1]`, each with the index of its range."""
         passed = 0
         for index, (begin, end) in enumerate(self.ranges):
             first, last = max(span[0] - passed, 0), min(span[1] - passed, end - begin)
@@ -115,7 +115,7 @@ class Leaf:
 
 
 def joined(ranges: list[Range]) -> tuple[Range, ...]:
-    """Ascending ranges with adjacent ones made one."""
+    """Ascending ranges, with ranges that touch joined. Example: (0, 2), (2, 5), (7, 8) gives (0, 5), (7, 8)."""
     runs: list[Range] = []
     for begin, end in ranges:
         if runs and runs[-1][1] == begin:

@@ -1,4 +1,4 @@
-"""The Workers: one leaf's pairs, computed from its own material, as partial results."""
+"""The Workers: each computes the attention of its own pairs of tokens, from its own tokens alone."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ class WorkerResult(NamedTuple):
     """What a worker reports.
 
     Attributes:
-        path: the leaf's path, which says whose result this is.
-        rows, partials: ranges of query positions, and the attention of these rows over the keys the worker kept.
+        path: the leaf's path: which worker this is.
+        rows: ranges of query positions.
+        partials: for each range, the attention of its rows over the keys that the worker keeps for them.
     """
 
     path: tuple[int, ...]
@@ -38,20 +39,23 @@ def work(
     kernel: str | None = None,
     only: Range | None = None,
 ) -> WorkerResult:
-    """Compute one leaf. Needs nothing from other workers; may be run anywhere, again, and in any order.
+    """Compute one leaf. It needs nothing from other workers, so it can run anywhere, in any order, and again.
 
-    Blocks that the leaf does not keep are never computed. One kernel call per range of rows, over all keys kept for it.
+    Each range of rows is one kernel call over all keys kept for these rows; `sub_masks.calls` names the exceptions.
 
     Args:
         leaf: one of `Plan.leaves()`.
-        query, key, value: hold at least the leaf's ranges of (B, Hq, N, D), (B, Hkv, N, D) and (B, Hkv, N, Dv); for
-            causal attention `leaf.rows(True)` of the query and `leaf.keys(True)` of key and value are enough.
-        mask: over all N x N positions, its offset 0 or None.
+        query, key, value: hold at least the leaf's ranges of (B, Hq, N, D), (B, Hkv, N, D) and (B, Hkv, N, Dv). Causal
+            attention needs less: `leaf.rows(True)` of the query, `leaf.keys(True)` of key and value.
+        mask: over all N x N positions, its offset 0 or None; None sees everything.
         scale, softcap, dropout, kernel: as in `kernels.attend`.
-        only: one of the leaf's ranges, to compute the rows of this range alone.
+        only: one of the leaf's ranges: only the rows of this range are computed.
+
+    Raises:
+        ValueError: query, key or value lack tokens of the leaf, or an argument does not fit; see `kernels.attend`.
     """
     mask = Mask() if mask is None else mask
-    # A prefix is seen from before it, so that its blocks above the diagonal count although the rest is causal.
+    # Rows before and inside of a prefix see all of it, so pairs above the diagonal are needed, too.
     is_causal = mask.causal and not mask.prefix
     key, value = (x.gather(leaf.keys(is_causal)) for x in (key, value))
     rows, partials = [], []

@@ -120,6 +120,16 @@ def choose_rectangles(
     return None
 
 
+def only_pytorch_runs(
+    dtype: torch.dtype, mask: Mask, softcap: float | None, dropout: float, kernel: str | None
+) -> bool:
+    """Whether PyTorch's operators compute such calls on the CPU, whatever their sizes."""
+    if kernel is not None:
+        return kernel == "aten"
+    plain = mask.window == (None, None) and not mask.prefix and mask.has_no_tensors()
+    return plain and softcap is None and not dropout and dtype != torch.bfloat16
+
+
 def _suits_triton(query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float) -> bool:
     if query.device.type != "cuda":
         return False

@@ -1,4 +1,4 @@
-"""`hf-attn plan cqs`: the seed's demonstration, its summary, pictures, JSON and costs."""
+"""`hf-attn plan cqs`: the paper's demonstration, its summary, pictures, JSON and costs."""
 
 import argparse
 import ast
@@ -16,7 +16,7 @@ from hf_attn_plugins.cqs.demo import demonstrate, memory_summary
 from hf_attn_plugins.cqs.draw import draw, partition
 from tests.steps import steps
 
-SEED = ["--length", "11", "--workers", "7", "--interest-set", "0,1,5"]
+PAPER = ["--length", "11", "--workers", "7", "--interest-set", "0,1,5"]
 
 
 def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -27,9 +27,9 @@ def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_the_seeds_demonstration(capsys: pytest.CaptureFixture[str]) -> None:
-    text = output(capsys, *SEED)
+    text = output(capsys, *PAPER)
     squeezed = "".join(text.split())
-    for line in Path(__file__).with_name("seed_lists.txt").read_text().splitlines():
+    for line in Path(__file__).with_name("paper_lists.txt").read_text().splitlines():
         assert "".join(line.split()) in squeezed
     assert [line for line in text.splitlines() if line.startswith("====")] == [
         "==== Scheduler =====", "===== Workers =====", "===== Tiler =====",
@@ -63,7 +63,7 @@ def test_workers_add_up_to_plain_softmax() -> None:
 
 
 def test_seed_option_draws_other_numbers(capsys: pytest.CaptureFixture[str]) -> None:
-    one, same, other = (output(capsys, *SEED, "--seed", seed) for seed in "001")
+    one, same, other = (output(capsys, *PAPER, "--seed", seed) for seed in "001")
     assert one == same != other
 
 
@@ -79,7 +79,7 @@ def test_memory_summary_of_one_worker() -> None:
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
-    found = json.loads(output(capsys, *SEED, "--json"))
+    found = json.loads(output(capsys, *PAPER, "--json"))
     plan = cqs.plan(11, 7, (0, 1, 5))
     assert found["correct"] is True and found["summary"]["longest"] == 6
     assert found["material"] == plan.material

@@ -267,8 +267,10 @@ def test_refusals() -> None:
         cqs.attention(*inputs, cqs.plan(21, 7))
     with pytest.raises(ValueError, match="position 0"):
         cqs.attention(*inputs, cqs.plan(20, 7), mask=Mask(causal=True, offset=3))
-    with pytest.raises(ValueError, match="only with a memory_budget"):
+    with pytest.raises(ValueError, match="plan is missing"):
         cqs.attention(*inputs)
+    with pytest.raises(ValueError, match=r"device, folder needs a memory_budget"):
+        cqs.attention(*inputs, cqs.plan(20, 7), device="cpu", folder=".")
     with pytest.raises(ValueError, match="pass one of them"):
         cqs.attention(*inputs, cqs.plan(20, 7), mask=Mask(window=(3, 3)), window=4)
     with pytest.raises(ValueError, match="not among those held"):

@@ -85,7 +85,7 @@ def test_refusals() -> None:
     inputs = sharp_inputs(1, 2, 1, TOKENS, TOKENS, 8)
     with pytest.raises(ValueError, match="too small for 230 tokens"):
         cqs.attention(*inputs, memory_budget="1MiB")
-    with pytest.raises(ValueError, match=r"above the budget of 1\.00 MiB"):
+    with pytest.raises(ValueError, match=r"more than the budget of 1\.00 MiB"):
         cqs.attention(*inputs, cqs.plan(TOKENS, 7), memory_budget="1MiB")
     with pytest.raises(ValueError, match="no gradients"):
         cqs.attention(inputs[0].clone().requires_grad_(), *inputs[1:], memory_budget=BUDGET)

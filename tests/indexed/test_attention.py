@@ -26,7 +26,7 @@ from .cases import draw, draw_words, oracle
 SHAPES = [  # words, length, characters, width, heads, head_dim
     (1, 1, 2, 4, 1, 4),
     (5, 7, 11, 16, 2, 8),
-    (7, 6, 5, 12, 3, 12),  # the seed's heads: each as wide as the embedding
+    (7, 6, 5, 12, 3, 12),  # each head as wide as the embedding
     (4, 3, 90, 8, 2, 4),  # many characters for the length: scores are looked up one by one
 ]
 

@@ -22,6 +22,7 @@ from hf_attn_plugins.bench.hardware import describe
 from hf_attn_plugins.bench.peak_memory import PeakMemory
 from hf_attn_plugins.commands.bench.passkey import passkey, score
 from hf_attn_plugins.commands.bench.star_report import SCORED, TEXTS, report
+from hf_attn_plugins.hf import predictions
 from hf_attn_plugins.hf.configure import use
 from hf_attn_plugins.hf.load import add_model_arguments, load_for
 from hf_attn_plugins.hf.texts import text_tokens
@@ -173,13 +174,13 @@ class Bench:
         for index in range(TEXTS):
             ids = self.tokens(length, index * length).to(model.device)[None]
             with self.using(sizes):
-                star = model(ids, logits_to_keep=SCORED, use_cache=False).logits[0].double().log_softmax(-1)
-            dense = self._dense_logits(index, ids).double().log_softmax(-1)
-            kl.append((dense.exp() * (dense - star)).sum(-1))
-            same.append(dense.argmax(-1) == star.argmax(-1))
-            targets = ids[0, 1 - len(dense) :, None]
-            dense_nll.append(-dense[:-1].gather(1, targets))
-            star_nll.append(-star[:-1].gather(1, targets))
+                star = predictions.log_probabilities(model(ids, logits_to_keep=SCORED, use_cache=False).logits[0])
+            dense = predictions.log_probabilities(self._dense_logits(index, ids))
+            kl.append(predictions.divergence(dense, star))
+            same.append(predictions.same_first_choice(dense, star))
+            targets = ids[0, 1 - len(dense) :]
+            dense_nll.append(-predictions.of_tokens(dense[:-1], targets))
+            star_nll.append(-predictions.of_tokens(star[:-1], targets))
         row = {
             "kl": torch.cat(kl).mean().item(),
             "top1": torch.cat(same).double().mean().item(),

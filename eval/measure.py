@@ -107,12 +107,12 @@ def ends(model: Any, eos: int | Sequence[int] | None = None) -> list[int]:
 
 
 @torch.inference_mode()
-def reference_nll(model: Any, ids: list[int], answer_ids: list[int]) -> float:
-    """Negative log-likelihood in nats of an answer behind a prompt, summed over the answer's tokens.
+def answer_logits(model: Any, ids: list[int], answer_ids: list[int]) -> Tensor:
+    """(n, V) logits at which the n tokens of an answer behind a prompt are predicted.
 
-    The prompt is prefilled into an empty cache, as for generating; then the answer's tokens are run over that cache in
-    one call, as a turn that goes on. An attention that treats a prefill otherwise than later tokens is thereby measured
-    as it answers.
+    The prompt is prefilled into an empty cache, as for generating. Then the answer's tokens are run over that cache in
+    one call, as a later turn is. An attention that treats a prefill otherwise than later tokens is so measured as it
+    answers.
 
     Raises:
         ValueError: an empty answer.
@@ -121,18 +121,25 @@ def reference_nll(model: Any, ids: list[int], answer_ids: list[int]) -> float:
         raise ValueError("an answer without tokens has no likelihood.")
     inputs = torch.tensor([ids], device=model.device)
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    output = model(inputs, use_cache=True, **last_only)
-    nll = -output.logits[0, -1].double().log_softmax(-1)[answer_ids[0]]
-    if len(answer_ids) > 1:
-        fed = torch.tensor([answer_ids[:-1]], device=model.device)
-        mask = torch.ones(1, len(ids) + fed.shape[1], dtype=torch.long, device=model.device)
-        cache = {cache_keyword(model): returned_cache(output)}
-        logits = model(fed, attention_mask=mask, use_cache=True, **cache).logits[0].double()
-        nll = (
-            nll
-            - predictions.of_tokens(logits.log_softmax(-1), torch.tensor(answer_ids[1:], device=logits.device)).sum()
-        )
-    return float(nll)
+    filled = model(inputs, use_cache=True, **last_only)
+    first = filled.logits[0, -1:]
+    if len(answer_ids) == 1:
+        return first
+    fed = torch.tensor([answer_ids[:-1]], device=model.device)
+    mask = torch.ones(1, len(ids) + fed.shape[1], dtype=torch.long, device=model.device)
+    cache = {cache_keyword(model): returned_cache(filled)}
+    return torch.cat([first, model(fed, attention_mask=mask, use_cache=True, **cache).logits[0]])
+
+
+def reference_nll(model: Any, ids: list[int], answer_ids: list[int]) -> float:
+    """Negative log-likelihood in nats of an answer behind a prompt, summed over the answer's tokens.
+
+    Raises:
+        ValueError: an empty answer.
+    """
+    logp = predictions.log_probabilities(answer_logits(model, ids, answer_ids))
+    picked = predictions.of_tokens(logp, torch.tensor(answer_ids, device=logp.device))
+    return float(-picked[0] - picked[1:].sum())
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from hf_attn_plugins.bench.hardware import describe
 from hf_attn_plugins.bench.peak_memory import PeakMemory
-from hf_attn_plugins.commands.bench.passkey import passkey, score
 from hf_attn_plugins.commands.bench.star_report import SCORED, TEXTS, report
+from hf_attn_plugins.eval.measure import answer_logits
+from hf_attn_plugins.eval.tasks.needles import Passkey, passkey
 from hf_attn_plugins.hf import predictions
 from hf_attn_plugins.hf.configure import use
 from hf_attn_plugins.hf.load import add_model_arguments, load_for
@@ -98,6 +99,14 @@ def named(sizes: Sizes | None) -> str:
     return "default" if sizes == DEFAULT else ",".join(map(str, sizes))
 
 
+def score(model: Any, task: Passkey) -> tuple[float, bool]:
+    """(mean negative log-likelihood of the number's tokens in nats, whether greedy decoding gives the number)."""
+    logits = answer_logits(model, task.prompt, task.answer).float()
+    answer = torch.tensor(task.answer, device=logits.device)
+    nll = -predictions.of_tokens(logits.log_softmax(-1), answer).mean()
+    return nll.item(), bool((logits.argmax(-1) == answer).all())
+
+
 class Bench:
     """Measurements by name, stored in a JSON file."""
 
@@ -162,9 +171,10 @@ class Bench:
         index, depths = len(scores), self.arguments.depths
         depth = (index + 0.5) / depths
         with self.using(sizes):
-            result = score(model, passkey(tokenizer, self.tokens(length, 1000 * index), length, depth, index))
-        scores.append({"depth": depth, "nll": result.nll, "exact": result.exact})
-        print(f"{named(sizes):<14} passkey, {length} tokens, depth {depth:.2f}: NLL {result.nll:.4f}", flush=True)
+            prose = self.tokens(length, 1000 * index).tolist()
+            nll, exact = score(model, passkey(tokenizer, prose, length, depth, index))
+        scores.append({"depth": depth, "nll": nll, "exact": exact})
+        print(f"{named(sizes):<14} passkey, {length} tokens, depth {depth:.2f}: NLL {nll:.4f}", flush=True)
 
     @torch.inference_mode()
     def one_agreement(self, sizes: Sizes) -> None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from hf_attn_plugins.bench.peak_memory import PeakMemory
-from hf_attn_plugins.hf.compare import CHUNK, backbone, logits_at, synchronize
+from hf_attn_plugins.bench.timing import synchronize
+from hf_attn_plugins.hf import predictions
 from hf_attn_plugins.hf.compat import cache_keyword, returned_cache
 
 BUCKETS = 8  # ranges of positions that loss and agreement are reported for
@@ -106,12 +107,12 @@ def ends(model: Any, eos: int | Sequence[int] | None = None) -> list[int]:
 
 
 @torch.inference_mode()
-def reference_nll(model: Any, ids: list[int], answer_ids: list[int]) -> float:
-    """Negative log-likelihood in nats of an answer behind a prompt, summed over the answer's tokens.
+def answer_logits(model: Any, ids: list[int], answer_ids: list[int]) -> Tensor:
+    """(n, V) logits at which the n tokens of an answer behind a prompt are predicted.
 
-    The prompt is prefilled into an empty cache, as for generating; then the answer's tokens are run over that cache in
-    one call, as a turn that goes on. An attention that treats a prefill otherwise than later tokens is thereby measured
-    as it answers.
+    The prompt is prefilled into an empty cache, as for generating. Then the answer's tokens are run over that cache in
+    one call, as a later turn is. An attention that treats a prefill otherwise than later tokens is so measured as it
+    answers.
 
     Raises:
         ValueError: an empty answer.
@@ -120,15 +121,25 @@ def reference_nll(model: Any, ids: list[int], answer_ids: list[int]) -> float:
         raise ValueError("an answer without tokens has no likelihood.")
     inputs = torch.tensor([ids], device=model.device)
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    output = model(inputs, use_cache=True, **last_only)
-    nll = -output.logits[0, -1].double().log_softmax(-1)[answer_ids[0]]
-    if len(answer_ids) > 1:
-        fed = torch.tensor([answer_ids[:-1]], device=model.device)
-        mask = torch.ones(1, len(ids) + fed.shape[1], dtype=torch.long, device=model.device)
-        cache = {cache_keyword(model): returned_cache(output)}
-        logits = model(fed, attention_mask=mask, use_cache=True, **cache).logits[0].double()
-        nll = nll - _picked(logits.log_softmax(-1), torch.tensor(answer_ids[1:], device=logits.device)).sum()
-    return float(nll)
+    filled = model(inputs, use_cache=True, **last_only)
+    first = filled.logits[0, -1:]
+    if len(answer_ids) == 1:
+        return first
+    fed = torch.tensor([answer_ids[:-1]], device=model.device)
+    mask = torch.ones(1, len(ids) + fed.shape[1], dtype=torch.long, device=model.device)
+    cache = {cache_keyword(model): returned_cache(filled)}
+    return torch.cat([first, model(fed, attention_mask=mask, use_cache=True, **cache).logits[0]])
+
+
+def reference_nll(model: Any, ids: list[int], answer_ids: list[int]) -> float:
+    """Negative log-likelihood in nats of an answer behind a prompt, summed over the answer's tokens.
+
+    Raises:
+        ValueError: an empty answer.
+    """
+    logp = predictions.log_probabilities(answer_logits(model, ids, answer_ids))
+    picked = predictions.of_tokens(logp, torch.tensor(answer_ids, device=logp.device))
+    return float(-picked[0] - picked[1:].sum())
 
 
 @dataclass(frozen=True)
@@ -146,7 +157,7 @@ def hidden(model: Any, ids: list[int]) -> Hidden:
     inputs = torch.tensor([ids], device=model.device)
     with PeakMemory(model.device) as memory:
         start = time.perf_counter()
-        output = backbone(model)(inputs, use_cache=False)
+        output = predictions.backbone(model)(inputs, use_cache=False)
         synchronize(model.device)
         seconds = time.perf_counter() - start
     return Hidden(output, seconds, memory.bytes)
@@ -156,7 +167,7 @@ def hidden(model: Any, ids: list[int]) -> Hidden:
 def losses(model: Any, ids: list[int], states: Hidden) -> Tensor:
     """(T - 1,) negative log-likelihoods in nats of tokens 1 .. T - 1, float64 on the CPU."""
     found = []
-    _chunks(model, ids, [states], lambda logp, targets: found.append(_picked(logp[0], targets)))
+    _chunks(model, ids, [states], lambda logp, targets: found.append(predictions.of_tokens(logp[0], targets)))
     return torch.cat(found).neg().cpu()
 
 
@@ -172,16 +183,16 @@ def loss_buckets(nll: Tensor) -> list[dict[str, float]]:
 def agreement(model: Any, ids: list[int], base: Hidden, other: Hidden) -> dict[str, Any]:
     """The figures of `records.Agreement` for two runs over the same T ids.
 
-    Logits exist for `CHUNK` positions at a time. All figures are over the T - 1 positions whose next token is known.
+    Logits exist for a chunk of positions at a time. All figures are over the T - 1 positions whose next token is known.
     """
     parts: dict[str, list[Tensor]] = {"kl": [], "top1": [], "nll": [], "baseline_nll": []}
 
     def add(logp: list[Tensor], targets: Tensor) -> None:
         p, q = logp
-        parts["kl"].append((p.exp() * (p - q)).sum(-1).clamp_min(0))
-        parts["top1"].append((p.argmax(-1) == q.argmax(-1)).double())
-        parts["nll"].append(-_picked(q, targets))
-        parts["baseline_nll"].append(-_picked(p, targets))
+        parts["kl"].append(predictions.divergence(p, q))
+        parts["top1"].append(predictions.same_first_choice(p, q).double())
+        parts["nll"].append(-predictions.of_tokens(q, targets))
+        parts["baseline_nll"].append(-predictions.of_tokens(p, targets))
 
     _chunks(model, ids, [base, other], add)
     whole = {name: torch.cat(values).cpu() for name, values in parts.items()}
@@ -220,14 +231,13 @@ def ranges(length: int) -> list[tuple[int, int]]:
 def _chunks(model: Any, ids: list[int], runs: list[Hidden], use: Callable[[list[Tensor], Tensor], object]) -> None:
     """Call `use` with each run's log-probabilities (n, V) in float64, and the n tokens that follow, chunk by chunk."""
     inputs = torch.tensor([ids], device=model.device)
-    for start in range(0, len(ids) - 1, CHUNK):
-        end = min(start + CHUNK, len(ids) - 1)
-        logp = [logits_at(model, inputs, run.output, start, end)[0].double().log_softmax(-1) for run in runs]
+    for start in range(0, len(ids) - 1, predictions.CHUNK):
+        end = min(start + predictions.CHUNK, len(ids) - 1)
+        logp = [
+            predictions.log_probabilities(predictions.logits_at(model, inputs, run.output, start, end)[0])
+            for run in runs
+        ]
         use(logp, inputs[0, start + 1 : end + 1])
-
-
-def _picked(logp: Tensor, targets: Tensor) -> Tensor:
-    return logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
 def _several(value: Any) -> list[int]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ..prompts import Parts
 from .haystacks import Essay, essay_for
+from .needles import hide
 from .ruler import Question, RulerTask
 from .task import Setting
 from .words import nouns_and_adjectives
@@ -79,8 +80,7 @@ class Needles(RulerTask):
         context, joint, filler = self._haystack(units, draw, set(keys))
         places = [math.floor(depth * (len(context) + 1)) for depth in depths]
         depth = places[first] / max(1, len(context))
-        for text, place in sorted(zip(texts, places, strict=True), key=lambda pair: -pair[1]):
-            context.insert(place, text)
+        context = hide(context, [[text] for text in texts], places)
         return self._asked(joint.join(context), filler, [keys[i] for i in asked], depth, values, asked)
 
     def _haystack(self, units: int, draw: random.Random, taken: set[str]) -> tuple[list[str], str, str]:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hf_attn_plugins.bench.hardware import describe
 
 
@@ -23,6 +25,12 @@ def medians(alternatives: Mapping[str, Callable[[], Any]], repeats: int) -> dict
             run()
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def write_table(folder: Path, name: str, title: str, rows: Sequence[Mapping[str, Any]], notes: str = "") -> Path:

@@ -53,13 +53,18 @@ def lse_dtype(like: Tensor | torch.dtype) -> torch.dtype:
 
 
 def with_sinks(partial: Partial, sinks: Tensor | None) -> Partial:
-    """Add learned sinks (Hq,) to the softmax's denominator: out * sigmoid(lse - sink), lse = log(exp lse + exp sink).
+    """Add learned sinks to the softmax's denominator: out * sigmoid(lse - sink), lse = log(exp lse + exp sink).
 
     A sink counts once per row: call this after the last merge. None changes nothing. Source: GPT-OSS.
+
+    Args:
+        sinks: logits (Hq,), one per head, or of three dimensions that broadcast to lse (B, Hq, T).
     """
     if sinks is None:
         return partial
-    logits = sinks.to(partial.lse.dtype).view(1, -1, 1)
+    logits = sinks.to(partial.lse.dtype)
+    if logits.ndim == 1:
+        logits = logits.view(1, -1, 1)
     share = torch.sigmoid(partial.lse - logits).unsqueeze(-1)
     return Partial((partial.out * share).to(partial.out.dtype), torch.logaddexp(partial.lse, logits))
 

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from hf_attn_plugins.bench.peak_memory import PeakMemory
+from hf_attn_plugins.bench.timing import synchronize
+from hf_attn_plugins.hf import predictions
 from hf_attn_plugins.hf.configure import use
 from hf_attn_plugins.hf.evaluating import evaluating
 from hf_attn_plugins.hf.families import own_backend
 from hf_attn_plugins.hf.trace import trace
 from hf_attn_plugins.hf.unwrap import language_model
 from hf_attn_plugins.plugins import PLUGINS
-
-CHUNK = 256  # positions whose logits exist at a time, for each of the two backends
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def compare(
     if repeats < 1:
         raise ValueError(f"repeats={repeats}: at least 1 is needed.")
     progress, model = progress or (lambda *_: None), language_model(model)
-    baseline, base = baseline or own_backend(model), backbone(model)
+    baseline, base = baseline or own_backend(model), predictions.backbone(model)
     sides = [(baseline, {}), (name, options)]
     seconds: list[list[float]] = [[], []]
     peaks: list[int | None] = [None, None]
@@ -133,10 +133,10 @@ def compare(
                     peaks[which] = memory.bytes
         sums = _Statistics()
         length = input_ids.shape[1]
-        for start in range(0, length, CHUNK):
+        for start in range(0, length, predictions.CHUNK):
             progress("comparing logits", start, length)
-            end = min(start + CHUNK, length)
-            logits = [logits_at(model, input_ids, output, start, end) for output in hidden]
+            end = min(start + predictions.CHUNK, length)
+            logits = [predictions.logits_at(model, input_ids, output, start, end) for output in hidden]
             sums.add(logits[0], logits[1], input_ids, attention_mask, start, end)
     progress("comparing logits", length, length)
     medians = [statistics.median(s) for s in seconds]
@@ -168,9 +168,9 @@ class _Statistics:
 
     def add(self, base: Tensor, other: Tensor, ids: Tensor, mask: Tensor | None, start: int, end: int) -> None:
         real = torch.ones_like(ids[:, start:end], dtype=torch.bool) if mask is None else mask[:, start:end].bool()
-        p, q = (x.double().log_softmax(-1) for x in (base, other))
-        self.kl.append((p.exp() * (p - q)).sum(-1)[real].clamp_min(0))
-        self.same.append((p.argmax(-1) == q.argmax(-1))[real])
+        p, q = predictions.log_probabilities(base), predictions.log_probabilities(other)
+        self.kl.append(predictions.divergence(p, q)[real])
+        self.same.append(predictions.same_first_choice(p, q)[real])
         difference = (p.exp() - q.exp()).abs()[real]
         self.squares += float(difference.square().sum())
         self.elements += difference.numel()
@@ -180,8 +180,7 @@ class _Statistics:
         counted = real[:, :count] if mask is None else real[:, :count] & mask[:, start + 1 : end + 1].bool()
         self.predicted += int(counted.sum())
         for i, logp in enumerate((p, q)):
-            picked = logp[:, :count].gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-            self.nll[i] -= float(picked[counted].sum())
+            self.nll[i] -= float(predictions.of_tokens(logp[:, :count], targets)[counted].sum())
 
     def figures(self) -> dict[str, float]:
         kl = torch.cat(self.kl)
@@ -202,40 +201,3 @@ class _Statistics:
 def overlap(one: Sequence[float], other: Sequence[float]) -> bool:
     """Whether two samples of timings cannot be told apart: their ranges overlap, or one has a single value."""
     return min(len(one), len(other)) < 2 or max(min(one), min(other)) <= min(max(one), max(other))
-
-
-def backbone(model: nn.Module) -> nn.Module:
-    """The model without its head, whose output holds the last hidden states.
-
-    Raises:
-        ValueError: the model has no output embeddings, or is an encoder-decoder.
-    """
-    base = getattr(model, "base_model", model)
-    find: Any = getattr(model, "get_output_embeddings", None)
-    head = None if find is None else find()
-    if base is model or head is None:
-        raise ValueError(f"{type(model).__name__} has no language-model head to compare: load a model for causal LM.")
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"{type(model).__name__} is an encoder-decoder: compare a decoder, a model for causal LM.")
-    return base
-
-
-def logits_at(model: nn.Module, ids: Tensor, output: Any, start: int, end: int) -> Tensor:
-    """Logits of positions start..end from finished hidden states, by the model's own head and its scalings."""
-    base = backbone(model)
-    part = dataclasses.replace(output, last_hidden_state=output.last_hidden_state[:, start:end])
-    hooked = vars(base).get("forward")  # what Accelerate has put there, where it has
-    base.forward = lambda *_, **__: part  # type: ignore[method-assign]
-    try:
-        return model(ids[:, start:end], use_cache=False).logits
-    finally:
-        if hooked is None:
-            del base.forward
-        else:
-            base.forward = hooked  # type: ignore[method-assign]
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

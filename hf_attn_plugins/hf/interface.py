@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hf_attn_plugins.core.decision import CallFacts, Decision
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.options import Options
-from hf_attn_plugins.core.partial import Partial
+from hf_attn_plugins.core.partial import Partial, with_sinks
 from hf_attn_plugins.core.warn import warn_once
 from hf_attn_plugins.hf import call_arguments, families, recorder
 from hf_attn_plugins.hf.planned_op import planned
@@ -121,7 +121,7 @@ def forward(
         )
     # Bidirectional encoders, cross-attention and vision towers take the exact path under every name.
     chosen = method if seen.is_causal else exact
-    out, lse = run(
+    partial = run(
         method,
         chosen,
         module,
@@ -133,9 +133,7 @@ def forward(
         softcap=softcap,
         dropout=dropout,
     )
-    if sink is not None:
-        out = (out * torch.sigmoid(lse - sink).unsqueeze(-1)).to(out.dtype)
-    return out.transpose(1, 2).contiguous(), None
+    return with_sinks(partial, sink).out.transpose(1, 2).contiguous(), None
 
 
 def run(

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_attn_plugins.core.partial import Partial, merge
+from hf_attn_plugins.core.partial import Partial, merge, with_sinks
 from hf_attn_plugins.testing import dense_attention, sharp_inputs
 
 
@@ -96,6 +96,23 @@ def test_low_precision_outputs_are_merged_in_float32():
     # One rounding of each input and one of the result; merging in bfloat16 would add 63 more.
     assert (low.out.double() - whole).abs().max() <= 2 * 2**-8 * value.abs().max()
     torch.testing.assert_close(low.lse.double(), whole_lse, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(4,), (1, 4, 1), (2, 4, 6), (2, 1, 1)])
+def test_sinks_are_one_more_logit_without_a_value(shape, dtype):
+    query, key, value = (x.to(dtype) for x in sharp_inputs(2, 4, 4, 6, 9, 16, dtype=torch.float64))
+    out, lse = dense_attention(query, key, value, torch.ones(1, 1, 6, 9, dtype=torch.bool))
+    if dtype == torch.bfloat16:
+        lse = lse.float()
+    sinks = torch.randn(shape)
+    found = with_sinks(Partial(out, lse), sinks)
+    wide = (sinks.view(1, -1, 1) if len(shape) == 1 else sinks).expand(2, 4, 6)
+    assert found.out.dtype == dtype and found.lse.dtype == lse.dtype
+    assert torch.equal(found.out, (out * torch.sigmoid(lse - wide).unsqueeze(-1)).to(dtype)), "bit for bit"
+    weights = torch.stack([lse.double(), wide.double()]).softmax(0)[0]
+    torch.testing.assert_close(found.out.double(), out.double() * weights.unsqueeze(-1), atol=1e-6, rtol=2**-8)
+    torch.testing.assert_close(found.lse.double(), torch.logaddexp(lse.double(), wide.double()), atol=1e-5, rtol=1e-6)
 
 
 def test_bad_input_is_named():

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from hf_attn_plugins.eval.tasks.needles import hide, passkey
 
 from hf_attn_plugins import cli
 from hf_attn_plugins.commands.bench import star as bench_star
-from hf_attn_plugins.commands.bench.passkey import passkey, score
+from hf_attn_plugins.commands.bench.star import score
 
 from .families import tiny
 
@@ -30,23 +31,32 @@ class Letters:
         return "".join(chr(32 + (i - 3 - 32) % 94) for i in ids)
 
 
+def test_a_passkey_prompt_word_by_word() -> None:
+    """Results that are kept ask the same question in later releases."""
+    tokenizer = Letters()
+    task = passkey(tokenizer, tokenizer("One. Two. Three. Four. " * 9)["input_ids"], 300, 0.5, 0)
+    assert tokenizer.decode(task.prompt) + tokenizer.decode(task.answer) == (  # an "h" is a line's end
+        "Somewhere in the text below a secret magic number is hidden. Read the text and remember the number.hhOne. "
+        "Two. Three. Four. One. Two. Three. The secret magic number for Cairo is 79444. Four. One. Two. Three. Four. "
+        "One.hhWhat is the secret magic number for Cairo?hhThe secret magic number for Cairo is 79444"
+    )
+
+
 def test_passkey_prompts_have_their_exact_length() -> None:
     tokenizer = Letters()
-    haystack = torch.tensor(tokenizer("Some prose. " * 200)["input_ids"])
+    haystack = tokenizer("Some prose. " * 200)["input_ids"]
     seen = set()
     for depth in (0.1, 0.5, 0.9):
         task = passkey(tokenizer, haystack, 900, depth, 0)
-        text = tokenizer.decode(task.prompt.tolist())
-        number = tokenizer.decode(task.answer.tolist())
+        text = tokenizer.decode(task.prompt)
+        number = tokenizer.decode(task.answer)
         assert len(task.prompt) == 900 and text.count(number) == 1 and number.strip().isdigit()
         assert text.endswith(" is") and "secret magic number" in text
         place = text.index(number) / 900
         assert abs(place - depth) < 0.25
         seen.add(place)
     assert len(seen) == 3
-    assert torch.equal(
-        passkey(tokenizer, haystack, 900, 0.5, 0).prompt, passkey(tokenizer, haystack, 900, 0.5, 0).prompt
-    )
+    assert passkey(tokenizer, haystack, 900, 0.5, 0) == passkey(tokenizer, haystack, 900, 0.5, 0)
     with pytest.raises(ValueError, match="cannot be made"):
         passkey(tokenizer, haystack[:100], 900, 0.5, 0)
 
@@ -54,11 +64,17 @@ def test_passkey_prompts_have_their_exact_length() -> None:
 def test_score_is_that_of_one_forward() -> None:
     model = tiny("llama")
     tokenizer = Letters()
-    task = passkey(tokenizer, torch.tensor(tokenizer("Some prose. " * 50)["input_ids"]), 250, 0.5, 1)
+    task = passkey(tokenizer, tokenizer("Some prose. " * 50)["input_ids"], 250, 0.5, 1)
     with torch.no_grad():
-        logits = model(torch.cat([task.prompt, task.answer])[None]).logits[0, len(task.prompt) - 1 : -1]
-    expected = torch.nn.functional.cross_entropy(logits.float(), task.answer).item()
-    assert score(model, task).nll == pytest.approx(expected, rel=1e-5)
+        logits = model(torch.tensor([task.prompt + task.answer])).logits[0, len(task.prompt) - 1 : -1]
+    expected = torch.nn.functional.cross_entropy(logits.float(), torch.tensor(task.answer)).item()
+    assert score(model, task)[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_needles_stand_in_front_of_their_places() -> None:
+    assert hide("abc", ["xy"], [1]) == list("axybc")
+    assert hide("abc", ["x", "y", "z"], [3, 0, 2]) == list("yabzcx")
+    assert hide("ab", ["x", "y"], [1, 1]) == list("ayxb")
 
 
 WORDS = ["bench", "star", "--lengths", "300", "--depths", "2", "--agreement-length", "70", "--speed-lengths", "200",

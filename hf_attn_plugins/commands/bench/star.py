@@ -20,8 +20,10 @@ from torch import Tensor
 
 from hf_attn_plugins.bench.hardware import describe
 from hf_attn_plugins.bench.peak_memory import PeakMemory
-from hf_attn_plugins.commands.bench.passkey import passkey, score
 from hf_attn_plugins.commands.bench.star_report import SCORED, TEXTS, report
+from hf_attn_plugins.eval.measure import answer_logits
+from hf_attn_plugins.eval.tasks.needles import Passkey, passkey
+from hf_attn_plugins.hf import predictions
 from hf_attn_plugins.hf.configure import use
 from hf_attn_plugins.hf.load import add_model_arguments, load_for
 from hf_attn_plugins.hf.texts import text_tokens
@@ -97,6 +99,14 @@ def named(sizes: Sizes | None) -> str:
     return "default" if sizes == DEFAULT else ",".join(map(str, sizes))
 
 
+def score(model: Any, task: Passkey) -> tuple[float, bool]:
+    """(mean negative log-likelihood of the number's tokens in nats, whether greedy decoding gives the number)."""
+    logits = answer_logits(model, task.prompt, task.answer).float()
+    answer = torch.tensor(task.answer, device=logits.device)
+    nll = -predictions.of_tokens(logits.log_softmax(-1), answer).mean()
+    return nll.item(), bool((logits.argmax(-1) == answer).all())
+
+
 class Bench:
     """Measurements by name, stored in a JSON file."""
 
@@ -161,9 +171,10 @@ class Bench:
         index, depths = len(scores), self.arguments.depths
         depth = (index + 0.5) / depths
         with self.using(sizes):
-            result = score(model, passkey(tokenizer, self.tokens(length, 1000 * index), length, depth, index))
-        scores.append({"depth": depth, "nll": result.nll, "exact": result.exact})
-        print(f"{named(sizes):<14} passkey, {length} tokens, depth {depth:.2f}: NLL {result.nll:.4f}", flush=True)
+            prose = self.tokens(length, 1000 * index).tolist()
+            nll, exact = score(model, passkey(tokenizer, prose, length, depth, index))
+        scores.append({"depth": depth, "nll": nll, "exact": exact})
+        print(f"{named(sizes):<14} passkey, {length} tokens, depth {depth:.2f}: NLL {nll:.4f}", flush=True)
 
     @torch.inference_mode()
     def one_agreement(self, sizes: Sizes) -> None:
@@ -173,13 +184,13 @@ class Bench:
         for index in range(TEXTS):
             ids = self.tokens(length, index * length).to(model.device)[None]
             with self.using(sizes):
-                star = model(ids, logits_to_keep=SCORED, use_cache=False).logits[0].double().log_softmax(-1)
-            dense = self._dense_logits(index, ids).double().log_softmax(-1)
-            kl.append((dense.exp() * (dense - star)).sum(-1))
-            same.append(dense.argmax(-1) == star.argmax(-1))
-            targets = ids[0, 1 - len(dense) :, None]
-            dense_nll.append(-dense[:-1].gather(1, targets))
-            star_nll.append(-star[:-1].gather(1, targets))
+                star = predictions.log_probabilities(model(ids, logits_to_keep=SCORED, use_cache=False).logits[0])
+            dense = predictions.log_probabilities(self._dense_logits(index, ids))
+            kl.append(predictions.divergence(dense, star))
+            same.append(predictions.same_first_choice(dense, star))
+            targets = ids[0, 1 - len(dense) :]
+            dense_nll.append(-predictions.of_tokens(dense[:-1], targets))
+            star_nll.append(-predictions.of_tokens(star[:-1], targets))
         row = {
             "kl": torch.cat(kl).mean().item(),
             "top1": torch.cat(same).double().mean().item(),

@@ -13,6 +13,7 @@ from hf_attn_plugins.plugins import PLUGINS
 Table = Mapping[str, "tuple[str, str] | Table"]
 
 _BENCH = {
+    "front": "accuracy against speed: star's plans, tuned ones, windows and exact attention",
     "gpu": "Triton kernels on a GPU: check the results, then measure speed",
     "indexed": "speed of indexed attention against the direct form; training on a real text",
     "memory": "peak memory of one attention call for several lengths",

@@ -59,12 +59,17 @@ def logits_at(model: nn.Module, ids: Tensor, output: Any, start: int, end: int) 
         ids: (B, T) token ids.
         output: what `backbone(model)` returned for them, with `last_hidden_state` (B, T, D).
     """
+    return logits_of(model, ids[:, start:end], output, output.last_hidden_state[:, start:end])
+
+
+def logits_of(model: nn.Module, ids: Tensor, output: Any, states: Tensor) -> Tensor:
+    """The same for finished hidden states (B, n, D) of any positions, whose token ids are (B, n)."""
     base = backbone(model)
-    part = dataclasses.replace(output, last_hidden_state=output.last_hidden_state[:, start:end])
+    part = dataclasses.replace(output, last_hidden_state=states)
     hooked = vars(base).get("forward")  # what Accelerate has put there, where it has
     base.forward = lambda *_, **__: part  # type: ignore[method-assign]
     try:
-        return model(ids[:, start:end], use_cache=False).logits
+        return model(ids, use_cache=False).logits
     finally:
         if hooked is None:
             del base.forward

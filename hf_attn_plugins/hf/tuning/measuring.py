@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -11,13 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_attn_plugins.hf.compare import backbone, synchronize
+from hf_attn_plugins.bench.timing import synchronize
 from hf_attn_plugins.hf.configure import configure, use
+from hf_attn_plugins.hf.predictions import CHUNK, backbone, divergence, log_probabilities, logits_of
 from hf_attn_plugins.hf.trace import trace
 from hf_attn_plugins.hf.tuning.heads import sampled
 
 POSITIONS = 1024  # of a text at which predictions are compared, evenly spread over all of it
-CHUNK = 256  # of them whose logits exist at a time
 
 
 @dataclass(frozen=True)
@@ -91,8 +90,7 @@ class Measuring:
             ids = self.texts[text][:, part]
             wanted = logits_of(self.model, ids, output, self.wanted[text][:, places])
             got = logits_of(self.model, ids, output, output.last_hidden_state[:, part])
-            p, q = (logits.float().log_softmax(-1) for logits in (wanted, got))
-            total += float((p.exp() * (p - q)).sum(-1).clamp_min(0).double().sum())
+            total += float(divergence(log_probabilities(wanted), log_probabilities(got)).sum())
         return total / (len(self.index) * self.texts[text].shape[0])
 
     def interleaved(self, options: Mapping[str, Any], rounds: int) -> list[float]:
@@ -105,18 +103,3 @@ class Measuring:
                 _, dense = self.run()
             ratios.append(dense / sparse)
         return ratios
-
-
-def logits_of(model: nn.Module, ids: Tensor, output: Any, hidden: Tensor) -> Tensor:
-    """Logits of some positions' hidden states, by the model's own head and its scalings."""
-    base = backbone(model)
-    part = dataclasses.replace(output, last_hidden_state=hidden)
-    hooked = vars(base).get("forward")  # what Accelerate has put there, where it has
-    base.forward = lambda *_, **__: part  # type: ignore[method-assign]
-    try:
-        return model(ids, use_cache=False).logits
-    finally:
-        if hooked is None:
-            del base.forward
-        else:
-            base.forward = hooked  # type: ignore[method-assign]

@@ -1,0 +1,235 @@
+"""`hf-attn bench front`: what accuracy costs in speed, for star's plans and for what a user might take instead.
+
+Every finished measurement is kept in front.json, so that the command can be stopped at any time and goes on where it
+was. front.md and front.svg are written from it. All rows of a text, a prompt or a round of timing are measured one
+after another, so that a table never mixes what cannot be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_attn_plugins.bench.hardware import describe
+from hf_attn_plugins.commands.bench.front_report import report
+from hf_attn_plugins.commands.bench.front_rows import Row, rows_for
+from hf_attn_plugins.core.staging import put
+from hf_attn_plugins.eval.baselines import registered
+from hf_attn_plugins.eval.measure import answer_logits
+from hf_attn_plugins.eval.prompts import Prompter
+from hf_attn_plugins.eval.tasks import task
+from hf_attn_plugins.eval.tasks.needles import passkey
+from hf_attn_plugins.eval.tasks.task import Setting
+from hf_attn_plugins.hf.configure import use
+from hf_attn_plugins.hf.load import add_model_arguments, load_for
+from hf_attn_plugins.hf.predictions import backbone, divergence, log_probabilities, logits_at, of_tokens
+from hf_attn_plugins.hf.texts import prose_tokens
+from hf_attn_plugins.hf.trace import trace
+from hf_attn_plugins.hf.tune import tune
+from hf_attn_plugins.hf.tuning.heads import losses, order_of
+from hf_attn_plugins.star.options import StarOptions
+
+PARTS = ("agreement", "speed", "passkeys", "needles")
+CHUNK, TAIL = 256, 128
+DEPTHS = 5
+NEEDLES = ("niah_multikey_2", "vt")
+BASELINE = "sdpa"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    add_model_arguments(parser)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192])
+    parser.add_argument("--texts", type=int, default=4, help="texts for KL and perplexity")
+    parser.add_argument("--passkeys", type=int, default=40, help="passkey prompts: five depths, a seed for every five")
+    parser.add_argument("--needles", type=int, default=8, help="prompts of each task with several needles")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of timing")
+    parser.add_argument(
+        "--targets", type=float, nargs="*", default=[2.0, 2.5], help="speeds that hap.tune is asked for"
+    )
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="measure just these parts")
+    parser.add_argument("--minutes", type=float, help="stop after this time; the same command continues")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for front.json, .md, .svg")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure what is missing, then write the table and the chart."""
+    least = [*arguments.lengths, arguments.texts, arguments.passkeys, arguments.needles, arguments.rounds]
+    if min(least) < 1:
+        raise ValueError("lengths, texts, passkeys, needles and rounds must be at least 1.")
+    bench = Front(arguments)
+    end = math.inf if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
+    with registered():
+        for what, step in bench.steps():
+            if time.monotonic() > end:
+                print("stopped: run the same command to go on")
+                break
+            print(what, flush=True)
+            step()
+            bench.save()
+    print("written to", report(bench.done, arguments.out))
+
+
+class Front:
+    """Measurements by part, length and index, in a JSON file."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments, self.path = arguments, arguments.out / "front.json"
+        self.done: dict[str, Any] = {"model": arguments.model, "dtype": arguments.dtype, "hardware": describe()}
+        if self.path.exists():
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+            if (found["model"], found["dtype"]) != (arguments.model, arguments.dtype):
+                raise ValueError(f"{self.path} is about {found['model']} in {found['dtype']}: use another --out.")
+            self.done = found
+        for part in (*PARTS, "heads", "tuned", "rows"):
+            self.done.setdefault(part, {})
+        self._model: tuple[Any, Any] | None = None
+        self._prose: Tensor | None = None
+
+    def save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.done, indent=1) + "\n"
+        put(self.path, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def model(self) -> tuple[Any, Any]:
+        if self._model is None:
+            self._model = load_for(self.arguments)
+        return self._model
+
+    def prose(self, first: int, count: int) -> Tensor:
+        """`count` token ids of Python's language reference."""
+        if self._prose is None:
+            most = (2 * self.arguments.texts) * max(self.arguments.lengths)
+            self._prose = prose_tokens(self.model()[1], most)
+        if first + count > len(self._prose):
+            raise ValueError(f"the prose has {len(self._prose)} tokens, {first + count} are needed: take fewer texts.")
+        return self._prose[first : first + count]
+
+    def steps(self) -> Iterator[tuple[str, Callable[[], None]]]:
+        """(what, measurement) of everything that is not in the file yet."""
+        a = self.arguments
+        for length in a.lengths:
+            key = str(length)
+            if key not in self.done["heads"]:
+                yield f"{length}: order of heads", partial(self.heads, length)
+            for target in a.targets if "speed" in a.only else ():
+                if f"{target:g}" not in self.done["tuned"].get(key, {}):
+                    yield f"{length}: tune for {target:g}x", partial(self.tuned, length, target)
+        counts = {"agreement": a.texts, "speed": a.rounds, "passkeys": a.passkeys, "needles": a.needles}
+        for part in PARTS:
+            if part not in a.only:
+                continue
+            for length in a.lengths:
+                rows = rows_for(length, self.done)
+                self.done["rows"][str(length)] = [row.as_dict() for row in rows]
+                held = self.done[part].setdefault(str(length), {})
+                for index in range(counts[part]):
+                    missing = [row for row in rows if index >= len(held.get(row.name, []))]
+                    if part == "speed" and missing:
+                        missing = rows  # a round is whole or not there
+                    if missing:
+                        measure = getattr(self, part)
+                        yield (
+                            f"{length}: {part} {index + 1} of {counts[part]}, {len(missing)} rows",
+                            partial(measure, length, index, missing),
+                        )
+
+    def heads(self, length: int) -> None:
+        """The order of key heads, on a text that no row is measured on."""
+        model, _ = self.model()
+        ids = self.prose(self.arguments.texts * length, length)[None].to(model.device)
+        with torch.inference_mode():
+            found = losses(
+                model,
+                lambda: backbone(model)(ids, use_cache=False),
+                "star_attention",
+                StarOptions(128, 64, None, length // 16),
+            )
+        self.done["heads"][str(length)] = order_of(found)
+
+    def tuned(self, length: int, target: float) -> None:
+        """What `hap.tune` chooses for a speed, on texts that no row is measured on."""
+        model, _ = self.model()
+        first = self.arguments.texts * length
+        found = tune(model, length=length, min_speedup=target, text=self.prose(first, 4 * length), baseline=BASELINE)
+        self.done["tuned"].setdefault(str(length), {})[f"{target:g}"] = found.as_dict()
+
+    def agreement(self, length: int, index: int, rows: list[Row]) -> None:
+        """KL over all positions and over the last ones, and both losses, against the dense run of the same text."""
+        model, _ = self.model()
+        ids = self.prose(index * length, length)[None].to(model.device)
+        base = backbone(model)
+        with torch.inference_mode():
+            with use(model, BASELINE):
+                wanted = base(ids, use_cache=False)
+            for row in rows:
+                with use(model, row.attn, **row.options), trace(model) as seen:
+                    got = base(ids, use_cache=False)
+                kl, nll = [], []
+                for start in range(0, length, CHUNK):
+                    end = min(start + CHUNK, length)
+                    p, q = (log_probabilities(logits_at(model, ids, x, start, end)[0]) for x in (wanted, got))
+                    kl.append(divergence(p, q))
+                    targets = ids[0, start + 1 : end + 1]
+                    nll.append(torch.stack([-of_tokens(x[: len(targets)], targets) for x in (p, q)]))
+                whole, both = torch.cat(kl), torch.cat(nll, 1).mean(1)
+                self.add("agreement", length, row, index, {
+                    "kl": float(whole.mean()),
+                    "kl_median": float(whole.median()),
+                    "kl_tail": float(whole[-TAIL:].mean()),
+                    "ppl_ratio": float((both[1] - both[0]).exp()),
+                    "share": seen.share if seen.share is not None else 1.0,
+                })  # fmt: skip
+
+    def speed(self, length: int, index: int, rows: list[Row]) -> None:
+        """One prefill of every row and of the baseline, one after another; seconds."""
+        model, _ = self.model()
+        ids, base = self.prose(0, length)[None].to(model.device), backbone(model)
+        if index == 0:
+            base(ids[:, :256], use_cache=False)
+        dense = Row(BASELINE, BASELINE)
+        with torch.inference_mode():
+            for row in (dense, *rows):
+                with use(model, row.attn, **row.options):
+                    start = time.perf_counter()
+                    base(ids, use_cache=False)
+                    self.add("speed", length, row, index, time.perf_counter() - start)
+
+    def passkeys(self, length: int, index: int, rows: list[Row]) -> None:
+        """A number in prose: its likelihood, and whether greedy decoding gives it."""
+        tokenizer = self.model()[1]
+        depth, seed = index % DEPTHS / (DEPTHS - 1), index // DEPTHS
+        asked = passkey(tokenizer, self.prose(0, length).tolist(), length, depth, seed)
+        self.ask("passkeys", length, index, rows, asked.prompt, asked.answer)
+
+    def needles(self, length: int, index: int, rows: list[Row]) -> None:
+        """One prompt of RULER's tasks with several needles, in turns."""
+        setting = Setting(Prompter(self.model()[1]), haystack="pydoc")
+        item = task(NEEDLES[index % len(NEEDLES)], setting).item(length, index // len(NEEDLES))
+        self.ask("needles", length, index, rows, item.ids, item.answer_ids)
+
+    def ask(self, part: str, length: int, index: int, rows: list[Row], prompt: list[int], answer: list[int]) -> None:
+        """The mean negative log-likelihood of an answer's tokens, and whether each is the first choice."""
+        model, _ = self.model()
+        wanted = torch.tensor(answer, device=model.device)
+        for row in (Row(BASELINE, BASELINE), *rows):
+            if index < len(self.done[part][str(length)].get(row.name, [])):
+                continue
+            with use(model, row.attn, **row.options):
+                logp = log_probabilities(answer_logits(model, prompt, answer))
+            nll, exact = -of_tokens(logp, wanted).mean(), (logp.argmax(-1) == wanted).all()
+            self.add(part, length, row, index, {"nll": float(nll), "exact": bool(exact)})
+
+    def add(self, part: str, length: int, row: Row, index: int, value: Any) -> None:
+        held = self.done[part][str(length)].setdefault(row.name, [])
+        del held[index:]
+        held.append(value)

@@ -1,0 +1,122 @@
+"""The table and the chart of `hf-attn bench front`, from what it measured."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+COLOURS = {
+    "dense": "#444444",
+    "default": "#111111",
+    "paper's star": "#c0504d",
+    "near tokens": "#3b6fb6",
+    "dense heads": "#5fa08f",
+    "tuned": "#8064a2",
+    "windows": "#b0b0b0",
+}
+HEADER = (
+    "| {length} tokens | speed | pairs | KL | KL, last 128 | perplexity | passkey NLL | found | needles NLL | found |",
+    "|---|---|---|---|---|---|---|---|---|---|",
+)
+
+
+def report(done: dict[str, Any], folder: Path) -> Path:
+    """Write front.md and, where there is something to show and matplotlib is installed, front.svg."""
+    folder.mkdir(parents=True, exist_ok=True)
+    hardware = ", ".join(f"{name} {value}" for name, value in done["hardware"].items())
+    lines = [
+        "# Accuracy against speed: star's plans and what a user might take instead",
+        "",
+        f"`hf-attn bench front`: {done['model']} in {done['dtype']}. {hardware}.",
+        "",
+        "Speed: seconds of sdpa's prefill over the row's, median over rounds in which all rows run one after another "
+        "(smallest to largest). Pairs: attended over causal ones. KL: nats against sdpa, mean over all positions of "
+        "all texts (smallest to largest text). Perplexity: ratio to sdpa's. NLL: mean negative log-likelihood of an "
+        "answer's tokens. Found: answers all of whose tokens are the first choice. Needles: RULER's niah_multikey_2 "
+        "and vt in turns. Texts of the rows, and those that heads and tuned options were chosen on, are different.",
+        "",
+    ]
+    for length, rows in done["rows"].items():
+        lines += table(done, length, rows)
+    path = folder / "front.md"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    chart(done, folder / "front.svg")
+    return path
+
+
+def table(done: dict[str, Any], length: str, rows: list[dict[str, Any]]) -> list[str]:
+    """The lines of one length; a cell without a measurement is empty."""
+    lines = [HEADER[0].format(length=length), HEADER[1]]
+    names = [row["name"] for row in rows]
+    for name in ["sdpa", *names]:
+        cells = [name, speed(done, length, name), *agreement(done, length, name)]
+        for part in ("passkeys", "needles"):
+            asked = done[part].get(length, {}).get(name, [])
+            nll = f"{statistics.fmean(each['nll'] for each in asked):.3f}" if asked else ""
+            cells += [nll, f"{sum(each['exact'] for each in asked)}/{len(asked)}" if asked else ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    counts = {part: len(done[part].get(length, {}).get(names[0], [])) for part in ("agreement", "passkeys", "needles")}
+    counts["rounds"] = len(done["speed"].get(length, {}).get("sdpa", []))
+    said = ", ".join(f"{count} {part.replace('agreement', 'texts')}" for part, count in counts.items())
+    return [*lines, "", f"{length} tokens: {said}.", ""]
+
+
+def ratios(done: dict[str, Any], length: str, name: str) -> list[float]:
+    """sdpa's seconds over the row's, round by round."""
+    held = done["speed"].get(length, {})
+    return [base / own for base, own in zip(held.get("sdpa", []), held.get(name, []), strict=False)]
+
+
+def speed(done: dict[str, Any], length: str, name: str) -> str:
+    found = ratios(done, length, name)
+    return f"{statistics.median(found):.2f} ({min(found):.2f} - {max(found):.2f})" if found else ""
+
+
+def agreement(done: dict[str, Any], length: str, name: str) -> list[str]:
+    found = done["agreement"].get(length, {}).get(name, [])
+    if not found:
+        return ["1.000", "", "", ""] if name == "sdpa" else [""] * 4
+    kl = [each["kl"] for each in found]
+    means = {key: statistics.fmean(each[key] for each in found) for key in ("share", "kl_tail", "ppl_ratio")}
+    return [
+        f"{means['share']:.3f}",
+        f"{statistics.fmean(kl):.4f} ({min(kl):.4f} - {max(kl):.4f})",
+        f"{means['kl_tail']:.4f}",
+        f"{means['ppl_ratio']:.3f}",
+    ]
+
+
+def chart(done: dict[str, Any], path: Path) -> None:
+    """KL against speed, a panel for each length: the lower right corner wins."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    lengths = [length for length in done["rows"] if done["speed"].get(length) and done["agreement"].get(length)]
+    if not lengths:
+        return
+    with matplotlib.rc_context({"font.size": 9, "svg.hashsalt": "front"}):
+        figure = Figure(figsize=(5.2 * len(lengths), 4.2))
+        for axes, length in zip(figure.subplots(1, len(lengths), squeeze=False)[0], lengths, strict=True):
+            for kind, colour in COLOURS.items():
+                points = [
+                    (statistics.median(ratios(done, length, row["name"])), _kl(done, length, row["name"]))
+                    for row in done["rows"][length]
+                    if row["kind"] == kind and ratios(done, length, row["name"])
+                ]
+                points = [(x, y) for x, y in sorted(points) if y is not None]
+                line = "-" if kind in ("near tokens", "paper's star", "dense heads") else ""
+                axes.plot(*zip(*points, strict=True), line, marker="o", color=colour, label=kind) if points else None
+            axes.set(yscale="log", xlabel="prefill, times as fast as sdpa", title=f"{length} tokens")
+            axes.set_ylabel("KL to dense, nats a position (lower is better)")
+            axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+        figure.tight_layout()
+        figure.savefig(path, metadata={"Date": None})
+
+
+def _kl(done: dict[str, Any], length: str, name: str) -> float | None:
+    found = done["agreement"].get(length, {}).get(name, [])
+    return statistics.fmean(each["kl"] for each in found) if found else None

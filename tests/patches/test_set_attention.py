@@ -189,3 +189,18 @@ def test_a_family_that_never_asks_the_registry_is_refused(tmp_path):
 
 def test_the_plugins_are_known():
     assert "tiled_attention" in hf_attn_plugins.PLUGINS
+
+
+def test_a_tuned_report_is_carried(tmp_path):
+    report = tmp_path / "report.json"
+    options = {"block_size": 64, "halo_size": 128, "dense_heads": [[1], []]}
+    report.write_text(json.dumps({"kind": "hf-attn tune", "plugin": "star_attention", "options": options}))
+    source = checkpoint(tmp_path / "source")
+    patch("set-attention", source, tmp_path / "target", "--tuned", report, "--query-size", 32)
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "target").config
+    assert config._attn_implementation == "star_attention"
+    assert config.hf_attn_plugins == {"star_attention": {**options, "query_size": 32}}
+    report.write_text("{}")
+    with pytest.raises(ValueError, match="no report of hf-attn tune"):
+        patch("set-attention", source, tmp_path / "other", "--tuned", report)
+    assert not (tmp_path / "other").exists()

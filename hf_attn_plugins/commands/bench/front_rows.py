@@ -33,7 +33,7 @@ def rows_for(length: int, done: dict[str, Any]) -> list[Row]:
     for block in (length // 4, length // 8):
         sizes = {"block_size": block, "anchor_size": block // 4, "halo_size": 0}
         found.append(Row(f"paper's star, blocks of {block}", "star_attention", sizes, "paper's star"))
-    halos = [round(length / part / 64) * 64 for part in HALOS]
+    halos = list(dict.fromkeys(max(64, round(length / part / 64) * 64) for part in HALOS))
     for halo in halos:
         found.append(Row(f"near {halo}", "star_attention", near(halo), "near tokens"))
     order = [tuple(pair) for pair in done["heads"].get(str(length), [])]

@@ -1,0 +1,82 @@
+"""`hf-attn bench front` on a tiny model: every row measured once, what is kept, and the figures against `compare`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import hf_attn_plugins as hap
+from hf_attn_plugins import cli
+from hf_attn_plugins.commands.bench import front
+from hf_attn_plugins.commands.bench.front_rows import rows_for
+from hf_attn_plugins.hf.texts import prose_tokens
+from tests.hf.test_tune import tiny
+from tests.star.test_bench import Letters
+
+LENGTH = 512
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tests.hf.test_tune.LENGTH", 2 * LENGTH)
+    made = tiny("llama")
+    monkeypatch.setattr(front, "load_for", lambda arguments: (made, Letters()))
+    return made
+
+
+def run(folder: Path, *words: object) -> int:
+    sizes = ["--lengths", LENGTH, "--texts", 2, "--passkeys", 2, "--rounds", 2, "--targets", "--out", folder]
+    return cli.main(["bench", "front", *map(str, sizes), *map(str, words)])
+
+
+def test_every_row_is_measured_once_and_the_run_goes_on(model, tmp_path: Path, capsys) -> None:
+    parts = ["--only", "agreement", "passkeys", "speed"]
+    assert run(tmp_path, *parts, "--minutes", 0) == 0
+    assert "run the same command to go on" in capsys.readouterr().out
+    assert run(tmp_path, *parts) == 0
+    done = json.loads((tmp_path / "front.json").read_text())
+    names = [row.name for row in rows_for(LENGTH, done)]
+    assert any("dense" in name for name in names) and len(set(names)) == len(names)
+    for part, baseline in (("agreement", 0), ("passkeys", 1), ("speed", 1)):
+        held = done[part][str(LENGTH)]
+        assert set(held) == {*names, *["sdpa"][:baseline]} and {len(values) for values in held.values()} == {2}
+    capsys.readouterr()
+    assert run(tmp_path, *parts) == 0
+    assert capsys.readouterr().out.splitlines() == [f"written to {tmp_path / 'front.md'}"]
+    table = (tmp_path / "front.md").read_text()
+    assert all(f"| {name} |" in table for name in ["sdpa", *names]) and "2 texts, 2 passkeys, 0 needles" in table
+    assert (tmp_path / "front.svg").exists()
+
+
+def test_figures_are_those_of_compare(model, tmp_path: Path) -> None:
+    assert run(tmp_path, "--only", "agreement", "--texts", 1) == 0
+    done = json.loads((tmp_path / "front.json").read_text())["agreement"][str(LENGTH)]
+    ids = prose_tokens(Letters(), LENGTH)[None]
+    assert done["tiled"][0]["kl"] < 1e-6 < done["near 64"][0]["kl"]
+    for row in rows_for(LENGTH, {"heads": {}, "tuned": {}}):
+        if row.attn != "star_attention":
+            continue
+        found = hap.compare(model, ids, row.attn, baseline="sdpa", repeats=1, **row.options)
+        assert done[row.name][0]["kl"] == pytest.approx(found.kl_mean, rel=1e-3, abs=1e-9)
+        assert done[row.name][0]["ppl_ratio"] == pytest.approx(found.perplexity_ratio, rel=1e-4)
+
+
+def test_the_likelihood_of_an_answer_is_that_of_one_dense_forward(model, tmp_path: Path) -> None:
+    assert run(tmp_path, "--only", "passkeys", "--passkeys", 1) == 0
+    done = json.loads((tmp_path / "front.json").read_text())["passkeys"][str(LENGTH)]
+    asked = front.passkey(Letters(), prose_tokens(Letters(), LENGTH).tolist(), LENGTH, 0.0, 0)
+    ids = torch.tensor([[*asked.prompt, *asked.answer]])
+    with torch.no_grad(), hap.use(model, "sdpa"):
+        logp = model(ids).logits[0].log_softmax(-1)
+    wanted = -logp[len(asked.prompt) - 1 : -1].gather(1, torch.tensor(asked.answer)[:, None]).mean()
+    assert done["tiled"][0]["nll"] == pytest.approx(float(wanted), rel=1e-4)
+    assert done["sdpa"][0]["nll"] == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_a_file_about_another_model_is_refused(model, tmp_path: Path, capsys) -> None:
+    (tmp_path / "front.json").write_text(json.dumps({"model": "another", "dtype": "bfloat16"}))
+    assert run(tmp_path) == 2
+    assert "use another --out" in capsys.readouterr().err

@@ -13,15 +13,19 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from hf_attn_plugins import star
+from hf_attn_plugins.star.hf import encoder
+from hf_attn_plugins.star.hf.manifest import CONSTANT
 
 from .families import tiny, tokens
 
 
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory):
-    """A cache of 29 tokens in files of 8, 8, 8 and 5, and its model."""
+@pytest.fixture(scope="module", params=[0, 3])
+def kept(request, tmp_path_factory):
+    """A cache of 29 tokens in files of 8, 8, 8 and 5, without and with a halo, and its model."""
     folder, model = tmp_path_factory.mktemp("kept") / "cache", tiny("llama")
-    star.encode(model, tokens(29), block_size=8, anchor_size=4, resume=folder)
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setattr(encoder, "RUN_TOKENS", 8)
+        star.encode(model, tokens(29), block_size=8, anchor_size=4, halo_size=request.param, resume=folder)
     return folder, model
 
 
@@ -108,7 +112,11 @@ SPOILED = {
     "block_size true": (changed("block_size", True), "block_size is True"),
     "another block_size": (changed("block_size", 16), "was written with block_size=8"),
     "anchor_size -1": (changed("anchor_size", -1), "anchor_size is -1"),
-    "a long anchor": (changed("anchor_size", 9), "larger than block_size"),
+    "a long anchor": (changed("anchor_size", 12), "larger than block_size 8 and halo_size"),
+    "halo_size -1": (changed("halo_size", -1), "halo_size is -1"),
+    "halo_size null": (changed("halo_size", None), "halo_size is None"),
+    "another halo_size": (changed("halo_size", 5), r"was written with halo_size=[03], star\.json says 5"),
+    "a huge halo_size": (changed("halo_size", 10**30), "was written with halo_size"),
     "another length": (changed("length", 30), "hold 29 tokens of 30"),
     "another batch": (changed("batch", 2), "was written with batch=1"),
     "no batch": (changed("batch", None), "batch is None"),
@@ -139,6 +147,20 @@ def test_the_fixture_loads(kept):
     assert star.load(*kept).get_seq_length() == 29
 
 
+def test_a_folder_without_halo_size_has_none(kept, tmp_path):
+    """Folders of 0.1 name no halo, neither in the manifest nor in the files; one that had a halo is refused."""
+    folder = Path(shutil.copytree(kept[0], tmp_path / "cache"))
+    manifest = json.loads((folder / "star.json").read_text())
+    halo = manifest.pop("halo_size")
+    (folder / "star.json").write_text(json.dumps(manifest))
+    if halo:
+        with pytest.raises(ValueError, match="was written with halo_size=3"):
+            star.load(folder, kept[1])
+        return
+    rewritten(lambda t: None)(folder)  # the metadata of one file is the manifest's: without halo_size
+    assert star.load(folder, kept[1]).star.halo_size == 0
+
+
 VALUES = st.none() | st.booleans() | st.integers(-3, 40) | st.floats() | st.text(max_size=8)
 VALUES = VALUES | st.lists(VALUES, max_size=3) | st.dictionaries(st.text(max_size=4), VALUES, max_size=2)
 
@@ -158,13 +180,11 @@ def _fuzz(kept, folder, fields, entries):
     except (ValueError, OSError) as error:
         assert str(folder) in str(error)
     else:  # only what is not read for a question may differ
-        same = ("model", "length", "batch", "block_size", "anchor_size", "max_length", "complete", "format")
+        same = (*CONSTANT, "length", "complete", "format")
         assert all(manifest[name] == untouched[name] for name in same) and cache.get_seq_length() == 29
 
 
-FIELDS = st.sampled_from(
-    ["format", "model", "length", "batch", "block_size", "anchor_size", "max_length", "complete", "tokenizer", "rope"]
-)
+FIELDS = st.sampled_from([*CONSTANT, "format", "length", "complete", "tokenizer", "rope"])
 FUZZED = {
     "fields": st.dictionaries(FIELDS, VALUES, max_size=3),
     "entries": st.dictionaries(

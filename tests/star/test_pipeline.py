@@ -81,19 +81,20 @@ def test_chat_templates(chatty: Any) -> None:
         split_prompts(chatty, TEXT, QUESTIONS, chat=False, system="Be quick.")
 
 
-@pytest.mark.parametrize("together", [1, 3])
-def test_answers_are_those_of_the_masked_forward(chatty: Any, together: int) -> None:
+@pytest.mark.parametrize(("together", "halo"), [(1, 0), (3, 0), (3, 20)])
+def test_answers_are_those_of_the_masked_forward(chatty: Any, together: int, halo: int) -> None:
     register_pipeline()
     register_pipeline()
     model = tiny("llama")
     pipe = pipeline(TASK, model=model, tokenizer=chatty)
-    options = {"block_size": 16, "anchor_size": 8, "max_new_tokens": 5, "do_sample": False, "together": together}
+    sizes = {"block_size": 16, "anchor_size": 8, "halo_size": halo}
+    options = {**sizes, "max_new_tokens": 5, "do_sample": False, "together": together}
     got = pipe(TEXT * 2, questions=QUESTIONS, **options)["answers"]
     context, queries = split_prompts(chatty, TEXT * 2 + "\n\n", QUESTIONS, chat=True)
     for answer, query in zip(got, queries, strict=True):
         ids, new = torch.tensor([context + query]), []
         while len(new) < 5 and (not new or new[-1] != 2):
-            logits = oracle(model, ids, Plan(ids.shape[1], 16, 8, ids.shape[1] - len(context)))
+            logits = oracle(model, ids, Plan(ids.shape[1], 16, 8, ids.shape[1] - len(context), halo))
             new.append(int(logits[0, -1].argmax()))
             ids = torch.cat([ids, torch.tensor([new[-1:]])], 1)
         assert answer == chatty.decode(new, skip_special_tokens=True)

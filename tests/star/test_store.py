@@ -10,7 +10,9 @@ import torch
 from safetensors import safe_open
 
 from hf_attn_plugins import star
+from hf_attn_plugins.star.hf import encoder
 from hf_attn_plugins.star.hf.cache import layers_of
+from hf_attn_plugins.star.plan import Plan
 
 from .families import tiny, tokens
 
@@ -114,6 +116,36 @@ def test_an_interrupted_encoding_goes_on_where_it_stopped(tmp_path: Path) -> Non
     longer = star.encode(model, torch.cat([ids, tokens(7, seed=3)], 1), **SIZES, resume=tmp_path / "part")
     assert longer.get_seq_length() == 52
     assert star.load(tmp_path / "part", model).get_seq_length() == 52
+
+
+@pytest.mark.parametrize("halo", [3, 11])
+def test_a_halo_is_kept_and_goes_on(halo: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped between two runs of blocks and finished, then loaded and appended to within its last block."""
+    monkeypatch.setattr(encoder, "RUN_TOKENS", 16)
+    model, ids, sizes = tiny("mistral"), tokens(52), {**SIZES, "halo_size": halo}
+
+    def stop(done: int, total: int) -> None:
+        if done == 32:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        star.encode(model, ids[:, :45], **sizes, progress=stop, resume=tmp_path / "part")
+    with pytest.raises(ValueError, match=f"halo_size={halo}, asked for 0"):
+        star.encode(model, ids[:, :45], **SIZES, resume=tmp_path / "part")
+    steps: list[int] = []
+    resumed = star.encode(
+        model, ids[:, :45], **sizes, progress=lambda done, total: steps.append(done), resume=tmp_path / "part"
+    )
+    assert steps == [32, 45]
+    assert_same(resumed, star.encode(model, ids[:, :45], **sizes))
+    star.save(resumed, tmp_path / "kept")
+    for folder in ("part", "kept"):
+        loaded = star.load(tmp_path / folder, model)
+        assert_same(loaded, resumed)
+        assert star.plan_of(loaded) == Plan(45, 8, 4, halo_size=halo)
+        longer, whole = star.append(model, loaded, ids[:, 45:]), star.encode(model, ids, **sizes)
+        for pair, other in zip(layers_of(longer), layers_of(whole), strict=True):
+            torch.testing.assert_close(pair, other, rtol=1e-10, atol=1e-10)
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

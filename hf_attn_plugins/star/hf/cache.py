@@ -25,6 +25,7 @@ class Record:
         block_size, anchor_size: as in `Plan`.
         max_length: positions that the rotary frequencies were frozen for (matters to `dynamic` and `longrope` only).
         model: fingerprint of the model that encoded it.
+        halo_size: as in `Plan`.
     """
 
     context_ids: Tensor
@@ -32,6 +33,7 @@ class Record:
     anchor_size: int
     max_length: int
     model: str
+    halo_size: int = 0
 
     @property
     def length(self) -> int:
@@ -40,7 +42,7 @@ class Record:
     @property
     def plan(self) -> Plan:
         """The plan of the context, without a query."""
-        return Plan(self.length, self.block_size, self.anchor_size)
+        return Plan(self.length, self.block_size, self.anchor_size, halo_size=self.halo_size)
 
 
 DynamicLayer: Any = dynamic_layer()

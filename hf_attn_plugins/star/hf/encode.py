@@ -1,12 +1,12 @@
-"""Phase 1, explicit: a context encoded block by block into an ordinary cache, by stock forwards of the model.
+"""Phase 1, explicit: a context encoded block by block into an ordinary cache, to ask many questions over it.
 
-Block 1 is run alone. Its first keys and values are the anchor; every later block is run at its true positions over a
-cache that holds the anchor, and only the block's own keys and values are kept (paper, algorithm 1, the anchor reused).
+`encoder.Encoder` runs the model; this file holds the verbs around it: `encode`, `append`, `plan_of`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_attn_plugins.hf.compat import cache_keyword
 from hf_attn_plugins.hf.evaluating import evaluating
 from hf_attn_plugins.hf.unwrap import language_model
 from hf_attn_plugins.star.hf.cache import Layers, Record, as_ids, cache_of, layers_of, record_of
+from hf_attn_plugins.star.hf.encoder import Encoder
 from hf_attn_plugins.star.hf.fingerprint import fingerprint
-from hf_attn_plugins.star.hf.model import (
-    block_masks,
-    check_model,
-    decoder,
-    dense,
-    follows_length,
-    frozen_rope,
-)
+from hf_attn_plugins.star.hf.model import check_model, dense, follows_length, frozen_rope, refuse_dense_heads
 from hf_attn_plugins.star.plan import Plan, plan_for
 
 Progress = bool | Callable[[int, int], None]
@@ -38,6 +31,7 @@ def encode(
     *,
     block_size: int | None = None,
     anchor_size: int | None = None,
+    halo_size: int | None = None,
     batch_blocks: int = 1,
     max_length: int | None = None,
     progress: Progress = False,
@@ -48,8 +42,11 @@ def encode(
     Args:
         model: a decoder of Transformers with any attention implementation.
         context_ids: (L,) or (B, L) token ids, unpadded, with the beginning-of-sequence token if the model wants one.
-        block_size, anchor_size: as in `Plan`; None chooses by L.
-        batch_blocks: blocks encoded in one forward; activations grow with it.
+        block_size, anchor_size, halo_size: tokens, as in `Plan`. None: block and anchor by L, and no halo (`plan_for`);
+            the sizes in the model's config belong to the stateless form and are not read.
+        batch_blocks: blocks encoded in one forward; activations grow with it. Blocks with a halo depend on each other
+            and are encoded in order: a forward takes a run of this many blocks or of `encoder.RUN_TOKENS` tokens, what
+            is longer, and fewer where the run's mask would have more than `encoder.MOST_PAIRS` pairs.
         max_length: the longest position to come, question and answer included; only models whose rotary frequencies
             follow the length (`dynamic`, `longrope`) need it, and `ask` holds them there. Default: L.
         progress: True for a bar, or a function that gets (tokens done, tokens in all).
@@ -62,13 +59,14 @@ def encode(
         (`cache=cache` from Transformers 5.24 on).
 
     Raises:
-        NotImplementedError: the model's context is not made of causal keys and values (`model.check_model`).
+        NotImplementedError: the model's context is not made of causal keys and values, or its config names dense
+            heads (`model.check_model`, `model.refuse_dense_heads`).
         ValueError: sizes out of range, or a resume folder that holds something else.
     """
     model, ids = language_model(model), as_ids(context_ids, "context_ids")
-    sizes = plan_for(ids.shape[1], block_size, anchor_size, 0)
+    sizes = plan_for(ids.shape[1], block_size, anchor_size, 0, halo_size)
     longest = max(ids.shape[1], max_length or 0) if follows_length(model) else 0
-    record = Record(ids, sizes.block_size, sizes.anchor_size, longest, fingerprint(model))
+    record = Record(ids, sizes.block_size, sizes.anchor_size, longest, fingerprint(model), sizes.halo_size)
     return _continue(model, record, None, batch_blocks, progress, resume)
 
 
@@ -93,7 +91,7 @@ def append(
     if fingerprint(model) != old.model:
         raise ValueError("this cache was encoded by another model: append with the model it came from.")
     ids = torch.cat([old.context_ids, as_ids(more_ids, "more_ids")], 1)
-    record = Record(ids, old.block_size, old.anchor_size, old.max_length, old.model)
+    record = dataclasses.replace(old, context_ids=ids)
     if follows_length(model) and record.length > old.max_length:
         raise ValueError(
             f"this model's rotary frequencies follow the length, the cache was encoded for {old.max_length} positions: "
@@ -111,6 +109,7 @@ def _continue(
     folder: str | Path | None,
 ) -> Any:
     check_model(model)
+    refuse_dense_heads(model, record.plan)
     if batch_blocks < 1:
         raise ValueError(f"batch_blocks={batch_blocks}: at least 1 block is encoded at a time.")
     store = None
@@ -119,7 +118,7 @@ def _continue(
 
         store = Store(folder)
         done = store.begin(record)
-    encoder = _Encoder(model, record, done)
+    encoder = Encoder(model, record, done)
     with (
         _reporter(progress, record.length) as report,
         dense(model),
@@ -137,86 +136,6 @@ def _continue(
     if store is not None:
         store.finish()
     return cache_of(encoder.layers, record)
-
-
-class _Encoder:
-    """Buffers of the final cache and how far they are filled."""
-
-    def __init__(self, model: nn.Module, record: Record, done: Layers | None) -> None:
-        self.model, self.plan, self.ids = decoder(model), record.plan, record.context_ids
-        self.whole_model = model
-        self.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-        self.layers: Layers = []
-        self.done = 0
-        if done:
-            self.done = done[0][0].shape[2]
-            self.layers = [(self._buffer(key), self._buffer(value)) for key, value in done]
-            self._write(done, 0)
-
-    def step(self, batch_blocks: int) -> None:
-        """Encode what is missing of the current block, or the next whole blocks together."""
-        plan, first = self.plan, self.done
-        block = first // plan.block_size * plan.block_size
-        whole = (plan.length - first) // plan.block_size
-        if first == block and first and whole:
-            count, end = min(batch_blocks, whole), first + min(batch_blocks, whole) * plan.block_size
-        else:
-            count, end = 1, min(block + plan.block_size, plan.length)
-        # The past of these tokens: the anchor, and what is there of their block; in block 1 these are one run.
-        past = [*range(block and len(plan.anchor)), *range(block, first)]
-        parts = self._forward(first, end, count, past)
-        if not self.layers:
-            self.layers = [(self._buffer(key), self._buffer(value)) for key, value in parts]
-        self._write(parts, first)
-        self.done = end
-
-    def _forward(self, first: int, end: int, count: int, past: list[int]) -> Layers:
-        batch, rows = len(self.ids), (end - first) // count
-        ids = self.ids[:, first:end].reshape(batch * count, rows).to(self.device)
-        own = torch.arange(first, end, device=self.device).view(1, count, rows).expand(batch, -1, -1).flatten(0, 1)
-        cache = cache_of([(self._past(k, past, count), self._past(v, past, count)) for k, v in self.layers])
-        self.model(
-            input_ids=ids,
-            position_ids=own,
-            attention_mask=block_masks(self.whole_model, torch.tensor(past, device=self.device), own),
-            use_cache=True,
-            **{cache_keyword(self.model): cache},
-        )
-        parts = []
-        for index, layer in enumerate(cache.layers):
-            if not isinstance(getattr(layer, "keys", None), Tensor) or layer.keys.shape[2] != len(past) + rows:
-                raise NotImplementedError(
-                    f"layer {index} of {type(self.model).__name__} keeps no keys of its own to put together."
-                )
-            parts.append(
-                (self._row(layer.keys[:, :, len(past) :], count), self._row(layer.values[:, :, len(past) :], count))
-            )
-        return parts
-
-    def _past(self, stored: Tensor, past: list[int], count: int) -> Tensor:
-        """Keys or values at the places `past` (at most two runs, one is a view), once for each of `count` blocks."""
-        anchor = len(self.plan.anchor)
-        if past == list(range(len(past))):
-            taken = stored[:, :, : len(past)]
-        else:
-            split = anchor if past[0] == 0 and anchor else 0
-            taken = torch.cat([stored[:, :, :split], stored[:, :, past[split] : past[-1] + 1]], 2)
-        if count == 1:
-            return taken
-        return taken.expand(count, -1, -1, -1) if len(taken) == 1 else taken.repeat_interleave(count, 0)
-
-    @staticmethod
-    def _row(part: Tensor, count: int) -> Tensor:
-        """(batch * count, H, b, D) as (batch, H, count * b, D)."""
-        return part.unflatten(0, (-1, count)).transpose(1, 2).flatten(2, 3)
-
-    def _buffer(self, like: Tensor) -> Tensor:
-        return like.new_empty(*like.shape[:2], self.plan.length, like.shape[3])
-
-    def _write(self, parts: Layers, first: int) -> None:
-        for (key, value), (new_key, new_value) in zip(self.layers, parts, strict=True):
-            end = first + new_key.shape[2]
-            key[:, :, first:end], value[:, :, first:end] = new_key, new_value
 
 
 @contextlib.contextmanager

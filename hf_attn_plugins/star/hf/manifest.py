@@ -17,7 +17,8 @@ MANIFEST = "star.json"
 FORMAT = 1
 TOKENS = re.compile(r"tokens-[0-9]{9,}-[0-9]{9,}\.safetensors")
 DIGEST = re.compile(r"[0-9a-f]{64}")
-CONSTANT = ("model", "batch", "block_size", "anchor_size", "max_length")  # the same for every file of a folder
+CONSTANT = ("model", "batch", "block_size", "anchor_size", "max_length", "halo_size")  # the same in every file
+SINCE_THEN = {"halo_size": 0}  # fields that older folders lack, and what they mean there
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no star cache: there is no {MANIFEST}.")
-    manifest = read_json(path)
+    manifest = {**SINCE_THEN, **read_json(path)}
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{path} has format {manifest.get('format')!r}, this version reads {FORMAT}: encode again.")
     wrong = _wrong(manifest)
@@ -41,12 +42,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _wrong(manifest: dict[str, Any]) -> str | None:
     """What no encoding writes into a manifest, or None."""
-    for name, least in (("length", 0), ("batch", 1), ("block_size", 1), ("anchor_size", 0), ("max_length", 0)):
+    sizes = {"length": 0, "batch": 1, "block_size": 1, "anchor_size": 0, "max_length": 0, "halo_size": 0}
+    for name, least in sizes.items():
         value: Any = manifest.get(name)
         if not _whole(value) or value < least:
             return f"{name} is {value!r}, a whole number of at least {least} is needed"
-    if manifest["anchor_size"] > manifest["block_size"]:
-        return f"anchor_size {manifest['anchor_size']} is larger than block_size {manifest['block_size']}"
+    if manifest["anchor_size"] > manifest["block_size"] + manifest["halo_size"]:
+        return (
+            f"anchor_size {manifest['anchor_size']} is larger than block_size {manifest['block_size']} and halo_size "
+            f"{manifest['halo_size']} together"
+        )
     if not isinstance(manifest.get("model"), str) or not isinstance(manifest.get("tokenizer", ""), str):
         return "the fingerprint of the model or of the tokenizer is no text"
     if not isinstance(manifest.get("complete"), bool) or not isinstance(manifest.get("files"), list):
@@ -112,10 +117,9 @@ def _part(path: Path, entry: dict[str, Any], manifest: dict[str, Any]) -> dict[s
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}.") from error
     for name in CONSTANT:
-        if metadata.get(name) != json.dumps(manifest[name]):
-            raise ValueError(
-                f"{path} was written with {name}={metadata.get(name)}, {MANIFEST} says {manifest[name]!r}."
-            )
+        written = metadata.get(name, json.dumps(SINCE_THEN.get(name)))
+        if written != json.dumps(manifest[name]):
+            raise ValueError(f"{path} was written with {name}={written}, {MANIFEST} says {manifest[name]!r}.")
     ids, count = tensors.get("input_ids"), (len(tensors) - 1) // 2
     lead = (manifest["batch"], entry["end"] - entry["first"])
     names = {"input_ids", *(f"{kind}.{index}" for kind in ("key", "value") for index in range(count))}

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_attn_plugins.hf.compat import freeze_rope, is_stateful
+from hf_attn_plugins.hf.families import stored_options
+from hf_attn_plugins.star.options import StarOptions
+from hf_attn_plugins.star.plan import Plan
 
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -48,6 +51,20 @@ def check_model(model: nn.Module) -> None:
         )
 
 
+def refuse_dense_heads(model: nn.Module, plan: Plan) -> None:
+    """Raise NotImplementedError where the config names key heads that see everything and the plan hides a token."""
+    config = text_config(model)
+    where = f"hf_attn_plugins['star_attention'] in the config ({type(config).__name__})"
+    options: Any = StarOptions.of(stored_options(config, "star_attention"), where)
+    if plan.is_dense or options.dense_heads is None:
+        return
+    raise NotImplementedError(
+        f"{where} names dense_heads, but star.encode shows a block the same keys in every head. Call the model with "
+        'context and question in one prompt (attn_implementation="star_attention"), or encode without them: '
+        'hap.configure(model, "star_attention", dense_heads=None).'
+    )
+
+
 def windows(model: nn.Module) -> tuple[int | None, bool]:
     """(sliding window or None, whether layers without one are mixed in) of a model."""
     config = text_config(model)
@@ -62,36 +79,44 @@ def windows(model: nn.Module) -> tuple[int | None, bool]:
     return int(window), "full_attention" in kinds
 
 
-def block_masks(model: nn.Module, past: Tensor, own: Tensor) -> Any:
-    """The masks of a block whose past is not next to it, or None where the model's own mask is right.
+def takes_mask_tensors(model: nn.Module) -> bool:
+    """Whether the model's attention implementation takes a mask of its own for every pair of row and key."""
+    implementation = _implementation(model)
+    return "flash" not in implementation and implementation != "flex_attention"
+
+
+def block_masks(model: nn.Module, past: Tensor, own: Tensor, plan: Plan | None = None) -> Any:
+    """The masks of a block, or of a run of blocks, or None where the model's own mask is right.
 
     A model measures windows by places in the cache; behind an anchor these are not distances between tokens.
 
     Args:
-        past: (P,) positions of the keys in the cache; own: (N, T) positions of the block's tokens.
+        past: (P,) positions of the keys in the cache; own: (N, T) positions of the new tokens.
+        plan: the plan, where tokens of several blocks see different keys; None: they see all keys before them.
 
     Returns:
         None, a mask (N, 1, T, P + T) for models with one kind of layer, or one mask for each kind of layer.
     """
     window, mixed = windows(model)
-    if window is None or not len(past) or int(own.max() - past.min()) < window:
+    if plan is None and (window is None or not len(past) or int(own.max() - past.min()) < window):
         return None
-    rows, device = own.shape[1], own.device
-    keys = torch.cat([past.expand(len(own), -1), own], 1)
-    distance = own[:, :, None] - keys[:, None, :]
-    if bool((own[:, 0] == past[-1] + 1).all()) and len(past) == past[-1] - past[0] + 1 and int(past[0]) == 0:
+    keys = torch.cat([past.expand(len(own), -1), own], 1)[:, None, :]
+    rows = own[:, :, None]
+    if plan is None and bool((own[:, 0] == past[-1] + 1).all()) and len(past) == past[-1] + 1:
         return None
-    index = torch.arange(keys.shape[1], device=device)
-    causal = index[None, :] <= torch.arange(rows, device=device)[:, None] + len(past)
-    full, sliding = (
-        _as_mask(model, seen[:, None]) for seen in (causal.expand_as(distance), causal & (distance < window))
-    )
-    return {"full_attention": full, "sliding_attention": sliding} if mixed else sliding
+    seen = keys <= rows
+    if plan is not None:
+        seen &= (keys < plan.anchor_size) | (keys >= rows // plan.block_size * plan.block_size - plan.halo_size)
+    if window is None:
+        return _as_mask(model, seen)
+    sliding = _as_mask(model, seen & (rows - keys < window))
+    return {"full_attention": _as_mask(model, seen), "sliding_attention": sliding} if mixed else sliding
 
 
 def _as_mask(model: nn.Module, seen: Tensor) -> Tensor:
-    implementation = str(getattr(text_config(model), "_attn_implementation", ""))
-    if "flash" in implementation or implementation == "flex_attention":
+    """(N, T, S) visibility as the model's attention takes it: (N, 1, T, S), bool or, for eager, to be added."""
+    implementation, seen = _implementation(model), seen[:, None]
+    if not takes_mask_tensors(model):
         raise NotImplementedError(
             f"{implementation} takes no mask tensor, which sliding layers behind an anchor need: encode with "
             'attn_implementation="tiled_attention" or "sdpa".'
@@ -100,6 +125,10 @@ def _as_mask(model: nn.Module, seen: Tensor) -> Tensor:
         return seen
     dtype = next(model.parameters()).dtype
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def _implementation(model: nn.Module) -> str:
+    return str(getattr(text_config(model), "_attn_implementation", ""))
 
 
 @contextlib.contextmanager

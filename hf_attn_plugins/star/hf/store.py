@@ -140,7 +140,9 @@ def load(folder: str | Path, model: nn.Module, *, tokenizer: Any = None) -> Any:
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
         raise ValueError(f"{folder} is damaged: it holds token ids outside of the vocabulary 0 .. {vocabulary - 1}.")
     device = embedding.weight.device
-    record = Record(ids, *(manifest[name] for name in ("block_size", "anchor_size", "max_length", "model")))
+    record = Record(
+        ids, *(manifest[name] for name in ("block_size", "anchor_size", "max_length", "model", "halo_size"))
+    )
     return cache_of([(key.to(device), value.to(device)) for key, value in layers], record)
 
 
@@ -152,6 +154,7 @@ def about(record: Record) -> dict[str, Any]:
         "batch": len(record.context_ids),
         "block_size": record.block_size,
         "anchor_size": record.anchor_size,
+        "halo_size": record.halo_size,
         "max_length": record.max_length,
     }
 

@@ -54,17 +54,19 @@ def attend_rectangles(
         return one_launch(query, key, value, mask, scale, softcap, dropout, lists)
     options = {"scale": scale, "softcap": softcap, "dropout": dropout, "kernel": kernel}
     start = mask.start(query.shape[2], key.shape[2])
+    if len(lists) == 1:
+        return _one_by_one(query, key, value, mask, start, lists[0], options)
     parts = []
     for b in range(query.shape[0]):
         item, row = slice(b, b + 1), mask.slice_batch(b)
-        parts.append(_one_by_one(query[item], key[item], value[item], row, start, lists[b % len(lists)], options))
+        parts.append(_one_by_one(query[item], key[item], value[item], row, start, lists[b], options))
     return Partial.cat(parts, dim=0) if parts else Partial.empty(query, value.shape[-1])
 
 
 def _one_by_one(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, start: int, plan: list[Rectangle], options: dict[str, Any]
 ) -> Partial:
-    """One row of the batch: a call per rectangle, merged between every two rows where a rectangle begins or ends."""
+    """Batch rows of one plan: a call per rectangle, merged between every two rows where a rectangle begins or ends."""
     rectangles = [rectangle for rectangle in plan if not rectangle.is_empty]
     parts = [_one(query, key, value, mask, start, rectangle, options) for rectangle in rectangles]
     nothing = Partial.empty(query, value.shape[-1])
@@ -76,7 +78,7 @@ def _one_by_one(
             for rectangle, part in zip(rectangles, parts, strict=True)
             if rectangle.row_begin <= low and high <= rectangle.row_end
         ]
-        bands.append(merge([nothing.rows(low, high), *inside]))
+        bands.append(merge(inside or [nothing.rows(low, high)]))
     return Partial.cat(bands) if bands else nothing
 
 

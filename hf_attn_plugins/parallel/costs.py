@@ -10,10 +10,12 @@ from hf_attn_plugins.cqs.cost import CallShape
 from hf_attn_plugins.parallel.method import Cost, method_for
 
 # Names in `Traffic` of the exchanges that attention over a sharded prompt makes.
-EXCHANGES = ("cqs groups", "cqs results", "keys and values", "merge", "anchor")
+EXCHANGES = ("cqs groups", "cqs results", "keys and values", "merge", "anchor", "halo")
 
 
-def costs(name: str, num_tokens: int, num_ranks: int, shape: CallShape, **options: Any) -> list[Cost]:
+def costs(
+    name: str, num_tokens: int, num_ranks: int, shape: CallShape, *, layer: int = 0, **options: Any
+) -> list[Cost]:
     """The cost of a prompt without padding on each rank.
 
     Args:
@@ -21,6 +23,7 @@ def costs(name: str, num_tokens: int, num_ranks: int, shape: CallShape, **option
         num_tokens: length of the prompt.
         num_ranks: number of processes, at least 1.
         shape: heads, head sizes and bytes per element of one layer.
+        layer: the layer that is counted; layers differ where options name heads by layer.
 
     Returns:
         One `Cost` per rank, in the order of the ranks, for one layer.
@@ -28,7 +31,7 @@ def costs(name: str, num_tokens: int, num_ranks: int, shape: CallShape, **option
     Raises:
         ValueError: an unknown method or option, or a prompt that is too short to be divided among `num_ranks` ranks.
     """
-    chosen: Any = method_for(name, **options)
+    chosen: Any = method_for(name, **options).for_layer(layer)
     real = torch.ones(shape.batch, num_tokens, dtype=torch.bool)
     layouts = [chosen.deal(real, rank, num_ranks) for rank in range(num_ranks)]
     if any(layout is None for layout in layouts):

@@ -125,6 +125,17 @@ class Method(Protocol):
         """
         ...
 
+    def for_layer(self, index: int | None) -> Method:
+        """The method of one layer: `attention` and `cost` are asked of it, `deal` is the same for all layers.
+
+        Args:
+            index: the layer, from 0; None if the model's modules do not say which layer they are.
+
+        Raises:
+            ValueError: the method differs from layer to layer, and `index` is None.
+        """
+        ...
+
     def cost(self, layout: Layout, rank: int, shape: CallShape) -> Cost:
         """The cost on `rank` of one layer of a prompt without padding, counted from the rank's `layout`."""
         ...

@@ -1,8 +1,11 @@
 """Star Attention on several ranks: every rank encodes its own blocks, and all ranks together answer the query.
 
 One forward of a rank computes three parts: the anchor (if the rank recomputes it), the rank's own blocks, the query.
-A block attends to the anchor and to itself. That needs no exchange, unless the anchor's keys are broadcast: then there
-is one broadcast per layer. The query's results are merged over all ranks in every layer.
+A block attends to the anchor, to its halo and to itself. Rank 0 may broadcast the anchor's keys in every layer. The
+keys of a halo that lies on other ranks are sent in every layer, in one message from each of these ranks. The query's
+results are merged over all ranks in every layer.
+
+A dense head is computed like a head whose halo is everything before the rank's blocks.
 """
 
 from __future__ import annotations
@@ -19,15 +22,17 @@ from hf_attn_plugins.core.mask import Mask, Window
 from hf_attn_plugins.core.partial import Partial, merge
 from hf_attn_plugins.core.warn import warn_once
 from hf_attn_plugins.cqs.cost import CallShape
+from hf_attn_plugins.kernels.attend_rectangles import attend_rectangles
 from hf_attn_plugins.kernels.bound_attend import BoundAttend
 from hf_attn_plugins.parallel.comm.group import Group
 from hf_attn_plugins.parallel.link import Wire, cheaper_anchor
-from hf_attn_plugins.parallel.method import Cost, Layout, Step, triangle
+from hf_attn_plugins.parallel.method import Cost, Layout, Step
 from hf_attn_plugins.parallel.partition import blocks, level
-from hf_attn_plugins.parallel.star_parts import Picker, Row, StarParts, alike, span, token_range
+from hf_attn_plugins.parallel.star_keys import keys_of
+from hf_attn_plugins.parallel.star_parts import Reach, Row, StarParts, overlap, row_of, span, tokens_of
 from hf_attn_plugins.star.cost import ModelShape
+from hf_attn_plugins.star.dense_heads import Attention, by_heads
 from hf_attn_plugins.star.options import StarOptions
-from hf_attn_plugins.star.plan import plan_for
 
 ANCHORS = ("auto", "recompute", "broadcast")
 
@@ -60,29 +65,29 @@ class Star(StarOptions):
         return replace(self, shape=ModelShape.of(config), wire=Wire.of(group.device.type, max(nodes)))
 
     def cost(self, layout: Layout, rank: int, shape: CallShape) -> Cost:
-        """Counted from the first batch row: its blocks, its anchor, and its query, which is merged over all ranks."""
-        parts, loads = layout.extra, layout.loads
-        row, others = parts.rows[0], len(loads) - 1
-        num_queries, own, anchor = len(row.query), row.own, len(row.plan.anchor)
-        blocks = [
-            range(at, min(at + row.plan.block_size, own.stop)) for at in range(own.start, own.stop, row.plan.block_size)
-        ]
-        pairs = sum(triangle(len(block)) + (anchor * len(block) if block.start else 0) for block in blocks)
-        pairs += triangle(len(row.anchor))
-        pairs += num_queries * len(own) + sum(num_queries - slot for slot in parts.kept)
-        merge = others * num_queries * shape.result_bytes
+        """Counted from the first batch row: the keys it sends and receives, its rectangles, and the query's merge."""
+        parts: StarParts = layout.extra
+        row, others = parts.rows[0], len(layout.loads) - 1
+        merge = others * len(row.query) * shape.result_bytes
         sent = received = 0
         if parts.source is not None:
-            sent = others * anchor * shape.key_bytes if rank == parts.source else 0
-            received = 0 if rank == parts.source else anchor * shape.key_bytes
-        slots = len(row.anchor) + len(own) + num_queries
+            anchor = parts.longest_anchor * shape.key_bytes
+            sent, received = (others * anchor, 0) if rank == parts.source else (0, anchor)
+        pairs, heads = 0, len(self.layer_heads)
+        for reach, share in ((parts.sparse, shape.kv_heads - heads), (parts.dense, heads)):
+            key_bytes = shape.key_bytes * share // shape.kv_heads
+            sent += sum(len(overlap(row.own, halos[0])) for halos in reach.halos) * key_bytes
+            received += len(reach.halos[rank][0]) * key_bytes
+            pairs += reach.pairs() * share
+        slots = len(parts.anchor) + len(row.own) + len(row.query)
+        copied = slots * shape.key_bytes if received else 0  # received keys and the rank's own become one tensor
         return Cost(
             sent=merge + sent,
             received=merge + received,
-            held=slots * (shape.query_bytes + shape.key_bytes + shape.result_bytes) + merge + received,
-            pairs=pairs,
+            held=slots * (shape.query_bytes + shape.key_bytes + shape.result_bytes) + merge + received + copied,
+            pairs=pairs // shape.kv_heads,
             rows=slots,
-            cache=loads[rank] * shape.key_bytes,
+            cache=layout.loads[rank] * shape.key_bytes,
             decode=others * shape.result_bytes,
         )
 
@@ -94,7 +99,7 @@ class Star(StarOptions):
     def deal(self, real: Tensor, rank: int, size: int) -> Layout | None:
         """See `Method.deal`: whole blocks per rank, and the query on every rank; never None."""
         spans = [span(row) for row in real]
-        plans = [plan_for(end - first, self.block_size, self.anchor_size, self.query_size) for first, end in spans]
+        plans = [self.plan_of(end - first) for first, end in spans]
         dealt = [blocks(plan.context, plan.block_size, size) for plan in plans]
         most = max(plan.num_blocks for plan in plans)
         if rank == 0 and most < size:
@@ -104,36 +109,33 @@ class Star(StarOptions):
                 f"tokens for {size} ranks, {size - most} of them have none: block_size={max(1, -(-longest // size))} "
                 "or less gives every rank a block."
             )
-        longest_anchor = max(len(plan.anchor) for plan in plans)
-        recompute = self._choice(longest_anchor, size) == "recompute"
+        recompute = self._choice(max(len(plan.anchor) for plan in plans), size) == "recompute"
 
-        def row_of(rank: int, row: int) -> Row:
-            plan, mine = plans[row], dealt[row][rank]
-            own = range(plan.block(mine[0]).start, plan.block(mine[-1]).stop) if mine else range(0)
-            recomputed = plan.anchor if recompute and own.start else range(0)
-            return Row(spans[row][0], plan, own, recomputed, plan.query)
+        def needed(rank: int, index: int) -> Row:
+            plan, (sender, *_) = plans[index], dealt[index]
+            sent = None if recompute else tokens_of(plan, sender).stop
+            return row_of(spans[index][0], plan, tokens_of(plan, dealt[index][rank]), sent)
 
-        rows = [row_of(rank, row) for row in range(len(plans))]
-        held = [max(len(row_of(other, row).own) for row in range(len(plans))) for other in range(size)]
+        ranks = [[needed(other, index) for index in range(len(plans))] for other in range(size)]
+        rows, held = ranks[rank], [max(len(row.own) for row in rows) for rows in ranks]
         queries = max(len(row.query) for row in rows)
         shares = level(held, queries)
-        anchors, owns = max(len(row.anchor) for row in rows), max(len(row.own) for row in rows)
-        total = max(1, anchors + owns + queries)
+        anchors = max(len(row.anchor) for row in rows) if recompute else 0
+        total = max(1, anchors + held[rank] + queries)
         parts = StarParts(
-            rows,
-            range(anchors),
-            range(anchors, anchors + owns),
-            range(anchors + owns, anchors + owns + queries),
-            shares[rank],
-            None if recompute else 0,
-            longest_anchor,
+            ranks,
+            rank,
+            anchor=range(anchors),
+            own=range(anchors, anchors + held[rank]),
+            query=range(anchors + held[rank], anchors + held[rank] + queries),
+            kept=shares[rank],
+            source=None if recompute else 0,
+            longest_anchor=max(len(row.anchor) for rows in ranks for row in rows),
         )
         columns = torch.full((len(rows), total), -1)
-        for index, row in enumerate(rows):
-            for slots, tokens in ((parts.anchor, row.anchor), (parts.own, row.own)):
-                columns[index, slots.start : slots.start + len(tokens)] = token_range(tokens, row.first)
-            # The query's part is filled from its end, so that its last slot is the last token of every batch row.
-            columns[index, parts.query.stop - len(row.query) : parts.query.stop] = token_range(row.query, row.first)
+        for index, (first, *_) in enumerate(rows):
+            for tokens, begin in parts.slots(index):
+                columns[index, begin : begin + len(tokens)] = torch.arange(first + tokens.start, first + tokens.stop)
         own = torch.arange(parts.own.start, parts.own.stop)
         query = torch.arange(parts.query.start, parts.query.stop)
         return Layout(
@@ -155,79 +157,26 @@ class Star(StarOptions):
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, window: Window, step: Step, kernel: BoundAttend, group: Group
     ) -> Partial:
-        """The three parts one after another; then the query's results are merged over all ranks."""
+        """The rectangles of all three parts over the keys that `keys_of` gives; then the query's merge over all ranks.
+
+        Dense heads have rectangles and keys of their own.
+
+        Raises:
+            ValueError: a dense head that this layer does not have.
+        """
         assert step.layout is not None
         parts: StarParts = step.layout.extra
-        anchor = self._anchor(key, value, parts, group)
-        out, lse = Partial.empty(query, value.shape[-1])
-        for members, row in alike(parts.rows):
-            index = torch.tensor(members, device=query.device)
-            pick = Picker(query, key, value, index)
-            pieces: list[tuple[range, Partial]] = []
-            if row.anchor:
-                slots = range(len(row.anchor))
-                pieces.append((slots, kernel(*pick(slots, slots), Mask(causal=True, window=window))))
-            if row.own:
-                slots = range(parts.own.start, parts.own.start + len(row.own))
-                keys = tuple(x.index_select(0, index)[:, :, : len(row.plan.anchor)] for x in anchor)
-                pieces.append((slots, self._blocks(pick, slots, keys, row, window, kernel)))
-            if row.query:
-                slots = range(parts.query.stop - len(row.query), parts.query.stop)
-                pieces.append((slots, self._question(pick, slots, row, parts, window, kernel)))
-            for slots, part in pieces:
-                out[index, :, slots.start : slots.stop], lse[index, :, slots.start : slots.stop] = part
-        if parts.query:
-            asked = slice(parts.query.start, parts.query.stop)
-            merged = merge(group.gather_partials(Partial(out[:, :, asked], lse[:, :, asked])))
-            out[:, :, asked], lse[:, :, asked] = merged
-        return Partial(out, lse)
 
-    @staticmethod
-    def _anchor(key: Tensor, value: Tensor, parts: StarParts, group: Group) -> tuple[Tensor, Tensor]:
-        """The anchor's keys (B, Hkv, a, D) and values (B, Hkv, a, Dv), on every rank; a is `parts.longest_anchor`."""
-        begin = parts.anchor.start if parts.anchor else parts.own.start
-        here = key[:, :, begin : begin + parts.longest_anchor], value[:, :, begin : begin + parts.longest_anchor]
-        if parts.source is None or not parts.longest_anchor:
-            return here
-        if group.rank != parts.source:
-            here = tuple(x.new_empty(*x.shape[:2], parts.longest_anchor, x.shape[3]) for x in (key, value))  # type: ignore[assignment]
-        sent = torch.cat([here[0].flatten(2), here[1].flatten(2)], 2)
-        anchor = group.broadcast(sent, parts.source, what="anchor")
-        split = parts.longest_anchor * key.shape[3]
-        keys, values = anchor[:, :, :split], anchor[:, :, split:]
-        return keys.unflatten(2, (parts.longest_anchor, -1)), values.unflatten(2, (parts.longest_anchor, -1))
+        def over(reach: Reach) -> Attention:
+            def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Partial:
+                keys, values = keys_of(key, value, parts, reach, group)
+                return attend_rectangles(query, keys, values, reach.rectangles, mask=mask, **kernel.options)
 
-    @staticmethod
-    def _blocks(
-        pick: Picker, slots: range, anchor: tuple[Tensor, ...], row: Row, window: Window, kernel: BoundAttend
-    ) -> Partial:
-        """Attention of this rank's blocks, one by one, over the anchor and the block; block 0 over itself only."""
-        size, done = row.plan.block_size, []
-        causal = Mask(causal=True, window=window)
-        for start in range(0, len(slots), size):
-            block = slots[start : start + size]
-            position = row.own.start + start
-            query, key, value = pick(block, block)
-            if not position or not row.plan.anchor:
-                done.append(kernel(query, key, value, causal))
-            elif window[0] is None or window[0] >= position + len(block) - 1:
-                keys, values = (torch.cat([far, near], 2) for far, near in zip(anchor, (key, value), strict=True))
-                done.append(kernel(query, keys, values, causal.replace(window=(None, None))))
-            else:  # the window hides some anchor keys: they are counted at their true distance
-                far = kernel(query, anchor[0], anchor[1], Mask(window=window, offset=position))
-                done.append(merge([kernel(query, key, value, causal), far]))
-        return Partial.cat(done)
+            return attend
 
-    @staticmethod
-    def _question(
-        pick: Picker, slots: range, row: Row, parts: StarParts, window: Window, kernel: BoundAttend
-    ) -> Partial:
-        """Attention of the query's rows over this rank's keys: its blocks, and the query's keys that it stores."""
-        context = row.plan.context
-        own = range(parts.own.start, parts.own.start + len(row.own))
-        far = kernel(*pick(slots, own), Mask(window=window, offset=context - row.own.start))
-        padding = parts.query.stop - parts.query.start - len(row.query)
-        kept = range(max(parts.kept.start, padding), max(parts.kept.stop, padding))
-        keys = range(parts.query.start + kept.start, parts.query.start + kept.stop)
-        near = kernel(*pick(slots, keys), Mask(causal=True, window=window, offset=padding - kept.start))
-        return merge([far, near])
+        mask = Mask(causal=True, window=window, offset=0)  # rectangles shift slots to their keys
+        part = by_heads(query, key, value, mask, self.layer_heads, full=over(parts.dense), rest=over(parts.sparse))
+        if not parts.query:
+            return part
+        asked = part.rows(parts.query.start, parts.query.stop)
+        return Partial.cat([part.rows(0, parts.query.start), merge(group.gather_partials(asked))])

@@ -1,24 +1,31 @@
-"""The part of a Star prompt that one rank computes: token ranges of each batch row, and the slots of these tokens."""
+"""The part of a Star prompt that one rank computes: its tokens, their slots, and the rectangles of slots and keys."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from hf_attn_plugins.core.rectangle import Rectangle
+from hf_attn_plugins.parallel.method import triangle
 from hf_attn_plugins.star.plan import Plan
+from hf_attn_plugins.star.rectangles import rectangles_of, whole_of
 
 
 class Row(NamedTuple):
-    """The token ranges of one batch row that a rank computes, counted from the row's first real token.
+    """The tokens of one batch row that a rank needs, counted from the row's first real token.
+
+    `anchor`, `halo` and `own` do not overlap. Together they are all the keys that the rank's blocks see.
 
     Attributes:
         first: column of the row's first real token.
         plan: blocks, anchor and query of the row.
         own: tokens of this rank's blocks; empty if the rank has no block of this row.
-        anchor: anchor tokens that this rank recomputes; empty if it has them already or receives their keys.
+        anchor: the anchor's tokens before the halo; the rank recomputes them or receives their keys from rank 0.
+        halo: tokens just before `own`, whose keys the ranks before send.
         query: tokens of the query, the same on every rank.
     """
 
@@ -26,7 +33,66 @@ class Row(NamedTuple):
     plan: Plan
     own: range
     anchor: range
+    halo: range
     query: range
+
+
+def tokens_of(plan: Plan, blocks: range) -> range:
+    """The tokens of consecutive blocks; `range(0)` where there is none."""
+    return range(plan.block(blocks[0]).start, plan.block(blocks[-1]).stop) if blocks else range(0)
+
+
+def row_of(first: int, plan: Plan, own: range, sent: int | None) -> Row:
+    """The `Row` of a rank with the blocks `own`.
+
+    Args:
+        first: column of the row's first real token.
+        plan: the row's plan.
+        own: tokens of the rank's blocks.
+        sent: leading tokens that rank 0 can broadcast, those of its blocks; None if the rank recomputes the anchor. An
+            anchor longer than that does not lie on rank 0: the halo then begins where rank 0's tokens end.
+    """
+    start = max(0, own.start - plan.halo_size)
+    needed = min(len(plan.anchor), start)
+    anchor = needed if sent is None else min(needed, sent)
+    return Row(first, plan, own, range(anchor), range(start if anchor == needed else anchor, own.start), plan.query)
+
+
+class Run(NamedTuple):
+    """Consecutive tokens in consecutive places: slots or keys of a rank; `begin` is the place of the first token."""
+
+    tokens: range
+    begin: int
+
+    @property
+    def shift(self) -> int:
+        """A token's place minus its position."""
+        return self.begin - self.tokens.start
+
+
+@dataclass(frozen=True, eq=False)
+class Reach:
+    """The keys that some of the key heads see on one rank.
+
+    Attributes:
+        halos: tokens whose keys each rank receives from the ranks before it, as [rank][batch row].
+        longest_halo: tokens of the longest halo on this rank.
+        rectangles: of this rank's slots over its keys (see `star_keys.keys_of`); one list for each batch row, or one
+            list for all of them.
+    """
+
+    halos: list[list[range]]
+    longest_halo: int
+    rectangles: list[list[Rectangle]]
+
+    @property
+    def is_exchanged(self) -> bool:
+        """Whether any rank receives keys; the same on every rank."""
+        return any(halo for rows in self.halos for halo in rows)
+
+    def pairs(self) -> int:
+        """(query, key) pairs of the first batch row, a window left out."""
+        return sum(map(causal_pairs, self.rectangles[0]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,14 +100,16 @@ class StarParts:
     """The slots of the three parts of a rank's forward: anchor | blocks | query. Each part fits its longest batch row.
 
     Attributes:
-        rows: one entry per batch row.
-        anchor, own, query: slots of the three parts.
+        ranks: the rows of every rank, as [rank][batch row].
+        rank: this rank.
+        anchor, own, query: slots of the three parts; `anchor` is empty if its keys are broadcast.
         kept: indices into the query's part whose keys this rank stores.
         source: the rank that broadcasts the anchor's keys; None if every rank recomputes them.
-        longest_anchor: tokens of the longest anchor in the batch.
+        longest_anchor: tokens of the longest `Row.anchor` of all ranks.
     """
 
-    rows: list[Row]
+    ranks: list[list[Row]]
+    rank: int
     anchor: range
     own: range
     query: range
@@ -49,35 +117,88 @@ class StarParts:
     source: int | None
     longest_anchor: int
 
+    @property
+    def rows(self) -> list[Row]:
+        """The rows of this rank, one per batch row."""
+        return self.ranks[self.rank]
 
-class Picker:
-    """Selects slots of some batch rows: `pick(rows, keys)` gives queries of slots `rows`, keys and values of `keys`.
+    def slots(self, index: int) -> tuple[Run, Run, Run]:
+        """The slots of the anchor's tokens, the blocks' and the query's in batch row `index`.
 
-    Args:
-        query, key, value: (B, H, T, D).
-        index: (b,) long, the batch rows.
-    """
-
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, index: Tensor) -> None:
-        whole = len(index) == len(query)
-        self.tensors = [x if whole else x.index_select(0, index) for x in (query, key, value)]
-
-    def __call__(self, rows: range, keys: range) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = self.tensors
-        """Query (b, Hq, len(rows), D), key (b, Hkv, len(keys), D), value (b, Hkv, len(keys), Dv)."""
+        The query's part is filled from its end, so that its last slot is the last token of every batch row.
+        """
+        row = self.rows[index]
         return (
-            query[:, :, rows.start : rows.stop],
-            key[:, :, keys.start : keys.stop],
-            value[:, :, keys.start : keys.stop],
+            Run(row.anchor if self.anchor else range(0), 0),
+            Run(row.own, self.own.start),
+            Run(row.query, self.query.stop - len(row.query)),
         )
 
+    @property
+    def anchor_keys(self) -> int:
+        """Keys of the anchor in front of all others: recomputed, or received from another rank."""
+        return len(self.anchor) if self.source in (None, self.rank) else self.longest_anchor
 
-def alike(rows: list[Row]) -> list[tuple[list[int], Row]]:
-    """Group the batch rows with equal ranges, wherever their padding ends: (indices of the rows, their ranges)."""
-    groups: dict[Row, list[int]] = {}
-    for index, row in enumerate(rows):
-        groups.setdefault(row._replace(first=0), []).append(index)
-    return [(members, row) for row, members in groups.items()]
+    @functools.cached_property
+    def sparse(self) -> Reach:
+        """The reach of key heads that follow the plan."""
+        return self._reach([[row.halo for row in rows] for rows in self.ranks], rectangles_of)
+
+    @functools.cached_property
+    def dense(self) -> Reach:
+        """The reach of dense heads: all tokens between the anchor and the rank's blocks are their halo."""
+        return self._reach([[range(len(row.anchor), row.own.start) for row in rows] for rows in self.ranks], whole_of)
+
+    def _reach(self, halos: list[list[range]], of_plan: Callable[[Plan], list[Rectangle]]) -> Reach:
+        longest = max(map(len, halos[self.rank]))
+        lists = [
+            self._rectangles(index, halo, self.anchor_keys + longest, of_plan(self.rows[index].plan))
+            for index, halo in enumerate(halos[self.rank])
+        ]
+        return Reach(halos, longest, lists[:1] if all(found == lists[0] for found in lists) else lists)
+
+    def _rectangles(self, index: int, halo: range, before: int, plan: list[Rectangle]) -> list[Rectangle]:
+        """The plan's rectangles of tokens as those of this rank's slots and keys; `before` keys precede its blocks'."""
+        row, (anchor, own, query) = self.rows[index], self.slots(index)
+        context = [Run(row.anchor, 0), Run(range(row.own.start - len(halo), row.own.stop), before - len(halo))]
+        moved = before - self.own.start  # from a slot to its key
+        first = query.begin - self.query.start
+        kept = row.query[max(0, self.kept.start - first) : max(0, self.kept.stop - first)]
+        stored = [Run(row.own, before), Run(kept, kept.start + query.shift + moved)]
+        sees = ((anchor, context), (own, context), (query, stored))
+        found = [placed(part, rows, keys) for part in plan for rows, runs in sees for keys in runs]
+        return [rectangle for rectangle in found if not rectangle.is_empty]
+
+
+def placed(rectangle: Rectangle, rows: Run, keys: Run) -> Rectangle:
+    """The part of a rectangle of tokens whose rows are in `rows` and whose keys are in `keys`, at their places.
+
+    Keys after the last row are left out.
+    """
+    row = overlap(range(rectangle.row_begin, rectangle.row_end), rows.tokens)
+    key = overlap(range(rectangle.key_begin, min(rectangle.key_end, row.stop)), keys.tokens)
+    return Rectangle(
+        row.start + rows.shift, row.stop + rows.shift, key.start + keys.shift, key.stop + keys.shift,
+        position_masked=True, shift=keys.shift - rows.shift,
+    )  # fmt: skip
+
+
+def overlap(one: range, other: range) -> range:
+    """The numbers that are in both ranges."""
+    start = max(one.start, other.start)
+    return range(start, max(start, min(one.stop, other.stop)))
+
+
+def causal_pairs(rectangle: Rectangle) -> int:
+    """Visible (row, key) pairs of a position-masked rectangle under a causal mask of offset 0."""
+    keys = rectangle.key_end - rectangle.key_begin
+    before = rectangle.shift - rectangle.key_begin  # row r sees the first r + 1 + before keys of the rectangle
+
+    def seen_by_rows(end: int) -> int:
+        most = max(0, end + before)
+        return triangle(min(most, keys)) + keys * max(0, most - keys)
+
+    return seen_by_rows(rectangle.row_end) - seen_by_rows(rectangle.row_begin)
 
 
 def span(row: Tensor) -> tuple[int, int]:
@@ -98,8 +219,3 @@ def span(row: Tensor) -> tuple[int, int]:
             "leave it out, or use tiled_attention."
         )
     return columns[0], columns[-1] + 1
-
-
-def token_range(tokens: range, first: int) -> Tensor:
-    """The columns of `tokens` as a long tensor, for a row whose first real token is in column `first`."""
-    return torch.arange(first + tokens.start, first + tokens.stop)

@@ -13,6 +13,12 @@ from hf_attn_plugins.core.partial import Partial
 Attention = Callable[[Tensor, Tensor, Tensor, Mask], Partial]
 
 
+def check_heads(heads: tuple[int, ...], kv_heads: int) -> None:
+    """Raise ValueError for a dense head that a layer with `kv_heads` key heads does not have."""
+    if heads and heads[-1] >= kv_heads:
+        raise ValueError(f"dense_heads names key head {heads[-1]}: this layer has heads 0 .. {kv_heads - 1}.")
+
+
 def by_heads(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, heads: tuple[int, ...], *, full: Attention, rest: Attention
 ) -> Partial:
@@ -20,9 +26,15 @@ def by_heads(
 
     Args:
         query: (B, Hq, T, D); key, value: (B, Hkv, S, D) and (B, Hkv, S, Dv).
-        heads: some of 0 .. Hkv - 1, neither none nor all.
+        heads: some of 0 .. Hkv - 1, none, or all.
+
+    Raises:
+        ValueError: a head that this layer does not have.
     """
     kv_heads = key.shape[1]
+    check_heads(heads, kv_heads)
+    if not heads or len(heads) == kv_heads:
+        return (full if heads else rest)(query, key, value, mask)
     group = query.shape[1] // kv_heads
     others = [head for head in range(kv_heads) if head not in heads]
 

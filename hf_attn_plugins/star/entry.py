@@ -32,7 +32,7 @@ from hf_attn_plugins.kernels.attend_blocks import attend_blocks
 from hf_attn_plugins.kernels.attend_rectangles import attend_rectangles
 from hf_attn_plugins.kernels.bound_attend import BoundAttend
 from hf_attn_plugins.star.batch_plans import masked, plans_of, prompts_of
-from hf_attn_plugins.star.dense_heads import by_heads, folded, repeated, unfolded
+from hf_attn_plugins.star.dense_heads import by_heads, check_heads, folded, repeated, unfolded
 from hf_attn_plugins.star.options import StarOptions
 from hf_attn_plugins.star.plan import Plan
 from hf_attn_plugins.star.rectangles import rectangles_of, whole_of
@@ -78,8 +78,7 @@ def attention(
         )
 
     heads, kv_heads = options.layer_heads, key.shape[1]
-    if heads and heads[-1] >= kv_heads:
-        raise ValueError(f"dense_heads names key head {heads[-1]}: this layer has heads 0 .. {kv_heads - 1}.")
+    check_heads(heads, kv_heads)
     if len(heads) == kv_heads:
         return dense(query, key, value, mask, kernel)
     if not unknown_start and mask.predicate is None and kernel.takes_rectangles(query, key, value, mask):

@@ -150,6 +150,8 @@ BENCH = {
     "star_attention": [
         {"block_size": 16, "query_size": 10, "anchor": "recompute"},
         {"block_size": 40, "anchor": "broadcast"},
+        {"block_size": 16, "query_size": 10, "halo_size": 9, "anchor": "broadcast"},
+        {"block_size": 8, "query_size": 10, "halo_size": 70, "anchor_size": 30, "anchor": "recompute"},
     ],
     "cqs_attention": [{}, {"workers": 13, "rounds": 3}],
     "tiled_attention": [{}],

@@ -13,7 +13,6 @@ from hf_attn_plugins.parallel.dense import Dense
 from hf_attn_plugins.parallel.method import Step
 from hf_attn_plugins.parallel.partition import level
 from hf_attn_plugins.parallel.star import Star
-from hf_attn_plugins.star.plan import plan_for
 from hf_attn_plugins.testing import dense_attention, sharp_inputs
 from tests.parallel.threads import on_threads
 
@@ -22,20 +21,24 @@ SETTINGS = settings(deadline=None, max_examples=60)
 
 
 def allowed(method, real: torch.Tensor, window: int | None) -> torch.Tensor:
-    """(B, 1, L, L): who sees whom, from the definition of the plan."""
+    """(B, HEADS, L, L): who sees whom, from the definition of the plan."""
     batch, length = real.shape
-    seen = torch.zeros(batch, 1, length, length, dtype=torch.bool)
+    seen = torch.zeros(batch, HEADS, length, length, dtype=torch.bool)
+    dense = [
+        HEADS // KV_HEADS * head + i for head in getattr(method, "layer_heads", ()) for i in range(HEADS // KV_HEADS)
+    ]
     for row in range(batch):
         places = real[row].nonzero()[:, 0].tolist()
         if not places:
             continue
         first, plan = places[0], None
         if isinstance(method, Star):
-            plan = plan_for(len(places), method.block_size, method.anchor_size, method.query_size)
+            plan = method.plan_of(len(places))
         for q in places:
             for k in places:
                 near = k <= q and (window is None or q - k <= window)
-                seen[row, 0, q, k] = near and (plan is None or plan.may_attend(q - first, k - first))
+                seen[row, :, q, k] = near and (plan is None or plan.may_attend(q - first, k - first))
+                seen[row, dense, q, k] = near
     return seen
 
 
@@ -127,6 +130,28 @@ SIZE, WINDOW, THEN = st.integers(1, 5), st.none() | st.integers(0, 12), st.lists
 def test_star(real, size, window, then, block, anchor, query, broadcast):
     method = Star(block, min(anchor, block), query, anchor="broadcast" if broadcast else "recompute")
     compare(method, real, size, window, tuple(then))
+
+
+HALO, HEADS_BY_LAYER = st.integers(1, 26), st.sampled_from((None, ((0,),), ((1,),), ((0, 1),)))
+
+
+@given(
+    padded(),
+    SIZE,
+    WINDOW,
+    st.integers(1, 10),
+    st.integers(0, 36),
+    st.integers(0, 9),
+    HALO,
+    HEADS_BY_LAYER,
+    st.booleans(),
+)
+@SETTINGS
+def test_star_with_near_tokens_and_dense_heads(real, size, window, block, anchor, query, halo, heads, broadcast):
+    """Halos shorter and longer than a rank's run, ranks without a block, anchors that reach beyond rank 0."""
+    sizes = dict(block_size=block, anchor_size=min(anchor, block + halo), query_size=query, halo_size=halo)
+    method = Star(**sizes, dense_heads=heads, anchor="broadcast" if broadcast else "recompute")
+    compare(method, real, size, window, (2,))
 
 
 @given(padded(), SIZE, WINDOW, THEN)

@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=2, help="layers of the random Llama that is measured")
     parser.add_argument("--dtype", choices=SIZES, default="float32")
     parser.add_argument("--block-size", type=int, help="tokens of Star's blocks; default: an eighth of the prompt")
+    parser.add_argument("--halo-size", type=int, help="tokens just before a block that Star's blocks see as well")
     parser.add_argument("--workers", type=int, help="workers of CQS; default: chosen for each number of ranks")
     parser.add_argument("--rounds", type=int, default=1, help="exchanges per layer of CQS")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds that one measured launch may take")
@@ -77,6 +78,7 @@ def options_of(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
     """The options of the command line that the method has."""
     given = {
         "block_size": arguments.block_size or max(1, arguments.length // 8),
+        "halo_size": arguments.halo_size,
         "anchor": "recompute",
         "workers": arguments.workers,
         "rounds": arguments.rounds,

@@ -20,9 +20,12 @@ from hf_attn_plugins import kernels
 from hf_attn_plugins.bench.peak_memory import PeakMemory
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial
+from hf_attn_plugins.core.rectangle import Rectangles, per_batch
 from hf_attn_plugins.cqs import workers
 from hf_attn_plugins.hf.compat import cache_keyword, returned_cache
 from hf_attn_plugins.kernels import bound_attend as bound
+from hf_attn_plugins.kernels.attend_rectangles import sub_mask
+from hf_attn_plugins.parallel import star
 from hf_attn_plugins.parallel.costs import EXCHANGES
 from hf_attn_plugins.parallel.hf.session import context_parallel
 
@@ -91,16 +94,26 @@ class Pairs:
     def counted(self) -> Iterator[None]:
         """Count every kernel call inside the block."""
         bound.attend, workers.attend = self._attend, self._attend  # type: ignore[assignment]
+        star.attend_rectangles = self._attend_rectangles  # type: ignore[assignment]
         try:
             yield
         finally:
             bound.attend, workers.attend = kernels.attend, kernels.attend
+            star.attend_rectangles = kernels.attend_rectangles
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, mask: Mask | None = None, **options: Any
     ) -> Partial:
         self.seen += visible_pairs(mask or Mask(), query.shape[2], key.shape[2])
         return kernels.attend(query, key, value, mask=mask, **options)
+
+    def _attend_rectangles(
+        self, query: Tensor, key: Tensor, value: Tensor, plan: Rectangles, *, mask: Mask, **options: Any
+    ) -> Partial:
+        for row_begin, row_end, key_begin, key_end, _, shift in per_batch(plan)[0]:
+            part = sub_mask(mask, slice(row_begin, row_end), slice(key_begin, key_end), shift)
+            self.seen += visible_pairs(part, row_end - row_begin, key_end - key_begin)
+        return kernels.attend_rectangles(query, key, value, plan, mask=mask, **options)
 
 
 def visible_pairs(mask: Mask, num_rows: int, num_keys: int) -> int:

@@ -49,6 +49,18 @@ class StepMask(Mask):
     step: Step | None = None
 
 
+@dataclass(frozen=True)
+class Layer(Options):
+    """The options that a session registers: which layer a call comes from, for methods with options by layer."""
+
+    by_layer = ("index",)
+
+    index: int | None = None
+
+    def for_layer(self, index: int | None) -> Layer:
+        return Layer(index)
+
+
 class Session:
     """The object that `with context_parallel(...) as session` gives.
 
@@ -131,11 +143,11 @@ class Session:
         scale: float,
         softcap: float | None,
         dropout: float,
-        options: Options,
+        options: Layer,
     ) -> Partial:
         """The layers' attention call: `method.attention` for a sharded prompt, `decode.later` for all later rows.
 
-        The signature is that of a plugin's entry (see `Plugin.entry`); `options` is unused.
+        The signature is that of a plugin's entry (see `Plugin.entry`).
 
         Raises:
             RuntimeError: the call comes from outside of the model's own forward.
@@ -145,7 +157,7 @@ class Session:
         if step is None:
             raise RuntimeError("attention was called outside of the model's own forward: call the model itself.")
         kernel = BoundAttend(scale, softcap, dropout, getattr(self.method, "kernel", None))
-        run = later if step.layout is None else self.method.attention
+        run = later if step.layout is None else self.method.for_layer(options.index).attention
         self.forward.merged_rows += len(query) * (query.shape[2] if step.layout is None else step.layout.merged)
         return run(query, key, value, mask.window, step, kernel, self.group)
 
@@ -236,7 +248,7 @@ def _session(model: nn.Module, group: Group, method: Method, settings: dict[str,
     check_model(model)
     method = method.settle(text_config(model).to_dict(), group)
     session = Session(model, group, method)
-    row = Plugin(session.name, "one session of context_parallel", True, "", session.attention, Options)
+    row = Plugin(session.name, "one session of context_parallel", True, "", session.attention, Layer)
     with installed(row, session.mask):
         try:
             with use(model, session.name):

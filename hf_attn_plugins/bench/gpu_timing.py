@@ -1,4 +1,4 @@
-"""Timing on a GPU: device events, cold second-level cache, rotating inputs, alternatives interleaved, medians."""
+"""Timing on a GPU: medians of device events, with a cold second-level cache; alternatives and inputs take turns."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def medians_ms(
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Median milliseconds of each alternative, and the error of each alternative that cannot run.
 
-    Each alternative has three warm-up calls, compilation included. Then every alternative runs once per round. The
-    rounds use the inputs in turn.
+    Each alternative has three warm-up calls, in which it may compile. Then every alternative runs once per round; round
+    i uses `inputs[i % len(inputs)]`.
 
     Args:
-        alternatives: name -> function of one entry of `inputs`.
+        alternatives: name -> function that takes one entry of `inputs` as its arguments.
         inputs: argument lists.
         device: where the work runs.
         repeats: number of rounds.

@@ -10,7 +10,7 @@ import torch
 
 
 def describe(device: torch.device | None = None) -> dict[str, Any]:
-    """Processor, threads, device and versions as JSON values."""
+    """Processor, threads, device and versions as JSON values; `device` None is the CPU."""
     on_gpu = device is not None and device.type == "cuda"
     return {
         "processor": torch.cuda.get_device_name(device) if on_gpu else processor(),

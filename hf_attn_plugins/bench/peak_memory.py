@@ -10,7 +10,10 @@ import torch
 
 
 class PeakMemory:
-    """Context manager. Afterwards `bytes` is the peak above the start; None if the system does not report it."""
+    """Context manager that measures memory of `device`.
+
+    After the block, `bytes` is the peak minus what was in use at the start; None if the system does not report it.
+    """
 
     bytes: int | None = None
 
@@ -41,7 +44,7 @@ class PeakMemory:
 
 def _reset_high_water_mark() -> bool:
     try:
-        # Free memory that malloc keeps would be used first, and the peak would come out too small.
+        # malloc keeps freed memory and hands it out again: the peak would be too small. So it is given back first.
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):  # not glibc
         return False

@@ -1,4 +1,4 @@
-"""Timing of alternatives, interleaved in one run, as medians; tables of results with their hardware."""
+"""Median times of alternatives that take turns in one run; tables of results with hardware and versions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,17 @@ def synchronize(device: torch.device) -> None:
 
 
 def write_table(folder: Path, name: str, title: str, rows: Sequence[Mapping[str, Any]], notes: str = "") -> Path:
-    """Write rows as `name`.md and `name`.json into `folder`, with hardware and versions; returns the Markdown file.
+    """Write rows as `name`.md and `name`.json into `folder`, with hardware and versions.
+
+    Args:
+        folder: made if it does not exist.
+        name: of the two files, without suffix.
+        title: heading of the page.
+        rows: one mapping of column -> value per row; all have the same columns.
+        notes: a paragraph below the table.
+
+    Returns:
+        The path of the Markdown file.
 
     Raises:
         ValueError: no rows.

@@ -79,6 +79,7 @@ def pooled_values(tables: Tables, indices: Tensor, weights: Tensor) -> Tensor:
     """sum_j weights_j V_j without building V: weights are summed per table row and multiplied with the value table.
 
     Args:
+        tables: from `build_tables`.
         indices: (W, L') integers in [0, n).
         weights: (W, H, L').
 
@@ -122,6 +123,9 @@ def indexed_attention(tables: Tables, indices: Tensor, *, padding_index: int | N
     Returns:
         (W, H, dim) in `tables.dtype`; zeros for a word of padding only. Words are processed in pieces, so that without
         gradients the additional memory does not grow with W.
+
+    Raises:
+        ValueError: words longer than the tables' positions, or indices that are no (W, L') integers.
     """
     indices = check_indices(indices, tables.length)
     heads, length = tables.scores.shape[1], indices.shape[1]
@@ -138,5 +142,8 @@ def check_indices(indices: Tensor, length: int) -> Tensor:
     if indices.ndim != 2 or indices.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"words are (W, L) int64 or int32 indices, got {tuple(indices.shape)} {indices.dtype}.")
     if not 1 <= indices.shape[1] <= length:
-        raise ValueError(f"words of {indices.shape[1]} characters, but there are positions for 1 to {length}.")
+        raise ValueError(
+            f"words of {indices.shape[1]} characters, but there are positions for 1 to {length}: cut or pad the words, "
+            "or make more positions."
+        )
     return indices.long()

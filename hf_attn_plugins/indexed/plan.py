@@ -49,7 +49,12 @@ class CallSizes:
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of one call: multiply-adds of its matrix products per stage, and elements moved by index."""
+    """The cost of one call.
+
+    Attributes:
+        projections, scores, values: multiply-adds of the matrix products of each stage.
+        moves: elements read or written by index.
+    """
 
     projections: int
     scores: int
@@ -76,13 +81,12 @@ def direct_cost(sizes: CallSizes) -> Cost:
 def table_cost(sizes: CallSizes, frozen: bool = False) -> Cost:
     """Project first: n + L rows are projected once (not at all if `frozen`); scores and pooled values are looked up."""
     s, tokens, build = sizes, sizes.words * sizes.length, 0 if frozen else 1
+    moves_per_row = min(s.rows + s.length, 6 * s.length)  # whole rows are copied, or single scores are looked up
     return Cost(
         projections=build * 3 * s.rows * s.width * s.heads * s.dim,
         scores=build * s.rows * s.rows * s.heads * s.dim,
         values=s.words * s.heads * s.rows * s.dim,
-        moves=tokens
-        * s.heads
-        * min(s.rows + s.length, 6 * s.length),  # copying whole rows, or looking up single scores
+        moves=tokens * s.heads * moves_per_row,
     )
 
 

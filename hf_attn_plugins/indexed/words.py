@@ -25,6 +25,9 @@ class Vocabulary:
     Attributes:
         length: L, characters per word; longer words are truncated.
         alphabet: the characters that have an index of their own.
+
+    Raises:
+        ValueError: the length is below 1, or a character comes twice in the alphabet.
     """
 
     length: int = 32
@@ -35,7 +38,7 @@ class Vocabulary:
             raise ValueError(f"length={self.length}: words need at least 1 character.")
         if len(set(self.alphabet)) != len(self.alphabet):
             twice = [c for c, count in Counter(self.alphabet).items() if count > 1]
-            raise ValueError(f"the alphabet holds {twice} more than once.")
+            raise ValueError(f"the alphabet holds {twice} more than once: name every character once.")
 
     @property
     def size(self) -> int:
@@ -69,7 +72,7 @@ def by_frequency(words: Iterable[str]) -> list[str]:
 
 
 def misspell(word: str, generator: random.Random) -> str:
-    """The word with one letter dropped, doubled, replaced, or swapped with the next; never the same word."""
+    """The word (not empty) with one letter dropped, doubled, replaced, or swapped with the next; never the same."""
     while True:
         at, kind = generator.randrange(len(word)), generator.randrange(4)
         before, letter, after = word[:at], word[at], word[at + 1 :]

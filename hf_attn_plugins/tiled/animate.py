@@ -34,7 +34,7 @@ def animate(plan: TilePlan, done: Forward, value: Tensor, path: Path) -> None:
         value: (N, d).
 
     Raises:
-        ValueError: too long or too many frames for an animation, or a file that cannot be written.
+        ValueError: the plan has too many tokens or frames, or the file cannot be written.
     """
     check_animation(plan)
     from matplotlib.animation import FuncAnimation, PillowWriter
@@ -53,14 +53,16 @@ def check_animation(plan: TilePlan) -> None:
         ValueError: too many tokens or too many frames.
     """
     if plan.length > MAX_LENGTH:
-        raise ValueError(f"--animate: length {plan.length} is above the {MAX_LENGTH} rows a frame can show.")
+        raise ValueError(
+            f"--animate: a frame shows at most {MAX_LENGTH} rows, not {plan.length}; give a smaller --length."
+        )
     count = num_frames(plan)
     if count > MAX_FRAMES:
         raise ValueError(f"--animate: {count} frames are more than {MAX_FRAMES}; give a larger --sram.")
 
 
 def num_frames(plan: TilePlan) -> int:
-    """One frame per tile, one frame per key in tiles of the last row block, and `LAST_FRAMES`."""
+    """One frame per tile, but one per key for tiles of the last row block, and `LAST_FRAMES` at the end."""
     return plan.count()[0] - plan.num_key_blocks + plan.length + LAST_FRAMES
 
 

@@ -1,4 +1,4 @@
-"""`hf-attn plan tiled`: the tile plan of one head, walked through with numbers, drawn and animated."""
+"""`hf-attn plan tiled`: the tile plan of one head as text, as computed steps, as a picture and as an animation."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the plan, its steps and the checks; write the pictures that were asked for.
 
     Raises:
-        ValueError: sizes that do not fit, a wrong suffix, a picture that would be too large or cannot be written.
+        ValueError: sizes do not fit, or a picture has a wrong suffix, would be too large or cannot be written.
         FileNotFoundError: the folder of a picture does not exist.
     """
     plan = TilePlan(arguments.length, arguments.head_dim, arguments.sram, arguments.causal, arguments.order)

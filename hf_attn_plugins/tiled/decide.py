@@ -1,4 +1,4 @@
-"""What `tiled_attention`, and every plugin without a `decide` of its own, does with a call."""
+"""What `tiled_attention` does with a call; also for every plugin without a `decide` of its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hf_attn_plugins.core.decision import CallFacts, Decision, causal_pairs
 
 
 def decide(call: CallFacts, options: Any = None) -> Decision:
-    """A prompt of any kind is "tiled", a single row "decode"; a later turn counts no pairs of the prompt."""
+    """A single row is "decode"; everything else is "tiled". Pairs are counted for calls that start at position 0."""
     if call.rows == 1:
         return Decision("decode")
     if call.start is not None and call.start > 0:

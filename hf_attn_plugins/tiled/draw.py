@@ -23,18 +23,18 @@ TITLES = {
 
 
 def check_target(path: Path, suffix: str) -> None:
-    """Raise before any work is done if the picture cannot be written.
+    """Check that a picture can be written, before any work is done.
 
     Raises:
-        ValueError: another suffix, a directory, or no library to draw with.
+        ValueError: the path has another suffix or is a directory, or a library to draw with is not installed.
         FileNotFoundError: the folder does not exist.
     """
     if path.suffix.lower() != suffix:
         raise ValueError(f"{path}: the file name must end in {suffix}.")
     if path.is_dir():
-        raise ValueError(f"{path}: is a directory, a file name is needed.")
+        raise ValueError(f"{path} is a directory: give the name of a file.")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist.")
+        raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist; create it first.")
     for module in ("matplotlib", "PIL"):
         try:
             importlib.import_module(module)
@@ -46,7 +46,7 @@ def draw_schedule(plan: TilePlan, path: Path) -> None:
     """Write a PNG of both tile orders side by side: computed, masked and skipped tiles, and their sequence.
 
     Raises:
-        ValueError: more tiles than a picture can show, or a file that cannot be written.
+        ValueError: the plan has more tiles than a picture can show, or the file cannot be written.
     """
     if plan.num_row_blocks * plan.num_key_blocks > MAX_DRAWN_TILES:
         raise ValueError(
@@ -135,10 +135,10 @@ def _legend(figure: Figure, plan: TilePlan) -> None:
 
 
 def write(path: Path, save: Callable[[], object]) -> None:
-    """Call `save`.
+    """Call `save`, which writes the file `path`.
 
     Raises:
-        ValueError: the file cannot be written; the text names it.
+        ValueError: the file cannot be written; the message names it.
     """
     try:
         save()

@@ -1,4 +1,4 @@
-"""`tiled_attention`: the plan is one rectangle, the whole score matrix; a kernel does the rest."""
+"""`tiled_attention`: the plan is one rectangle, the whole score matrix, so it is one call of a kernel."""
 
 from __future__ import annotations
 
@@ -21,5 +21,8 @@ def attention(
     dropout: float,
     options: TiledOptions,
 ) -> Partial:
-    """Exact attention by the kernel that `options.kernel` names or `kernels.choose` picks; see `kernels.attend`."""
+    """Exact attention by the kernel that `options.kernel` names, or that `kernels.choose` chooses when it is None.
+
+    Shapes, dtypes, errors and source are those of `kernels.attend`.
+    """
     return attend(query, key, value, mask=mask, scale=scale, softcap=softcap, dropout=dropout, kernel=options.kernel)

@@ -12,7 +12,7 @@ class TiledOptions(Options):
     """Options of `tiled_attention`.
 
     Attributes:
-        kernel: a kernel by name (see `kernels.KERNELS`), or None to choose by device, dtype and shape.
+        kernel: a kernel's name (see `kernels.KERNELS`); None chooses by device, dtype and shape.
     """
 
     kernel: str | None = None

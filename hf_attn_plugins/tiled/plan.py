@@ -36,7 +36,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class MemoryTraffic:
-    """Elements read from and written to the large, slow memory (HBM)."""
+    """Elements read from and written to the large, slow memory (HBM) in one forward pass of one head."""
 
     read: int
     written: int
@@ -74,11 +74,11 @@ class TilePlan:
         if self.length < 1:
             raise ValueError(f"length={self.length}: at least 1 token is needed.")
         if self.head_dim < 1:
-            raise ValueError(f"head_dim={self.head_dim}: at least 1 number per token is needed.")
+            raise ValueError(f"head_dim={self.head_dim}: at least 1 element per token is needed.")
         if self.sram < 4 * self.head_dim:
             raise ValueError(
                 f"sram={self.sram}: one row each of Q, K, V and O with head_dim {self.head_dim} "
-                f"takes {4 * self.head_dim} numbers, so sram must be at least that."
+                f"takes {4 * self.head_dim} elements, so sram must be at least {4 * self.head_dim}."
             )
         if self.order not in ORDERS:
             raise ValueError(f"order={self.order!r} is unknown: choose one of {', '.join(ORDERS)}.")

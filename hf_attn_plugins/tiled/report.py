@@ -93,7 +93,7 @@ def _furthest(ours: Tensor, theirs: Tensor) -> float:
 
 
 def _relative(ours: Tensor, theirs: Tensor) -> float:
-    """|ours - theirs| / |theirs|; 0 if |theirs| is rounding noise, as the gradients of query and key for one key."""
+    """|ours - theirs| / |theirs|; 0 if |theirs| is rounding noise, as is d query with a single key."""
     size, error = theirs.norm().item(), (ours - theirs).norm().item()
     return error / size if size > 1e-9 else 0.0
 
@@ -126,7 +126,7 @@ def plan_text(plan: TilePlan, facts: dict[str, Any]) -> str:
         "rows-outer": "Rows outermost (FlashAttention-2): a row block stays until it has met all its key blocks.",
     }[plan.order]
     lines = [
-        f"Attention of {n:,} tokens, head_dim {d}, with {m:,} numbers of fast memory (SRAM). {seen}",
+        f"Attention of {n:,} tokens, head_dim {d}, with {m:,} elements of fast memory (SRAM). {seen}",
         "",
         "Blocks",
         f"  keys in a block  Bc = ceil(M / 4d) = ceil({m} / {4 * d}) = {plan.block_keys}"
@@ -136,7 +136,7 @@ def plan_text(plan: TilePlan, facts: dict[str, Any]) -> str:
         f"  {loop}",
         f"  Tiles: {counts['computed']:,} computed, {counts['masked']:,} of them with a mask, "
         f"{counts['skipped']:,} skipped.",
-        f"  Held at once: {plan.held():,} numbers (K, V, Q, O, scores, each row's max and sum). "
+        f"  Held at once: {plan.held():,} elements (K, V, Q, O, scores, each row's max and sum). "
         + ("That fits." if plan.held() <= m else "That is above M:\n  Bc counts K, V, Q and O alone, and rounds up."),
     ]
     if facts["floored_block_rows"] == 0:
@@ -151,7 +151,7 @@ def plan_text(plan: TilePlan, facts: dict[str, Any]) -> str:
     ratio = facts["bytes_against_plain"]
     lines += [
         "",
-        f"Bytes between slow (HBM) and fast memory, {facts['bytes_per_number']} per number, forward, one head",
+        f"Bytes between slow (HBM) and fast memory, {facts['bytes_per_number']} per element, forward, one head",
         f"  tiled  {_pair(facts['bytes'])}",
         f"  plain  {_pair(facts['plain_bytes'])}   (writes out the N x N scores and weights)",
         f"  tiled / plain = {moved:,} / {plain:,} = {ratio:.2f}"

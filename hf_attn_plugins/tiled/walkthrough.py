@@ -40,7 +40,13 @@ class TileStep:
 
 @dataclass(frozen=True)
 class Forward:
-    """out (N, d), lse (N,) = max + log(sum), and the steps in the order in which they ran."""
+    """The result of a forward pass.
+
+    Attributes:
+        out: (N, d).
+        lse: (N,), max + log(sum).
+        steps: one per tile, in the order in which they ran.
+    """
 
     out: Tensor
     lse: Tensor
@@ -48,7 +54,7 @@ class Forward:
 
 
 def tile_scores(query: Tensor, key: Tensor, tile: Tile, scale: float) -> Tensor:
-    """The scaled scores of a tile, -inf where causality hides the key."""
+    """The scaled scores of a tile, (rows, keys); -inf where causality hides the key."""
     scores = query[_slice(tile.rows)] @ key[_slice(tile.keys)].T * scale
     if tile.masked:
         rows, keys = torch.tensor(tile.rows), torch.tensor(tile.keys)
@@ -57,7 +63,13 @@ def tile_scores(query: Tensor, key: Tensor, tile: Tile, scale: float) -> Tensor:
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, plan: TilePlan, scale: float) -> Forward:
-    """Attention in the tile order of `plan`: `algorithm_1` when keys are outermost, else `flash_attention_2`."""
+    """Attention in the tile order of `plan`: `algorithm_1` when keys are outermost, else `flash_attention_2`.
+
+    Args:
+        query, key, value: (N, d), any float dtype.
+        plan: the tiles of N tokens.
+        scale: factor of the scores, usually 1 / sqrt(d).
+    """
     run = algorithm_1 if plan.order == "keys-outer" else flash_attention_2
     return run(query, key, value, plan, scale)
 
@@ -114,6 +126,12 @@ def backward(
     query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, plan: TilePlan, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, tile by tile. exp(scores - lse) are the normalized weights.
+
+    Args:
+        query, key, value: (N, d).
+        out, lse: (N, d) and (N,), of the forward pass.
+        grad_out: (N, d).
+        plan, scale: as in the forward pass.
 
     Source: arXiv 2205.14135, appendix B.4; arXiv 2307.08691, algorithm 2.
     """

@@ -82,7 +82,7 @@ def test_pictures(capsys, tmp_path):
         (["--steps", "-1"], "--steps -1"),
         (["--draw", "tiles.bmp"], "must end in .png"),
         (["--animate", "tiles.png"], "must end in .gif"),
-        (["--length", "49", "--animate", "tiles.gif"], "length 49"),
+        (["--length", "49", "--animate", "tiles.gif"], "at most 48 rows, not 49"),
         (["--length", "40", "--animate", "tiles.gif"], "frames"),
         (["--length", "1000", "--draw", "tiles.png"], "500 x 500 tiles"),
         (["--length", "999999999", "--sram", "12"], "row blocks"),

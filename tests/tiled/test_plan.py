@@ -102,7 +102,7 @@ def test_floor_and_an_even_split_break_the_budget():
     [
         ((0, 3, 24), "length=0"),
         ((6, 0, 24), "head_dim=0"),
-        ((6, 3, 11), "sram=11.*takes 12 numbers"),
+        ((6, 3, 11), "sram=11.*takes 12 elements"),
         ((6, 3, 24, False, "inside-out"), "inside-out.*keys-outer, rows-outer"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`hf-attn bench cqs`: measured memory and time of one CQS worker against undivided attention."""
+"""`hf-attn bench cqs`: memory and time of one CQS worker and of undivided attention, measured in one run."""
 
 from __future__ import annotations
 
@@ -30,39 +30,45 @@ HEADS, KV_HEADS, HEAD_DIM = 2, 1, 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NAME, TITLE = "cqs", "CQS attention: one worker against the whole"
 NOTES = f"""\
-{HEADS}:{KV_HEADS} heads, head_dim {HEAD_DIM}; every number is measured unless it is called computed.
-`L / N` is the longest worker's share of the tokens. Memory is the peak of one process above its start, in MiB, inputs
-and results included, for the worker with the most work and for the whole sequence: `scores` with textbook attention,
-which holds all scores (a worker those of one range of rows at a time), `linear` with `kernels.attend`.
-`longest / whole` is the slowest worker's seconds over those of `attend` on everything, `all + tiler / whole` the
-seconds of all workers one after another and of the merge: what the division costs on a single device (medians of
-ratios, the whole timed again beside every number of workers). `cells` counts (query, key) pairs handed to the kernel
-over N^2, diagonal blocks of causal attention in full; `dense cells` what a kernel computes that masks banned blocks
-instead of skipping them (computed, m^2 / W). `balance` is the largest worker's pairs over the mean (computed).
+{HEADS}:{KV_HEADS} heads, head_dim {HEAD_DIM}. "Whole" is undivided attention over all N tokens.
+
+* `L / N`: tokens of the longest worker, divided by N (computed).
+* MiB: peak of one process above its start, inputs and results included, for the worker with the most work and for the
+  whole. `scores` is textbook attention, which holds all scores; a worker holds those of one range of rows at a time.
+  `linear` is `kernels.attend`.
+* `longest / whole`: seconds of the slowest worker, divided by those of `attend` on the whole. `all + tiler / whole`:
+  seconds of all workers one after another and of the merge, divided in the same way: the cost of the division on a
+  single device. Both are medians of ratios; the whole is timed again in every round.
+* `cells`: (query, key) pairs given to the kernel, divided by N^2; diagonal blocks of causal attention count in full.
+  `dense cells`: the same for a kernel that masks banned blocks instead of skipping them, m^2 / W. `balance`: pairs of
+  the largest worker, divided by the mean. All three are computed.
 
 The paper (one A100, float16, textbook scores, all workers on one device) publishes peak memory of 0.563, 0.184, 0.251
-and 0.038 of the whole for 4, 7, 8 and 31 workers, which is (L / N)^2: each of its workers holds all its scores, banned
-ones included. Skipping banned blocks and going range by range makes `scores` above smaller than that. With a
-linear-memory kernel what remains is about L / N, the share of the tokens: the advantage over an undivided
-FlashAttention-style kernel is much smaller than over textbook attention. The paper's time ratios were taken without
-waiting for the device and cannot be compared; a worker cannot take less than its share of the pairs, 1 / W."""
+and 0.038 of the whole for 4, 7, 8 and 31 workers. That is (L / N)^2: each of its workers holds all its scores, banned
+ones included. `scores` above is smaller, because banned blocks are skipped and ranges of rows are computed one by one.
+With a kernel of linear memory about L / N remains. So the division saves much less memory compared with a
+FlashAttention-style kernel than compared with textbook attention. The paper timed without waiting for the device, so
+its time ratios cannot be compared. A worker cannot take less than its share of the pairs, 1 / W."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768])
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 4, 7, 8, 13, 31])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768], help="tokens")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 4, 7, 8, 13, 31], help="numbers of workers")
     parser.add_argument("--masks", nargs="+", choices=["full", "causal"], default=["full", "causal"])
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32"])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="rounds; the median counts (default: 3)")
     parser.add_argument(
-        "--scores-up-to", type=int, default=32768, help="longest case measured with a score matrix, too"
+        "--scores-up-to",
+        type=int,
+        default=32768,
+        help="tokens of the longest case with textbook scores (default: 32768)",
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("benchmarks/results"),
-        help="folder for cqs.md and cqs.json; other cases there stay",
+        help="folder for cqs.md and cqs.json; rows of other cases there stay",
     )
 
 
@@ -70,10 +76,10 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure, print row by row, write the table.
 
     Raises:
-        ValueError: a length, a number of workers or of repeats below 1.
+        ValueError: a length, a number of workers or the repeats are below 1.
     """
     if min([*arguments.lengths, *arguments.workers, arguments.repeats]) < 1:
-        raise ValueError("lengths, workers and repeats must be at least 1.")
+        raise ValueError("--lengths, --workers and --repeats must be at least 1.")
     rows = _kept(arguments.out)
     for dtype, length, mask in itertools.product(arguments.dtypes, arguments.lengths, arguments.masks):
         causal = mask == "causal"
@@ -125,7 +131,7 @@ def measure(
 
 
 def _times(inputs: list[Tensor], leaves: list[Leaf], is_causal: bool, repeats: int) -> tuple[float, float]:
-    """The slowest worker's, and all workers' and the Tiler's, seconds over those of the whole: medians of ratios.
+    """(slowest worker / whole, all workers and the Tiler / whole) in seconds, medians of the rounds' ratios.
 
     The whole is timed right before the workers of every round, so that a machine that slows down slows both.
     """

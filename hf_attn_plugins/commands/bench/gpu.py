@@ -43,17 +43,24 @@ class Case(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--lengths", type=int, nargs="+", default=[2**n for n in range(10, 18)], help="tokens")
-    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
-    parser.add_argument("--minutes", type=float, default=7.5, help="no new case starts after this time")
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--tune", type=Path, help="time candidate tile sizes too, write the best to this file")
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128], help="elements per head")
+    parser.add_argument("--minutes", type=float, default=7.5, help="no case starts after this time (default: 7.5)")
+    parser.add_argument("--repeats", type=int, default=15, help="rounds; the median counts (default: 15)")
+    parser.add_argument("--tune", type=Path, help="also time candidate tile sizes, and write the best to this file")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for gpu.md and gpu.json")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check, tune if asked, time, write; 1 where a result is wrong."""
+    """Check the results, tune if `--tune` is given, time and write the table.
+
+    Returns:
+        0, or 1 where a result is wrong: then nothing is timed.
+
+    Raises:
+        ValueError: there is no GPU, or a length, a head dim or the repeats are below 1.
+    """
     if not torch.cuda.is_available():
-        raise ValueError("no CUDA or ROCm device is here: `hf-attn bench triton --static` needs none.")
+        raise ValueError("there is no CUDA or ROCm device: `hf-attn bench triton --static` needs none.")
     if min([*arguments.lengths, *arguments.head_dims, arguments.repeats]) < 1:
         raise ValueError("--lengths, --head-dims and --repeats must be at least 1.")
     device, began = torch.device("cuda", torch.cuda.current_device()), time.monotonic()
@@ -91,7 +98,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def correctness(device: torch.device, length: int = 1000, heads: tuple[int, int] = (8, 2)) -> Iterator[str]:
-    """One line per feature: errors of out and of the gradients against float64, and what the error rule allows."""
+    """One line per feature and dtype: errors of out and gradients from float64, and what the error rule allows.
+
+    A line starts with "right" or "WRONG".
+    """
     lengths = torch.tensor([length, length // 3], device=device)
     right, left = (padding_from_lengths(lengths, length, side) for side in ("right", "left"))
     packed = torch.arange(length, device=device).mul(5).div(length, rounding_mode="floor").expand(2, length)
@@ -145,7 +155,7 @@ def _check(
 
 
 def cases(lengths: list[int], head_dims: list[int]) -> list[Case]:
-    """The timed cases. The most important ones come first, because a time limit skips the last ones."""
+    """The timed cases, the most important ones first: a time limit skips the last ones."""
     timed = [Case("forward", n, d, True) for d in reversed(head_dims) for n in lengths]
     timed += [Case("decode", n, d, True) for d in reversed(head_dims) for n in lengths]
     timed += [Case("backward", n, d, True) for d in reversed(head_dims) for n in lengths]
@@ -159,7 +169,7 @@ def measure(arguments: argparse.Namespace, device: torch.device, peak: float, de
     rows = []
     for case in cases(arguments.lengths, arguments.head_dims):
         if time.monotonic() > deadline:
-            print(f"time is up: {case} and what follows were not run", flush=True)
+            print(f"time is up: {case} and the cases after it were not run", flush=True)
             break
         found, failed = time_case(case, device, arguments.repeats)
         best = min((ms for name, ms in found.items() if name.startswith("sdpa")), default=float("nan"))
@@ -175,7 +185,7 @@ def measure(arguments: argparse.Namespace, device: torch.device, peak: float, de
 
 
 def time_case(case: Case, device: torch.device, repeats: int) -> tuple[dict[str, float], dict[str, str]]:
-    """Median milliseconds of every alternative, and why the others could not run."""
+    """Median milliseconds by alternative, and the error text of each alternative that could not run."""
     if case.what == "decode":
         shapes = [(1, 32, 1), (1, 8, case.length), (1, 8, case.length)]
     else:

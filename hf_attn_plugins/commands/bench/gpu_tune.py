@@ -21,7 +21,13 @@ LENGTH, HIDDEN = 8192, 2048  # tokens, and heads x head_dim
 def tune(
     path: Path, device: torch.device, head_dims: list[int], deadline: float, length: int = LENGTH
 ) -> dict[str, Config]:
-    """Write {"configurations": {row name: configuration}, "hardware": ...} for bfloat16, as far as time allows."""
+    """Time candidates of every kernel in bfloat16, until `deadline` (`time.monotonic`), and write the best of each.
+
+    The file holds {"configurations": {name in the tuning table: configuration}, "hardware": ...}.
+
+    Returns:
+        Name in the tuning table -> best configuration; kernels for which no time was left are missing.
+    """
     arch, best = architecture(device), {}
     for head_dim in head_dims:
         for kind in KINDS:
@@ -38,7 +44,7 @@ def tune(
 
 
 def _times(kind: str, head_dim: int, causal: bool, device: torch.device, length: int) -> dict[Config, float]:
-    """Milliseconds of the forward or the whole backward with one kernel's tile sizes replaced by each candidate's."""
+    """Candidate -> milliseconds of the forward, or of the whole backward, with this candidate for the kernel `kind`."""
     heads = max(1, HIDDEN // head_dim)
     rows = 1 if kind == "decode" else length
     query = torch.randn(1, heads, rows, head_dim, device=device, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""`hf-attn bench indexed`: the speed of indexed attention against the direct form, printed and written."""
+"""`hf-attn bench indexed`: the speed of indexed attention and of the direct form, printed and written."""
 
 from __future__ import annotations
 
@@ -16,22 +16,28 @@ PARTS = ("stages", "scaling", "text")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `hf-attn bench indexed`."""
-    seed = bench.SEED_SIZES
+    sizes = bench.PUBLISHED_SIZES
     parser.add_argument("--only", choices=PARTS, help="measure this part alone; the others are kept in --output")
-    parser.add_argument("--words", type=int, default=seed.words, help="words of the stages (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=seed.length, help="characters per word (default: %(default)s)")
+    parser.add_argument("--words", type=int, default=sizes.words, help="number of words (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=sizes.length, help="characters per word (default: %(default)s)")
     parser.add_argument(
-        "--characters", type=int, default=seed.characters, help="size of the set (default: %(default)s)"
+        "--characters", type=int, default=sizes.characters, help="size of the character set (default: %(default)s)"
     )
-    parser.add_argument("--width", type=int, default=seed.width, help="embedding dimension (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=sizes.width, help="embedding dimension (default: %(default)s)")
     parser.add_argument(
-        "--repeats", type=int, default=7, help="rounds per form; the median counts (default: %(default)s)"
+        "--repeats", type=int, default=7, help="turns per form; the median counts (default: %(default)s)"
     )
     parser.add_argument(
-        "--text", type=Path, help="a UTF-8 text for the real use (default: the Python language reference)"
+        "--text", type=Path, help="a UTF-8 text file for the part `text` (default: the Python language reference)"
     )
-    parser.add_argument("--steps", type=int, default=150, help="training steps of the real use (default: %(default)s)")
-    parser.add_argument("--query", nargs="+", default=["attenton", "dictionnary", "implementation"], metavar="WORD")
+    parser.add_argument("--steps", type=int, default=150, help="training steps on the text (default: %(default)s)")
+    parser.add_argument(
+        "--query",
+        nargs="+",
+        default=["attenton", "dictionnary", "implementation"],
+        metavar="WORD",
+        help="words whose nearest words of the text are shown (default: %(default)s)",
+    )
     parser.add_argument("--output", type=Path, help="folder for indexed.md and indexed.json (default: print only)")
 
 
@@ -39,8 +45,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure, print the tables, and write them when `--output` is given.
 
     Raises:
-        ValueError: sizes or repeats below 1, a text that is none, or too few words in it.
-        FileNotFoundError: there is no such text, or no such output folder.
+        ValueError: a size or the repeats are below 1, the file is no text, or the text has too few words.
+        FileNotFoundError: the text or the output folder does not exist.
     """
     if arguments.repeats < 1 or arguments.steps < 0:
         raise ValueError(
@@ -81,7 +87,7 @@ def render(found: dict[str, Any]) -> str:
         "# Indexed attention against the direct form",
         "",
         f"{on['processor']}, {on['cores']} cores, {on['threads']} threads; torch {on['torch']}, Python {on['python']}; "
-        f"float32. Medians of interleaved runs, both forms in one process ({turns}): read the ratios, not the seconds.",
+        f"float32. Medians; both forms run in turns in one process ({turns}). Read the ratios, not the seconds.",
     ]
     if "stages" in found:
         lines += ["", *_stages(found)]
@@ -98,8 +104,8 @@ def _stages(found: dict[str, Any]) -> list[str]:
         f"## Stages: {sizes['words']} words x {sizes['length']} characters out of {sizes['characters']}, "
         f"d = {sizes['width']}, one head",
         "",
-        "Tables are built anew in every call unless the row says otherwise; each row of QK^T and of the whole includes "
-        "the projections on both sides.",
+        "Tables are built in every call unless the row says otherwise. The rows Q K^T and whole include the "
+        "projections, on both sides.",
         "",
         "| stage | direct, ms | tables, ms | ratio | largest difference |",
         "|---|---|---|---|---|",
@@ -115,7 +121,7 @@ def _scaling(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         "## Scaling: one size varied at a time, the whole with V never built",
         "",
-        'Below 1 the direct form wins. The forecast is `indexed.plan`\'s, which `form="auto"` goes by.',
+        'Below 1 the direct form is faster. The forecast is that of `indexed.plan`, by which `form="auto"` decides.',
         "",
         "| varied | value | direct, ms | tables, ms | ratio | forecast | frozen, ms | ratio | forecast |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -146,9 +152,10 @@ def _text(found: dict[str, Any]) -> list[str]:
         "|---|---|---|---|",
         *lines,
         "",
-        f"Trained {found['steps']} steps through the tables ({found['train_seconds']:.1f} s) to bring a misspelt word "
-        f"next to the one that was meant. Of {found['held_out']} words that training never saw, misspelt at random, "
-        f"the nearest of all {words:,} is the right one for {before:.1%} before and {after:.1%} after.",
+        f"{found['steps']} training steps through the tables ({found['train_seconds']:.1f} s) move the vector of a "
+        f"misspelt word towards that of the word meant. {found['held_out']} words that training never saw are misspelt "
+        f"at random. The nearest of all {words:,} words is the right one for {before:.1%} of them before training and "
+        f"for {after:.1%} after it.",
         "",
         "| query | cosine neighbours |",
         "|---|---|",

@@ -1,4 +1,4 @@
-"""A real use: one vector per word of a text, trained so that a misspelt word is closest to the correct word."""
+"""Indexed attention on a text: one vector per word, trained so that a misspelt word is closest to the correct word."""
 
 from __future__ import annotations
 
@@ -38,7 +38,11 @@ def read_text(path: Path | None) -> tuple[str, str]:
 
 
 def nearest(vectors: Tensor, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Cosine neighbours: similarities and rows of `vectors` (V, D), the `count` closest to each query (Q, D)."""
+    """The `count` rows of `vectors` (V, D) closest to each of `queries` (Q, D), by cosine.
+
+    Returns:
+        Cosines and row indices, each (Q, min(count, V)), the closest first.
+    """
     scores = F.normalize(queries, dim=-1) @ F.normalize(vectors, dim=-1).T
     return scores.topk(min(count, len(vectors)), dim=-1)
 
@@ -48,8 +52,8 @@ def train(
 ) -> list[float]:
     """Train the encoder so that a word and its misspelling have similar vectors; returns the losses.
 
-    Each step takes `batch` words with a fresh misspelling each; every other word of the batch is a wrong answer (the
-    InfoNCE loss, arXiv 1807.03748, at temperature 0.05). Gradients flow through the tables.
+    Each step takes `batch` words and misspells each anew. The loss is InfoNCE (arXiv 1807.03748) at temperature 0.05:
+    all other words of the batch are wrong answers. Gradients flow through the tables.
     """
     generator, losses = random.Random(seed), []
     optimiser = torch.optim.AdamW((p for p in encoder.parameters() if p.requires_grad), lr=2e-3)
@@ -68,7 +72,15 @@ def train(
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of the demonstration."""
+    """Sizes of the demonstration.
+
+    Attributes:
+        width, heads: of the `WordEncoder`.
+        steps: training steps.
+        held_out: words that training does not see, at most a fifth of all.
+        repeats: turns per form; the median counts.
+        seed: random seed of weights, misspellings and held-out words.
+    """
 
     width: int = 256
     heads: int = 4
@@ -79,7 +91,7 @@ class Settings:
 
 
 def accuracy(encoder: WordEncoder, vocabulary: Vocabulary, words: list[str], held_out: list[str], seed: int) -> float:
-    """How often the nearest of all `words` to a misspelt held-out word is the correct word."""
+    """The share (0 .. 1) of held-out words that are the nearest of all `words` to their own misspelling."""
     generator = random.Random(seed)
     place = {word: i for i, word in enumerate(words)}
     wanted = torch.tensor([place[word] for word in held_out])
@@ -92,8 +104,8 @@ def run(text: str, queries: Sequence[str], settings: Settings | None = None) -> 
     """Encode every distinct word of `text`; time it, train on misspellings, and look for neighbours.
 
     Returns:
-        counts, seconds of the three forms for all distinct words, the largest difference between the direct form and
-        the tables, the accuracy on words that training never saw, and neighbours of each query.
+        Counts; seconds of the three forms for all distinct words; the largest difference between the direct form and
+        the tables; the accuracy on words that training never saw; the nearest words of each query.
 
     Raises:
         ValueError: the text has fewer than 10 distinct words of three characters or more.

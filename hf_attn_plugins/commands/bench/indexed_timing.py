@@ -1,4 +1,4 @@
-"""Timing indexed attention against the direct form, interleaved in one run: the stages, and how they scale."""
+"""Times of indexed attention and of the direct form, measured in turns: per stage, and for many sizes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hf_attn_plugins.indexed.direct import direct_attention, direct_scores, proj
 from hf_attn_plugins.indexed.plan import CallSizes, direct_cost, table_cost
 from hf_attn_plugins.indexed.tables import Projections, build_tables, project_tables, sinusoids
 
-SEED_SIZES = CallSizes(words=500, length=32, characters=64, width=512)
+PUBLISHED_SIZES = CallSizes(words=500, length=32, characters=64, width=512)  # those of ISDPA's published notebook
 SWEEPS = {
     "words": (1, 2, 5, 20, 100, 500, 2000),
     "characters": (16, 64, 256, 1024, 4096, 8192),
@@ -35,7 +35,13 @@ SWEEPS = {
 
 @dataclass(frozen=True)
 class Timing:
-    """Median seconds of one stage and the largest difference between the two results."""
+    """One stage, timed.
+
+    Attributes:
+        name: the stage.
+        direct, tables: median seconds of the direct form and of the table form.
+        error: the largest absolute difference between the two results.
+    """
 
     name: str
     direct: float
@@ -44,12 +50,12 @@ class Timing:
 
     @property
     def ratio(self) -> float:
-        """How many times faster the tables are."""
+        """direct / tables: above 1 the tables are faster."""
         return self.direct / self.tables
 
 
 def interleaved(functions: list[Callable[[], Any]], repeats: int, batch: list[int] | None = None) -> list[float]:
-    """Median seconds of each function, the functions taking turns so that a change of the machine's pace hits all.
+    """Median seconds of each function. They run in turns, so that a machine that slows down slows all of them.
 
     Args:
         functions: what to time.
@@ -71,7 +77,7 @@ def interleaved(functions: list[Callable[[], Any]], repeats: int, batch: list[in
 
 @dataclass(frozen=True)
 class Inputs:
-    """Random character table, positions, words and weights of the given sizes; positions use the same weights."""
+    """Random character table (n, d), positions (L, d), words (W, L) and weights; positions use the same weights."""
 
     characters: Tensor
     positions: Tensor
@@ -96,7 +102,10 @@ class Inputs:
 
 
 def stages(sizes: CallSizes) -> Iterator[tuple[str, Callable[[], Tensor], Callable[[], Tensor]]]:
-    """The timed stages and forms of the whole call, each as (name, direct, by tables); tables are built every time."""
+    """(name, direct form, table form) of every stage and of the whole call.
+
+    Each call builds its tables, unless the name says that they are frozen or given.
+    """
     x, n = Inputs.draw(sizes), sizes.characters
     tables = build_tables(x.characters, x.positions, x.weights)
     only_query = Projections(x.weights.query, x.weights.query[:1], x.weights.query[:1])
@@ -148,8 +157,8 @@ def stages(sizes: CallSizes) -> Iterator[tuple[str, Callable[[], Tensor], Callab
 
 
 @torch.no_grad()
-def time_stages(sizes: CallSizes = SEED_SIZES, repeats: int = 7) -> list[Timing]:
-    """Time every stage. Each round runs the table form five times, because it takes about a fifth of the time."""
+def time_stages(sizes: CallSizes = PUBLISHED_SIZES, repeats: int = 7) -> list[Timing]:
+    """Time every stage. Each turn runs the table form five times: it takes a fifth of the time or less."""
     found = []
     for name, direct, tables in stages(sizes):
         error = (direct() - tables()).abs().max().item()
@@ -159,8 +168,12 @@ def time_stages(sizes: CallSizes = SEED_SIZES, repeats: int = 7) -> list[Timing]
 
 
 @torch.no_grad()
-def time_scaling(base: CallSizes = SEED_SIZES, repeats: int = 5) -> list[dict]:
-    """Vary one size at a time: seconds of the direct form, of tables and of frozen tables, and the plan's ratios."""
+def time_scaling(base: CallSizes = PUBLISHED_SIZES, repeats: int = 5) -> list[dict]:
+    """Vary one size at a time.
+
+    Returns:
+        Per size: seconds of the direct form, of tables and of frozen tables, and the ratios forecast by `indexed.plan`.
+    """
     found = []
     for name, values in SWEEPS.items():
         for value in values:

@@ -1,4 +1,4 @@
-"""`hf-attn bench memory`: peak memory of one attention call over the length, with and without backward."""
+"""`hf-attn bench memory`: peak memory of one attention call for several numbers of keys, with and without backward."""
 
 from __future__ import annotations
 
@@ -22,17 +22,21 @@ HEADS, HEAD_DIM, MIB = 8, 64, 2**20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384])
-    parser.add_argument("--rows", type=int, default=512, help="query rows; the keys grow")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384], help="numbers of keys")
+    parser.add_argument("--rows", type=int, default=512, help="query rows (default: 512)")
     parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/results"), help="folder for memory.md and memory.json"
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure and write the table."""
+    """Measure and write the table.
+
+    Raises:
+        ValueError: a length or the rows are below 1, or the system does not report peak memory.
+    """
     if min([*arguments.lengths, arguments.rows]) < 1:
-        raise ValueError("lengths and rows must be at least 1.")
+        raise ValueError("--lengths and --rows must be at least 1.")
     rows = []
     for length in arguments.lengths:
         for kernel in KERNELS if fused.unavailable() is None else KERNELS[1:]:
@@ -48,10 +52,11 @@ def run(arguments: argparse.Namespace) -> None:
             rows.append(row)
             print("  ".join(f"{k} {v:.1f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
     notes = (
-        f"bfloat16, {HEADS} heads, head_dim {HEAD_DIM}, full attention; peak above the inputs. `scores alone` is what "
-        "the score matrix would take in bfloat16. cpu_fused holds a copy of the values and, with backward, of queries, "
-        "keys and gradients in turn. cpu_tiled holds one tile of scores, copies of keys and values and, with backward, "
-        "float32 gradients of keys and values. All of it is linear in the keys."
+        f"bfloat16, {HEADS} heads, head_dim {HEAD_DIM}, full attention. The peak is without the inputs. `scores alone` "
+        "is what the score matrix would need in bfloat16; no kernel here makes it. cpu_fused copies the values; with "
+        "backward it also copies queries, keys and gradients, one after another. cpu_tiled keeps one tile of scores "
+        "and copies of keys and values; with backward also float32 gradients of keys and values. All of these grow "
+        "linearly with the number of keys."
     )
     print("written to", write_table(arguments.out, "memory", "Peak memory of one attention call", rows, notes))
 
@@ -68,5 +73,5 @@ def _peak(rows: int, keys: int, function: Callable[..., Tensor], backward: bool)
         if backward:
             out.sum().backward()
     if memory.bytes is None:
-        raise ValueError("this system does not tell a process's peak memory: use Linux, or a CUDA device.")
+        raise ValueError("this system does not report the peak memory of a process: run on Linux with glibc.")
     return memory.bytes / MIB

@@ -1,4 +1,4 @@
-"""`hf-attn bench tiled`: `attend` against `F.scaled_dot_product_attention`, in one run, call by call."""
+"""`hf-attn bench tiled`: times of `attend` and of `F.scaled_dot_product_attention`, measured in one run."""
 
 from __future__ import annotations
 
@@ -22,22 +22,28 @@ HEADS = ((8, 8), (9, 3))
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384], help="tokens of the long cases")
-    parser.add_argument("--short", type=int, nargs="*", default=[128, 512, 1024, 2048], help="tokens of the short ones")
-    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument(
-        "--backward-up-to", type=int, default=8192, help="longest case that is also timed with backward"
+        "--short", type=int, nargs="*", default=[128, 512, 1024, 2048], help="tokens of the short cases"
+    )
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128], help="elements per head")
+    parser.add_argument(
+        "--backward-up-to", type=int, default=8192, help="tokens of the longest case that is timed with backward, too"
     )
     parser.add_argument("--decode-keys", type=int, default=8192, help="cached keys of the decoding step")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="rounds; the median counts (default: 5)")
     parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/results"), help="folder for tiled.md and tiled.json"
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure, print row by row, write the table."""
+    """Measure, print row by row, write the table.
+
+    Raises:
+        ValueError: a length, a head dim or the repeats are below 1.
+    """
     if min([*arguments.lengths, *arguments.short, arguments.repeats, *arguments.head_dims], default=0) < 1:
-        raise ValueError("lengths, head dims and repeats must be at least 1.")
+        raise ValueError("--lengths, --short, --head-dims and --repeats must be at least 1.")
     rows: list[dict[str, Any]] = []
 
     def measure(**case: Any) -> None:
@@ -62,9 +68,9 @@ def run(arguments: argparse.Namespace) -> None:
             measure(dtype=dtype, heads=heads, head_dim=64, rows=1, keys=arguments.decode_keys, causal=True,
                     backward=False)  # fmt: skip
     notes = (
-        "Ratios: seconds of `F.scaled_dot_product_attention` over seconds of `attend`, both medians of "
-        f"{arguments.repeats} in the same run; above 1 is faster. `kernel` is what `kernels.choose` picked. "
-        "GFLOP/s counts attended cells only."
+        "Ratios: seconds of `F.scaled_dot_product_attention` divided by seconds of `attend`, both medians of "
+        f"{arguments.repeats} in the same run; above 1 `attend` is faster. `kernel` is what `kernels.choose` chose. "
+        "GFLOP/s counts the attended (query, key) pairs only."
     )
     print("written to", write_table(arguments.out, "tiled", "Tiled attention against PyTorch's attention", rows, notes))
 
@@ -84,7 +90,7 @@ def _measure(
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, is_causal=causal).out
 
-    count = max(repeats, 50) if rows * keys < 2**22 else repeats  # short calls are noisier and cost nothing
+    count = max(repeats, 50) if rows * keys < 2**22 else repeats  # short calls vary more, and more of them take no time
     with torch.no_grad():
         forward = medians({"sdpa": lambda: sdpa(query, key, value), "ours": lambda: ours(query, key, value)}, count)
     cells = rows * keys / (2 if square else 1)

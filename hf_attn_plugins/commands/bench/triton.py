@@ -23,8 +23,8 @@ launch of a call with {tokens} tokens, {heads} query and {kv_heads} key heads, b
 * rows x keys: tile sizes, warps and stages of the tuning table; with TMA, the same forward loading keys and values by
   TMA descriptors, which that table leaves off until a GPU has timed both.
 * matrix: matrix instructions in the binary, by name. resident: blocks that fit on one multiprocessor (NVIDIA only).
-* floor_ms: milliseconds that the call's matrix products take at the data sheet's dense bfloat16 peak
-  ({peaks} TFLOP/s): a bound that no kernel can beat, not an estimate of this one.
+* floor_ms: milliseconds of the call's matrix products at the data sheet's dense bfloat16 peak ({peaks} TFLOP/s):
+  a lower bound for every kernel, not an estimate for this one.
   Left out for float32, decode, and kernels without products.
 """
 
@@ -32,18 +32,26 @@ launch of a call with {tokens} tokens, {heads} query and {kv_heads} key heads, b
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--static", action="store_true", help="compile ahead of time and read the binaries (no GPU)")
-    parser.add_argument("--targets", nargs="+", default=["sm80", "sm90", "sm100", "gfx942"])
+    parser.add_argument("--targets", nargs="+", default=["sm80", "sm90", "sm100", "gfx942"], help="architectures")
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp16", "fp32"])
-    parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128, 256])
+    parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128, 256], help="elements per head, 1 to 256")
     parser.add_argument("--masks", nargs="+", choices=["causal", "full"], default=["causal", "full"])
-    parser.add_argument("--kernels", nargs="+", help="forward delta dq dkdv decode merge; all by default")
+    parser.add_argument("--kernels", nargs="+", help="some of: forward delta dq dkdv decode merge (default: all)")
     parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/results"), help="folder for triton_static.md and .json"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compile, print row by row, write the table; 1 where a requirement of `triton_static.problems` is not met."""
+    """Compile, print row by row, write the table.
+
+    Returns:
+        0, or 1 where a requirement of `kernels.triton.static.problems` is not met.
+
+    Raises:
+        ValueError: --static is missing, or a target, dtype, head dim or kernel is unknown.
+        ImportError: Triton is not installed.
+    """
     if not arguments.static:
         raise ValueError("pass --static for the ahead-of-time table; `hf-attn bench gpu` times the kernels on a GPU.")
     if not INSTALLED:
@@ -69,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _without_interpreter() -> int:
-    """Run the command again in a process without TRITON_INTERPRET: the interpreter replaces what the compiler needs."""
+    """Run the command again in a process without TRITON_INTERPRET: the interpreter's functions cannot be compiled."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run([sys.executable, "-m", "hf_attn_plugins.cli", *sys.argv[1:]], env=environment).returncode
 

@@ -112,20 +112,22 @@ def visibility(
     """The visibility matrix (B or 1, 1, T, S) of a mask's fields, pair by pair in Python: slow and plain."""
     start = keys - rows if offset is None else offset
     batch = max([1, *(len(x) for x in (key_padding, query_segments) if x is not None)])
-    seen = torch.zeros(batch, 1, rows, keys, dtype=torch.bool)
     left, right = window
-    for b in range(batch):
-        for t in range(rows):
-            for s in range(keys):
-                position = t + start
-                near = (left is None or s >= position - left) and (right is None or s <= position + right)
-                here = (near and (not is_causal or s <= position)) or s < prefix
-                if key_padding is not None:
-                    here = here and bool(key_padding[b, s])
-                if query_segments is not None and key_segments is not None:
-                    here = here and bool(query_segments[b, t] == key_segments[b, s])
-                seen[b, 0, t, s] = here
-    return seen
+    # Lists, because reading one element of a tensor takes longer than all the rest.
+    real, of_queries, of_keys = (None if x is None else x.tolist() for x in (key_padding, query_segments, key_segments))
+
+    def sees(b: int, t: int, s: int) -> bool:
+        position = t + start
+        near = (left is None or s >= position - left) and (right is None or s <= position + right)
+        here = (near and (not is_causal or s <= position)) or s < prefix
+        if real is not None:
+            here = here and bool(real[b][s])
+        if of_queries is not None and of_keys is not None:
+            here = here and of_queries[b][t] == of_keys[b][s]
+        return here
+
+    seen = [sees(b, t, s) for b in range(batch) for t in range(rows) for s in range(keys)]
+    return torch.tensor(seen, dtype=torch.bool).view(batch, 1, rows, keys)
 
 
 def sharp_inputs(

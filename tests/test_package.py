@@ -94,15 +94,14 @@ def test_wheel_carries_the_data_that_the_code_reads(wheel):
 def test_wheel_works_in_a_clean_environment(wheel, tmp_path):
     """Installed without dependencies, beside the packages that are already there: every module, and the command."""
     venv = tmp_path / "venv"
-    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True, capture_output=True)
     python = venv / "bin" / "python"
     site = subprocess.run(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True
     )
     Path(site.stdout.strip(), "theirs.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
-    subprocess.run(
-        [python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", str(wheel)], check=True, capture_output=True
-    )
+    pip = [sys.executable, "-m", "pip", "--python", str(python)]
+    subprocess.run([*pip, "install", "-q", "--no-deps", "--no-index", str(wheel)], check=True, capture_output=True)
     code = (
         "import importlib, importlib.util, sys, pathlib, hf_attn_plugins\n"
         f"assert pathlib.Path(hf_attn_plugins.__file__).is_relative_to({str(venv)!r}), hf_attn_plugins.__file__\n"

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from tests import forks
 from tests.eval.tiny import model_folder
 
 # Sends SIGINT to itself the moment a module is imported.
@@ -52,13 +53,11 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-def run(script, *words):
-    return subprocess.run([sys.executable, "-c", script, *map(str, words)], capture_output=True, text=True, timeout=300)
-
-
 @pytest.mark.parametrize("module", ["torch", "transformers"])
 def test_while_modules_are_imported(tmp_path, module):
-    done = run(AT_IMPORT.format(module=module), "check", tmp_path, "--attn", "tiled_attention")
+    words = ["check", str(tmp_path), "--attn", "tiled_attention"]
+    script = AT_IMPORT.format(module=module)
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, timeout=300)
     assert done.returncode == 130, done.stderr
     assert done.stderr.strip().splitlines() == ["hf-attn check: interrupted: run the same command again."]
 
@@ -73,17 +72,17 @@ def test_an_evaluation_ends_and_goes_on(tmp_path):
         "--dtype",
         "float32",
     ]
-    words += ["--tasks", "niah_single_1", "--lengths", 512, "--samples", 2, "--out"]
+    words += ["--tasks", "niah_single_1", "--lengths", 512, "--samples", 2, "--max-new-tokens", 4, "--out"]
     for how in ("raised", "swallowed", "another error"):
         out = tmp_path / how.replace(" ", "-")
-        done = run(IN_EVAL.format(how=how), *words, out)
+        done = forks.run(IN_EVAL.format(how=how), *words, out)
         assert done.returncode == 130, (how, done.stderr)
         last = done.stderr.strip().splitlines()[-1]
         assert last == "hf-attn eval: interrupted: run the same command to continue, with the same --out."
         assert (
             "Traceback" not in done.stderr and "operation failed" not in out.joinpath("predictions.jsonl").read_text()
         )
-    done = run("import sys; from hf_attn_plugins.cli import main; sys.exit(main(sys.argv[1:]))", *words, out)
+    done = forks.run("import sys; from hf_attn_plugins.cli import main; sys.exit(main(sys.argv[1:]))", *words, out)
     assert done.returncode == 0, done.stderr
     assert len(out.joinpath("predictions.jsonl").read_text().splitlines()) == 4
 

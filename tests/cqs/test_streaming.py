@@ -1,8 +1,6 @@
 """Attention within a memory budget: exact from any storage, and never above the budget."""
 
-import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.cqs import cost
 from hf_attn_plugins.kernels import attend
 from hf_attn_plugins.testing import sharp_inputs
+from tests import forks
 
 TOKENS = 230
 BUDGET = "70MiB"
@@ -155,8 +154,7 @@ print(peak - before - lse.nbytes, 4 * out.nbytes, error)
 @pytest.mark.parametrize(("dtype", "budget"), [("float32", 64), ("bfloat16", 96)])
 def test_measured_peak_stays_within_the_budget(dtype: str, budget: int, tmp_path: Path) -> None:
     """Anonymous memory, which is what a process allocates, while inputs and results are mapped files."""
-    command = [sys.executable, "-c", textwrap.dedent(MEASURE), str(tmp_path), dtype, str(budget * 2**20)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    run = forks.run(MEASURE, tmp_path, dtype, budget * 2**20)
     assert run.returncode == 0, run.stderr
     peak, tensors, error = (float(x) for x in run.stdout.split())
     assert 2**20 < peak <= budget * 2**20

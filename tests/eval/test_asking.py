@@ -195,6 +195,7 @@ def test_longbench_is_read_from_the_archive_on_the_hub(tmp_path, monkeypatch):
 
     with zipfile.ZipFile(tmp_path / "data.zip", "w") as packed:
         packed.writestr("data/qasper.jsonl", '{"context": "c", "input": "i", "answers": ["a"]}\n')
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)  # for `zip://`, which needs no network
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(tmp_path / "data.zip"))
     archive = ("org/name", "data.zip", "data/qasper.jsonl")
     found = rows.load("longbench", "org/name", "qasper", fields=("context",), archive=archive, online=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from hf_attn_plugins.eval import command, runner
 from hf_attn_plugins.eval.records import Appender, Generation, Prediction, RunFolder, Speed
 
 from hf_attn_plugins import cli
+from tests import forks
 from tests.eval.tiny import model_folder
 
 pytest.importorskip("wonderwords")
@@ -149,16 +149,16 @@ def test_kill_9_changes_nothing(model, finished, tmp_path):
 
 def kill_and_resume(model: Path, finished: Path, out: Path, draw: random.Random, kills: int) -> None:
     total = len(RunFolder(finished).predictions())
-    words = [sys.executable, "-m", "hf_attn_plugins.eval", "--model", str(model), "--out", str(out), *SMALL]
+    command = "import sys; from hf_attn_plugins.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = ["eval", "--model", model, "--out", out, *SMALL]
     recorded = out / "predictions.jsonl"
     stops = sorted(draw.sample(range(1, total - 2), kills))
     for stop in stops:
-        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not (recorded.is_file() and recorded.read_bytes().count(b"\n") >= stop):
+        process = forks.start(command, *words, output=Path(os.devnull), errors=Path(os.devnull))
+        while process.is_alive() and not (recorded.is_file() and recorded.read_bytes().count(b"\n") >= stop):
             time.sleep(0.005)
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     killed_at = recorded.read_bytes().count(b"\n")
     assert killed_at >= stops[-1]
     assert evaluate(model, out) == 0

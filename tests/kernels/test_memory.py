@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
 
 from hf_attn_plugins.kernels.cpu_fused import build as fused
+from tests import forks
 
 CODE = """
 import json, sys, torch
@@ -37,7 +37,7 @@ def test_growth(kernel, dtype):
         pytest.skip(f"cpu_fused: {fused.unavailable()}")
     if not sys.platform.startswith("linux"):
         pytest.skip("peak memory is read from Linux's /proc")
-    done = subprocess.run([sys.executable, "-c", CODE, kernel, dtype], capture_output=True, text=True)
+    done = forks.run(CODE, kernel, dtype)
     assert done.returncode == 0, done.stderr
     small, middle, large = json.loads(done.stdout)
     scores = 4 * 512 * (8192 - 4096) * (2 if dtype == "bfloat16" else 4)  # what holding the new scores alone would take

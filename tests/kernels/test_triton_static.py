@@ -24,32 +24,40 @@ COMMAND = (
 )
 
 
-def compile_rows(folder, *words):
-    """Rows of the command, run without the interpreter that the other tests of this process need."""
+def start(folder, target, *words):
+    """The command, without the interpreter that the other tests of this process need."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMMAND, "--static", "--out", str(folder), *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    command = [sys.executable, "-c", COMMAND, "--static", "--out", str(folder), "--targets", target, "--dtypes", "bf16"]
+    return subprocess.Popen(
+        [*command, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+
+
+def rows_of(folder, process):
+    output = process.communicate()[0]
+    assert process.returncode == 0, output[-4000:]
     assert "rows x keys" in (folder / "triton_static.md").read_text()
     return json.loads((folder / "triton_static.json").read_text())["rows"]
 
 
-def test_forward_and_decode_compile_for_hopper_without_spills(tmp_path):
-    words = [
-        "--targets",
-        "sm90",
-        "--dtypes",
-        "bf16",
-        "--head-dims",
-        "64",
-        "--masks",
-        "causal",
-        "--kernels",
-        "forward",
-        "decode",
-        "merge",
-    ]
-    plain, with_tma, *others = compile_rows(tmp_path, *words)
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Rows of the command for a few kernels; the compilers run beside each other."""
+    cases = {
+        "forward and decode": ("sm90", "64", "forward", "decode", "merge"),
+        "backward": ("sm90", "128", "dq", "dkdv"),
+        "AMD": ("gfx942", "64", "forward"),
+    }
+    started = {}
+    for name, (target, head_dim, *kernels) in cases.items():
+        folder = tmp_path_factory.mktemp("static")
+        words = ["--head-dims", head_dim, "--masks", "causal", "--kernels", *kernels]
+        started[name] = folder, start(folder, target, *words)
+    return {name: rows_of(*each) for name, each in started.items()}
+
+
+def test_forward_and_decode_compile_for_hopper_without_spills(compiled):
+    plain, with_tma, *others = compiled["forward and decode"]
     assert "TMA" in with_tma["tile"] and with_tma["spilled"] == 0 and with_tma["matrix"] == plain["matrix"]
     rows = {row["kernel"]: row for row in (plain, *others)}
     assert set(rows) == {"forward", "decode", "merge"}
@@ -60,30 +68,14 @@ def test_forward_and_decode_compile_for_hopper_without_spills(tmp_path):
     assert rows["forward"]["floor_ms"] == pytest.approx(4 * 64 * 16384**2 / 2 * 32 / 989e12 * 1e3, rel=1e-3)
 
 
-def test_backward_compiles_for_hopper_without_spills(tmp_path):
-    words = [
-        "--targets",
-        "sm90",
-        "--dtypes",
-        "bf16",
-        "--head-dims",
-        "128",
-        "--masks",
-        "causal",
-        "--kernels",
-        "dq",
-        "dkdv",
-    ]
-    rows = compile_rows(tmp_path, *words)
+def test_backward_compiles_for_hopper_without_spills(compiled):
+    rows = compiled["backward"]
     assert [row["kernel"] for row in rows] == ["dq", "dkdv"] and all(row["spilled"] == 0 for row in rows)
 
 
-def test_forward_compiles_for_amd(tmp_path):
-    rows = compile_rows(
-        tmp_path,
-        *["--targets", "gfx942", "--dtypes", "bf16", "--head-dims", "64", "--masks", "causal", "--kernels", "forward"],
-    )
-    assert rows[0]["matrix"]["v_mfma"] > 0 and rows[0]["shared"] <= 65536 and rows[0]["resident"] is None
+def test_forward_compiles_for_amd(compiled):
+    (row,) = compiled["AMD"]
+    assert row["matrix"]["v_mfma"] > 0 and row["shared"] <= 65536 and row["resident"] is None
 
 
 def test_problems_name_what_is_not_met():
@@ -149,4 +141,4 @@ def test_every_feature_compiles(target):
 @pytest.mark.grid
 @pytest.mark.parametrize("target", ["sm80", "sm90", "sm100", "gfx942"])
 def test_requirements_on_every_target(tmp_path, target):
-    compile_rows(tmp_path, "--targets", target, "--dtypes", "bf16", "--head-dims", "64", "128", "256")
+    rows_of(tmp_path, start(tmp_path, target, "--head-dims", "64", "128", "256"))

@@ -8,26 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import multiprocessing
 import os
 import socket
 import traceback
 from collections.abc import Iterator
 from typing import Any
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    [
-        "torch",
-        "transformers",
-        "accelerate",
-        "hf_attn_plugins",
-        "hf_attn_plugins.parallel.hf.session",
-        "tests.families",
-        "tests.parallel.cases",
-        "tests.parallel.cqs_cases",
-    ]
-)
+from tests.forks import SERVER
 
 
 def free_port() -> int:

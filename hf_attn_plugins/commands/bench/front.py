@@ -35,7 +35,7 @@ from hf_attn_plugins.hf.predictions import backbone, divergence, log_probabiliti
 from hf_attn_plugins.hf.texts import prose_tokens
 from hf_attn_plugins.hf.trace import trace
 from hf_attn_plugins.hf.tune import tune
-from hf_attn_plugins.hf.tuning.heads import losses, order_of
+from hf_attn_plugins.hf.tuning import heads as key_heads
 from hf_attn_plugins.star.options import StarOptions
 
 PARTS = ("agreement", "speed", "passkeys", "needles")
@@ -148,13 +148,13 @@ class Front:
         model, _ = self.model()
         ids = self.prose(self.arguments.texts * length, length)[None].to(model.device)
         with torch.inference_mode():
-            found = losses(
+            found = key_heads.losses(
                 model,
                 lambda: backbone(model)(ids, use_cache=False),
                 "star_attention",
                 StarOptions(128, 64, None, length // 16),
             )
-        self.done["heads"][str(length)] = order_of(found)
+        self.done["heads"][str(length)] = key_heads.order_of(found)
 
     def tuned(self, length: int, target: float) -> None:
         """What `hap.tune` chooses for a speed, on texts that no row is measured on."""
@@ -168,27 +168,32 @@ class Front:
         model, _ = self.model()
         ids = self.prose(index * length, length)[None].to(model.device)
         base = backbone(model)
+        runs, shares = [], []
         with torch.inference_mode():
-            with use(model, BASELINE):
-                wanted = base(ids, use_cache=False)
-            for row in rows:
+            for row in (Row(BASELINE, BASELINE), *rows):
                 with use(model, row.attn, **row.options), trace(model) as seen:
-                    got = base(ids, use_cache=False)
-                kl, nll = [], []
-                for start in range(0, length, CHUNK):
-                    end = min(start + CHUNK, length)
-                    p, q = (log_probabilities(logits_at(model, ids, x, start, end)[0]) for x in (wanted, got))
-                    kl.append(divergence(p, q))
-                    targets = ids[0, start + 1 : end + 1]
-                    nll.append(torch.stack([-of_tokens(x[: len(targets)], targets) for x in (p, q)]))
-                whole, both = torch.cat(kl), torch.cat(nll, 1).mean(1)
-                self.add("agreement", length, row, index, {
-                    "kl": float(whole.mean()),
-                    "kl_median": float(whole.median()),
-                    "kl_tail": float(whole[-TAIL:].mean()),
-                    "ppl_ratio": float((both[1] - both[0]).exp()),
-                    "share": seen.share if seen.share is not None else 1.0,
-                })  # fmt: skip
+                    runs.append(base(ids, use_cache=False))
+                shares.append(seen.share if seen.share is not None else 1.0)
+            kl: list[list[Tensor]] = [[] for _ in runs]
+            nll: list[list[Tensor]] = [[] for _ in runs]
+            for start in range(0, length, CHUNK):
+                end = min(start + CHUNK, length)
+                wanted, targets = None, ids[0, start + 1 : end + 1]
+                for got, kls, nlls in zip(runs, kl, nll, strict=True):
+                    found = log_probabilities(logits_at(model, ids, got, start, end)[0])
+                    wanted = found if wanted is None else wanted
+                    kls.append(divergence(wanted, found))
+                    nlls.append(-of_tokens(found[: len(targets)], targets))
+        losses = [float(torch.cat(each).mean()) for each in nll]
+        for row, share, kls, loss in zip(rows, shares[1:], kl[1:], losses[1:], strict=True):
+            whole = torch.cat(kls)
+            self.add("agreement", length, row, index, {
+                "kl": float(whole.mean()),
+                "kl_median": float(whole.median()),
+                "kl_tail": float(whole[-TAIL:].mean()),
+                "ppl_ratio": math.exp(loss - losses[0]),
+                "share": share,
+            })  # fmt: skip
 
     def speed(self, length: int, index: int, rows: list[Row]) -> None:
         """One prefill of every row and of the baseline, one after another; seconds."""

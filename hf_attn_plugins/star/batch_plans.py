@@ -10,7 +10,18 @@ from torch import Tensor
 
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.star.options import StarOptions
-from hf_attn_plugins.star.plan import ANCHOR_SHARE, BLOCK_STEP, BLOCKS, DEFAULT_QUERY, DENSE_BELOW, Plan
+from hf_attn_plugins.star.plan import (
+    ANCHOR_SHARE,
+    DEFAULT_QUERY,
+    DENSE_BELOW,
+    NEAR_ANCHOR,
+    NEAR_BLOCK,
+    PAPER,
+    PAPER_BLOCKS,
+    PAPER_STEP,
+    Plan,
+    default_halo,
+)
 
 
 def prompts_of(mask: Mask, batch: int, rows: int) -> list[tuple[int, int, int]] | None:
@@ -98,12 +109,20 @@ def row_sizes(mask: Mask, rows: int, options: StarOptions) -> Sizes:
         length = end - first
     query = DEFAULT_QUERY if options.query_size is None else options.query_size
     context = (length - query).clamp_min(0)
+    long = length >= DENSE_BELOW
+    paper = options.preset == PAPER or (options.block_size is not None and options.halo_size is None)
+    if options.halo_size is not None or paper:
+        halo = torch.full_like(length, options.halo_size or 0)
+    else:
+        halo = torch.where(long, default_halo(length), 0)
     if options.block_size is not None:
         block = torch.full_like(length, options.block_size)
     else:
-        share = -(-context.clamp_min(1) // BLOCKS)
-        block = torch.where(length >= DENSE_BELOW, -(-share // BLOCK_STEP) * BLOCK_STEP, length.clamp_min(1))
-        block = block.clamp_min(options.anchor_size or 1)
-    anchor = block // ANCHOR_SHARE if options.anchor_size is None else torch.full_like(length, options.anchor_size)
-    halo = torch.full_like(length, options.halo_size or 0)
+        share = -(-context.clamp_min(1) // PAPER_BLOCKS)
+        cut = -(-share // PAPER_STEP) * PAPER_STEP if paper else torch.full_like(length, NEAR_BLOCK)
+        block = torch.where(long, cut, length.clamp_min(1)).maximum((options.anchor_size or 1) - halo)
+    if options.anchor_size is not None:
+        anchor = torch.full_like(length, options.anchor_size)
+    else:
+        anchor = torch.where(halo > 0, (block + halo).clamp_max(NEAR_ANCHOR), block // ANCHOR_SHARE)
     return Sizes(first, block, anchor, context, halo)

@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_attn_plugins.star.cost import ModelShape, cost, warnings
 from hf_attn_plugins.star.draw import picture, text
-from hf_attn_plugins.star.plan import plan_for
+from hf_attn_plugins.star.plan import PAPER, plan_for
 
 TEXT_CELLS = 64  # a plan of at most so many tokens is also shown in characters
 SHOWN_BLOCKS = 12
@@ -20,13 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-size", type=int, help="tokens of a block (default: by length)")
     parser.add_argument("--anchor-size", type=int, help="leading tokens every block attends to (default: by block)")
     parser.add_argument("--halo-size", type=int, help="tokens just before a block that it attends to as well")
+    parser.add_argument("--preset", choices=[PAPER], help="sizes by length without near tokens, as in the paper")
     parser.add_argument("--query-size", type=int, help="last tokens of the prompt, which attend to everything")
     parser.add_argument("--model", help="folder, config.json or hub id of a model: adds FLOPs, bytes and expected gain")
     parser.add_argument("--draw", metavar="FILE", help="write the attended cells as an image")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    sizes = (arguments.block_size, arguments.anchor_size, arguments.query_size, arguments.halo_size)
+    sizes = (arguments.block_size, arguments.anchor_size, arguments.query_size, arguments.halo_size, arguments.preset)
     plan = plan_for(arguments.length, *sizes)
     parts = {"halo": plan.halo_size, "anchor": len(plan.anchor), "query": len(plan.query)}
     words = ", ".join(f"{name} {size}" for name, size in parts.items() if size or name != "halo")

@@ -7,7 +7,7 @@ import functools
 from dataclasses import dataclass
 
 from hf_attn_plugins.core.options import MOST_TOKENS, Options, shown
-from hf_attn_plugins.star.plan import Plan, check_anchor, plan_for
+from hf_attn_plugins.star.plan import PAPER, Plan, check_anchor, plan_for
 
 MOST_HEADS, MOST_LAYERS = 1 << 16, 1 << 16  # more than any model has
 
@@ -23,6 +23,7 @@ class StarOptions(Options):
         query_size: last tokens of the prompt, which attend to everything, 0 or more, or None for the default.
         halo_size: tokens just before a block that the block attends to as well, 0 or more. None: by length where no
             block size is given, else 0, which is the paper's plan.
+        preset: "paper" for sizes by length without near tokens, as in the paper; None for the best that was measured.
         dense_heads: for every layer the indices of its key heads that see everything, with their queries: a list of
             lists, or None for none. A layer beyond the list has none.
         kernel: a kernel by name (see `kernels.KERNELS`), or None to choose by device, dtype and shape.
@@ -34,6 +35,7 @@ class StarOptions(Options):
     anchor_size: int | None = None
     query_size: int | None = None
     halo_size: int | None = None
+    preset: str | None = None
     dense_heads: tuple[tuple[int, ...], ...] | None = None
     kernel: str | None = None
 
@@ -41,12 +43,14 @@ class StarOptions(Options):
         self._between(1, MOST_TOKENS, "block_size")
         self._between(0, MOST_TOKENS, "anchor_size", "query_size", "halo_size")
         check_anchor(self.anchor_size, self.block_size, self.halo_size)
+        if self.preset not in (None, PAPER):
+            raise ValueError(f"preset={shown(self.preset)} is unknown: {PAPER!r} or None is allowed.")
         object.__setattr__(self, "dense_heads", heads_of(self.dense_heads))
         self._check_kernel(self.kernel)
 
     def plan_of(self, length: int) -> Plan:
         """The plan of a prompt of `length` tokens."""
-        return plan_for(length, self.block_size, self.anchor_size, self.query_size, self.halo_size)
+        return plan_for(length, self.block_size, self.anchor_size, self.query_size, self.halo_size, self.preset)
 
     def for_layer(self, index: int | None) -> StarOptions:
         """The options of one layer: `dense_heads` holds this layer's heads alone, or is None where it has none."""

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-# Sizes for prompts that come without any: a quarter of the prompt a block, after passkeys asked of SmolLM2-135M, where
-# that cost little and an eighth cost much; `hf-attn bench star` measures them on any model.
+# Sizes for prompts that come without any, by `hf-attn bench front` on SmolLM2-135M (benchmarks/results/front.md):
+# small blocks with near tokens lose far less than large blocks at the same speed.
 DENSE_BELOW = 2048  # tokens: attention is a small part of shorter prompts' cost
-BLOCKS = 4  # blocks a prompt is cut into where no block size is given
-BLOCK_STEP = 256  # a default block is a multiple of this
-ANCHOR_SHARE = 4  # a default anchor is a block divided by this
+NEAR_BLOCK = 128  # a tile of rows on GPUs, two on CPUs
+NEAR_ANCHOR = 64
+HALO_PART, HALO_STEP = (3, 16), 64  # of the prompt, and what the halo is a multiple of
 DEFAULT_QUERY = 128
+# The preset "paper": large blocks without near tokens. A quarter of the prompt a block, after passkeys asked of
+# SmolLM2-135M, where that cost little and an eighth cost much (`hf-attn bench star`).
+PAPER = "paper"
+PAPER_BLOCKS = 4  # blocks a prompt is cut into
+PAPER_STEP = 256  # a block is a multiple of this
+ANCHOR_SHARE = 4  # without a halo, the anchor is a block divided by this
 
 
 @dataclass(frozen=True)
@@ -141,25 +148,38 @@ def plan_for(
     anchor_size: int | None = None,
     query_size: int | None = None,
     halo_size: int | None = None,
+    preset: str | None = None,
 ) -> Plan:
     """The plan of a prompt, with sizes that were not given filled in from its length.
 
-    Without a block size: prompts below `DENSE_BELOW` tokens are one block, longer ones are cut into `BLOCKS` blocks.
-    The default anchor is a fraction of the block, the default query `DEFAULT_QUERY` tokens. A halo that is not given is
-    0, so that sizes given alone are the paper's.
+    Without a block size: prompts below `DENSE_BELOW` tokens are one block, longer ones are cut into small blocks with
+    near tokens, or into `PAPER_BLOCKS` blocks by the preset "paper". Sizes given alone are the paper's: where there is
+    a block size and no halo, the halo is 0.
 
     Raises:
-        ValueError: as `Plan`; a given anchor_size also needs to fit the default block.
+        ValueError: as `Plan`; a given anchor_size also needs to fit the default block and halo.
     """
-    halo = halo_size or 0
     query = DEFAULT_QUERY if query_size is None else query_size
+    paper = preset == PAPER or (block_size is not None and halo_size is None)
+    if halo_size is None:
+        halo_size = 0 if paper or length < DENSE_BELOW else default_halo(length)
     if block_size is None:
         block_size = max(1, length)
         if length >= DENSE_BELOW:
-            share = -(-max(1, length - query) // BLOCKS)
-            block_size = -(-share // BLOCK_STEP) * BLOCK_STEP
-        if anchor_size is not None:
-            block_size = max(block_size, anchor_size)
+            block_size = paper_block(length - query) if paper else NEAR_BLOCK
+        block_size = max(block_size, (anchor_size or 0) - halo_size)
     if anchor_size is None:
-        anchor_size = block_size // ANCHOR_SHARE
-    return Plan(length, block_size, anchor_size, query, halo)
+        anchor_size = min(NEAR_ANCHOR, block_size + halo_size) if halo_size else block_size // ANCHOR_SHARE
+    return Plan(length, block_size, anchor_size, query, halo_size)
+
+
+def default_halo(length: Any) -> Any:
+    """Near tokens of a prompt (or of a tensor of prompts' lengths) that comes without sizes."""
+    part, whole = HALO_PART
+    return length * part // whole // HALO_STEP * HALO_STEP
+
+
+def paper_block(context: int) -> int:
+    """Tokens of a block by the preset "paper"."""
+    share = -(-max(1, context) // PAPER_BLOCKS)
+    return -(-share // PAPER_STEP) * PAPER_STEP

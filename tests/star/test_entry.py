@@ -318,7 +318,17 @@ def test_keys_of_a_halo_are_views(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "sizes", [(None, None, None), (None, 300, 7), (512, None, None), (None, 5000, 0), (128, 64, 7, 500)]
+    "sizes",
+    [
+        (None, None, None),
+        (None, 300, 7),
+        (512, None, None),
+        (None, 5000, 0),
+        (128, 64, 7, 500),
+        (None, None, 9, 300),
+        (None, None, None, None, "paper"),
+        (None, 5000, 7, None, "paper"),
+    ],
 )
 def test_sizes_in_tensors_are_those_of_the_planner(sizes: tuple) -> None:
     options = StarOptions(*sizes)

@@ -95,8 +95,17 @@ def test_an_anchor_longer_than_a_block_says_what_to_do() -> None:
 def test_defaults(length: int) -> None:
     plan = plan_for(length)
     assert plan.is_dense == (length < DENSE_BELOW)
-    assert 0 <= plan.anchor_size <= plan.block_size
-    assert plan.num_blocks <= 4
+    assert 0 <= plan.anchor_size <= plan.block_size + plan.halo_size
+    paper = plan_for(length, preset="paper")
+    assert paper.is_dense == (length < DENSE_BELOW) and paper.halo_size == 0 and paper.num_blocks <= 4
+
+
+def test_sizes_given_alone_are_the_papers() -> None:
+    assert plan_for(8192, 1024) == Plan(8192, 1024, 256, 128) == plan_for(8192, 1024, preset="paper")
+    assert plan_for(8192, preset="paper") == Plan(8192, 2048, 512, 128)
+    assert plan_for(8192, 128, halo_size=448) == Plan(8192, 128, 64, 128, 448)
+    with pytest.raises(ValueError, match="preset='best' is unknown"):
+        StarOptions(preset="best")
 
 
 @pytest.mark.parametrize("length", [0, 1, 100, 5000])

@@ -106,7 +106,7 @@ def _verify(folder: Path, name: str, parts: list[str], options: dict[str, Any]) 
     import torch
     from transformers import AutoConfig, AutoModel
 
-    from hf_attn_plugins.hf.compat import config_carries_attention
+    from hf_attn_plugins.hf.compat import config_carries_attention, implementation_of
 
     if not config_carries_attention():
         raise ValueError(
@@ -120,9 +120,9 @@ def _verify(folder: Path, name: str, parts: list[str], options: dict[str, Any]) 
     targets = [getattr(model.config, part) for part in parts] or [model.config]
     for target in targets:
         stored = (getattr(target, "hf_attn_plugins", None) or {}).get(name)
-        if target._attn_implementation != name or stored != options:
+        if implementation_of(target) != name or stored != options:
             raise ValueError(
-                f"{type(target).__name__} reads attn_implementation={target._attn_implementation!r} with options "
+                f"{type(target).__name__} reads attn_implementation={implementation_of(target)!r} with options "
                 f"{stored}: this model's config does not carry the choice, use set_attn_implementation in your code."
             )
     wanted = {id(target) for target in targets}

@@ -22,11 +22,11 @@ from torch.nn import functional as F
 from hf_attn_plugins.checkpoint import fingerprint, table_checks
 from hf_attn_plugins.checkpoint.circumstances import circumstance
 from hf_attn_plugins.checkpoint.places import Places
+from hf_attn_plugins.core import compat
 
 logger = logging.getLogger("hf_attn_plugins")
 ATTRIBUTE = "hf_attn_first_layer"
 BUFFERS = ("first_layer_rows", "first_layer_weights")
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _numbers = itertools.count()
 _compiled: set[int] = set()  # numbers of the layers whose compilation was warned of
 
@@ -80,7 +80,7 @@ class FirstLayer:
             run = _normalise if module is self.norm else _project
             module.forward = partial(run, self, module, self.before[module])
             # A replica shares its original's __dict__, so the forward of the original with the original's weights.
-            module._replicate_for_data_parallel = partial(_replica, module)
+            compat.replicate_by(module, partial(_replica, module))
         self.forwards = {module: vars(module)["forward"] for module in self._modules()}
         self.hooks = (
             self.decoder.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -95,15 +95,15 @@ class FirstLayer:
         for hook in self.hooks:
             hook.remove()
         for module in self._modules():
-            module.__dict__.pop("_replicate_for_data_parallel", None)
+            compat.replicate_by(module, None)
             if vars(module).get("forward") is self.forwards[module]:  # else somebody wrapped it: it goes on computing
                 if self.before[module] is None:
                     del module.forward
                 else:
                     module.forward = self.before[module]
             for name in ("first_layer_table", *BUFFERS):
-                module._buffers.pop(name, None)
-                module._non_persistent_buffers_set.discard(name)
+                if hasattr(module, name):
+                    delattr(module, name)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
@@ -126,7 +126,7 @@ class FirstLayer:
 
     def _changed(self, decoder: nn.Module) -> str | None:
         """Why the modules are not those of the tables, as far as their structure tells."""
-        if getattr(decoder, "_is_replica", False):
+        if compat.is_replica(decoder):
             return "the model runs as replicas (DataParallel)"
         for path, module in zip(self.paths, self._modules(), strict=True):
             try:
@@ -137,7 +137,7 @@ class FirstLayer:
                 return f"{path} was replaced, wrapped, moved or removed (adapters, quantisation, pruning)"
             if vars(module).get("forward") is not self.forwards[module]:
                 return f"the forward of {path} was replaced or wrapped"
-            if any(vars(module)[kind] for kind in HOOKS):
+            if compat.hooks_of(module):
                 return f"{path} has hooks"
         if fingerprint.settings(self.norm) != self.settings:
             return f"the settings of {self.paths[0]} have changed (eps)"
@@ -179,7 +179,7 @@ class FirstLayer:
                 "the weights have changed since the first-layer tables were made, or something else changes the "
                 "embedded tokens (hooks, new tokens, dropout)"
             )
-        self.tokens.now, self.tokens.states, self.tokens.version = ids, output, _version(output)
+        self.tokens.now, self.tokens.states, self.tokens.version = ids, output, compat.version_of(output)
 
     def look_up(self, projection: Any, hidden: Tensor) -> Tensor | None:
         """The rows of the pass's tokens; None where the projection must be computed."""
@@ -188,7 +188,7 @@ class FirstLayer:
         ids, states = self.tokens.now, self.tokens.states
         if ids is None or states is None:
             return None
-        if hidden is not states or _version(hidden) != self.tokens.version:
+        if hidden is not states or compat.version_of(hidden) != self.tokens.version:
             self._say("the states are changed between the norm and the projections")
             return None
         if not self.tokens.counted:
@@ -235,14 +235,9 @@ def _normalise(layer: FirstLayer, module: Any, before: Any, hidden: Tensor, *arg
 
 
 def _replica(module: Any) -> Any:
-    copied = type(module)._replicate_for_data_parallel(module)
-    for name in ("forward", "_replicate_for_data_parallel"):
-        copied.__dict__.pop(name, None)
+    copied = compat.replica_of(module)
+    vars(copied).pop("forward", None)
     return copied
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def attach(model: nn.Module, places: Places, tables: Mapping[str, Tensor]) -> FirstLayer:

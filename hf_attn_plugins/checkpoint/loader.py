@@ -10,14 +10,13 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from transformers.quantizers.base import HfQuantizer
 from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_attn_plugins.checkpoint import fingerprint
 from hf_attn_plugins.checkpoint.attach import attach
 from hf_attn_plugins.checkpoint.places import Places
+from hf_attn_plugins.hf.compat import quantizer_base, quantizer_tables
 
 logger = logging.getLogger("hf_attn_plugins")
 METHOD = "hf_attn_first_layer"
@@ -45,7 +44,7 @@ class FirstLayerConfig(QuantizationConfigMixin):
         return Places(self.decoder, self.embedding, self.norm, tuple(self.projections))
 
 
-class FirstLayerLoader(HfQuantizer):
+class FirstLayerLoader(quantizer_base()):  # type: ignore[misc]
     """Attaches the tables once the weights are loaded."""
 
     quantization_config: FirstLayerConfig
@@ -104,5 +103,5 @@ FirstLayerConfig.__name__ = (
 
 def register() -> None:
     """Make the method known to Transformers. Idempotent."""
-    AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = FirstLayerConfig
-    AUTO_QUANTIZER_MAPPING[METHOD] = FirstLayerLoader
+    configs, quantizers = quantizer_tables()
+    configs[METHOD], quantizers[METHOD] = FirstLayerConfig, FirstLayerLoader

@@ -1,19 +1,23 @@
-"""Every private name of PyTorch (and one of Python's importlib) that this package leans on, behind one function each.
+"""Every private name of PyTorch that this package leans on, behind one function each.
 
-An upgrade that takes a name away fails here, with one sentence. `hf/compat.py` does the same for Transformers.
+An upgrade that takes a name away fails here, with one sentence; tests/core/test_compat.py looks at each name.
+`hf/compat.py` does the same for Transformers, `core/imports.py` for Python's importlib.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
-from types import FunctionType, ModuleType
+from types import FunctionType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.functional import multi_head_attention_forward
 
 _TORCH = ("torch", "2.13")  # and the version that everything here was tested with
+_CARRY = "carry a mask through Transformers"
 
 
 def needed(owner: Any, name: str, purpose: str, package: str, tested: str) -> Any:
@@ -37,12 +41,15 @@ def gone(what: str, purpose: str, package: str, tested: str) -> NotImplementedEr
     )
 
 
+# Operators and the CPU.
+
+
 def fused_operator(name: str) -> Callable[..., Any]:
     """One of `torch.ops.aten._scaled_dot_product_*`: fused attention that also returns the lse, or its backward.
 
     The binding in `torch` is taken where there is one: it is the same operator, some microseconds closer.
     """
-    return getattr(torch, name, None) or needed(torch.ops.aten, name, "use PyTorch's fused attention", *_TORCH)
+    return torch.__dict__.get(name) or needed(torch.ops.aten, name, "use PyTorch's fused attention", *_TORCH)
 
 
 def rng_state_of_flash(rest: tuple[Any, ...] | list[Any]) -> tuple[Any, ...]:
@@ -58,6 +65,17 @@ def rng_state_of_flash(rest: tuple[Any, ...] | list[Any]) -> tuple[Any, ...]:
     if len(rest) < 6:
         raise gone("`_scaled_dot_product_flash_attention` with eight results", "compute its gradient", *_TORCH)
     return tuple(rest[:6])
+
+
+def cpu_has(feature: str) -> bool:
+    """Whether PyTorch says that this CPU has a feature: `torch.cpu._is_{feature}_supported`, e.g. "avx512_bf16".
+
+    False where PyTorch has no such question: then a kernel that needs the feature is not chosen, and results stay.
+    """
+    return bool(getattr(torch.cpu, f"_is_{feature}_supported", lambda: False)())
+
+
+# Modules.
 
 
 def with_globals(function: Any, **replaced: Any) -> FunctionType:
@@ -83,26 +101,85 @@ def multihead_attention_with(sdpa: Callable[..., Any]) -> FunctionType:
     return with_globals(multi_head_attention_forward, scaled_dot_product_attention=sdpa)
 
 
-def default_store() -> Any:
-    """The key-value store that the default process group was made with (`distributed_c10d._get_default_store`)."""
-    from torch.distributed import distributed_c10d
-
-    return needed(distributed_c10d, "_get_default_store", "tell the other ranks of a failure", *_TORCH)()
+def inside_compiled(model: nn.Module) -> nn.Module:
+    """The module that `torch.compile` has wrapped (`OptimizedModule._orig_mod`)."""
+    return needed(model, "_orig_mod", "look inside a compiled model", *_TORCH)
 
 
-def version_of(parameter: nn.Parameter) -> int:
-    """How often a parameter was written in place (`Tensor._version`); -1 for inference tensors, which do not count."""
-    if parameter.is_inference():
-        return -1
-    return needed(parameter, "_version", "notice that weights have changed", *_TORCH)
+def hooks_of(module: Any) -> list[Any]:
+    """A module's own hooks (its dicts `_forward_hooks`, `_forward_pre_hooks`, and the same of backward)."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    found = [needed(module, kind, "see the hooks of a module", *_TORCH) for kind in kinds]
+    return [hook for hooks in found for hook in hooks.values()]
 
 
-def cpu_has(feature: str) -> bool:
-    """Whether PyTorch says that this CPU has a feature: `torch.cpu._is_{feature}_supported`, e.g. "avx512_bf16".
+def swap_forward_hooks(module: Any, hooks: tuple[Any, Any] | None = None) -> tuple[Any, Any]:
+    """Give a module other forward hooks, none by default; the result, given back, restores those from before."""
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    before = tuple(needed(module, name, "run a model unseen by its hooks", *_TORCH) for name in names)
+    for name, held in zip(names, hooks or (OrderedDict(), OrderedDict()), strict=True):
+        setattr(module, name, held)
+    return before  # type: ignore[return-value]
 
-    False where PyTorch has no such question: then a kernel that needs the feature is not chosen, and results stay.
+
+_REPLICATE = "_replicate_for_data_parallel"
+
+
+def replicate_by(module: nn.Module, make: Callable[[], nn.Module] | None) -> None:
+    """Let DataParallel copy this module by `make()`; by PyTorch's own method again with None.
+
+    A replica shares the `__dict__` of its original, so also what was set on the instance.
     """
-    return bool(getattr(torch.cpu, f"_is_{feature}_supported", lambda: False)())
+    needed(type(module), _REPLICATE, "keep tables out of DataParallel's replicas", *_TORCH)
+    vars(module).pop(_REPLICATE, None)
+    if make is not None:
+        setattr(module, _REPLICATE, make)
+
+
+def replica_of(module: nn.Module) -> Any:
+    """A copy of a module as DataParallel makes it, without a `make` of `replicate_by`."""
+    copied = needed(type(module), _REPLICATE, "keep tables out of DataParallel's replicas", *_TORCH)(module)
+    vars(copied).pop(_REPLICATE, None)
+    return copied
+
+
+def is_replica(module: nn.Module) -> bool:
+    """Whether DataParallel made this module (`_is_replica`, which only replicas have)."""
+    return bool(getattr(module, "_is_replica", False))
+
+
+# Tensors.
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written in place (`Tensor._version`); -1 for inference tensors, which do not count."""
+    if tensor.is_inference():
+        return -1
+    return needed(tensor, "_version", "notice that a tensor has changed", *_TORCH)
+
+
+def is_transforming() -> bool:
+    """Whether torch.func transforms (`peek_interpreter_stack`) or takes forward-mode gradients (`_current_level`)."""
+    purpose = "notice torch.func and forward-mode gradients"
+    functorch = needed(torch._C, "_functorch", purpose, *_TORCH)
+    peek = needed(functorch, "peek_interpreter_stack", purpose, *_TORCH)
+    return peek() is not None or needed(forward_ad, "_current_level", purpose, *_TORCH) >= 0
+
+
+def without_data(cls: type[Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
+    """An instance of a subclass of Tensor that holds no elements (`Tensor._make_wrapper_subclass`)."""
+    make = needed(Tensor, "_make_wrapper_subclass", _CARRY, *_TORCH)
+    return make(cls, shape, dtype=dtype, device=device)
+
+
+def no_torch_function() -> Any:
+    """What a subclass of Tensor puts in place of `__torch_function__` to be asked in `__torch_dispatch__` only."""
+    return needed(torch._C, "_disabled_torch_function_impl", _CARRY, *_TORCH)
+
+
+def copy_operator() -> Any:
+    """The operator behind `tensor.to(...)` and casts (`aten._to_copy`)."""
+    return needed(torch.ops.aten, "_to_copy", _CARRY, *_TORCH).default
 
 
 def block_mask_type() -> type:
@@ -112,12 +189,14 @@ def block_mask_type() -> type:
     """
     from torch.nn.attention import flex_attention
 
-    return needed(flex_attention, "BlockMask", "carry a mask through Transformers", *_TORCH)
+    return needed(flex_attention, "BlockMask", _CARRY, *_TORCH)
 
 
-def is_being_imported(module: ModuleType | None) -> bool:
-    """Whether a module in `sys.modules` is still running its own code (`__spec__._initializing` of importlib).
+# Processes.
 
-    Where importlib has no such mark, a module counts as imported, as `importlib` itself then assumes.
-    """
-    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
+
+def default_store() -> Any:
+    """The key-value store that the default process group was made with (`distributed_c10d._get_default_store`)."""
+    from torch.distributed import distributed_c10d
+
+    return needed(distributed_c10d, "_get_default_store", "tell the other ranks of a failure", *_TORCH)()

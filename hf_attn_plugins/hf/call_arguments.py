@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_attn_plugins.core.mask import Mask, window_of
-from hf_attn_plugins.hf import compat, families
+from hf_attn_plugins.hf import families
+from hf_attn_plugins.hf.masks import compat
 from hf_attn_plugins.hf.structured_mask import structure_of
 
 REFUSED = {

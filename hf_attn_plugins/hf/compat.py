@@ -1,7 +1,7 @@
 """Where versions of Transformers differ, and every private name of it that this package leans on: one function each.
 
 An upgrade that takes a name away fails here, with one sentence; tests/hf/test_compat.py looks at each name.
-`core/compat.py` does the same for PyTorch.
+`hf/masks/compat.py` does the same for what describes masks, `core/compat.py` for PyTorch.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hf_attn_plugins.core.compat import gone, needed
 
 FLOOR = (5, 0)
-TESTED = "5.24"
+TRANSFORMERS = ("transformers", "5.24")  # and the version that everything here was tested with
 NAMES = ("cache", "past_key_values")
 
 
@@ -26,14 +25,15 @@ NAMES = ("cache", "past_key_values")
 
 def refuse_old(version: str) -> None:
     """Raise ImportError for a Transformers older than the floor; asked when the plugins are registered."""
-    if _numbers(version) < FLOOR:
+    if numbers(version) < FLOOR:
         raise ImportError(
             f"hf_attn_plugins needs transformers>={'.'.join(map(str, FLOOR))}, found {version}: "
             "upgrade it with `pip install -U transformers`."
         )
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def numbers(version: str) -> tuple[int, ...]:
+    """(major, minor) of a version."""
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
@@ -41,37 +41,7 @@ def config_carries_attention() -> bool:
     """Whether a load follows `attn_implementation` in config.json: from 5.4 on; before, it is overwritten with None."""
     import transformers
 
-    return _numbers(transformers.__version__) >= (5, 4)
-
-
-@torch.compiler.assume_constant_result
-def cuts_wide_masks() -> bool:
-    """Whether this version's own attention cuts a mask that is wider than the keys (up to 5.3; Bamba builds such)."""
-    import transformers
-
-    return _numbers(transformers.__version__) < (5, 4)
-
-
-def query_range(
-    q_length: int | None, q_offset: int | Tensor, cache_position: Tensor | None, kv_length: int, kv_offset: int
-) -> tuple[int, int | Tensor]:
-    """(number of queries, index of the first one) from what Transformers gives a mask function.
-
-    From 5.4 on it gives `q_length` and `q_offset`; up to 5.3 `cache_position`, (Q,) long, consecutive indices.
-
-    Raises:
-        NotImplementedError: neither is given, as no version known here does.
-    """
-    if q_length is not None and not isinstance(q_length, Tensor):
-        # A static cache advances its own counter in place before attention runs.
-        return q_length, q_offset.clone() if isinstance(q_offset, Tensor) else q_offset
-    position = q_length if cache_position is None else cache_position
-    if position is None:
-        raise _gone("`q_length` or `cache_position` among a mask function's arguments", "build attention masks")
-    count = position.shape[0]
-    if kv_length == count and not kv_offset:
-        return count, 0  # as many keys as queries: nothing came before, and nothing has to be read from the device
-    return count, position[0].clone() if torch.compiler.is_compiling() else int(position[0])
+    return numbers(transformers.__version__) >= (5, 4)
 
 
 def cache_keyword(model: nn.Module) -> str:
@@ -107,11 +77,21 @@ def forget_attention(name: str) -> None:
         mapping.pop(name, None)
 
 
+def registered_attention(name: str) -> Callable[..., Any] | None:
+    """The attention function registered under a name; None for a name without one, such as "eager"."""
+    return _mappings()[0].get(name)
+
+
+def registered_mask(name: str) -> Callable[..., Any] | None:
+    """The mask function registered under a name, None where there is none."""
+    return _mappings()[1].get(name)
+
+
 def _mappings() -> list[dict[str, Any]]:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     return [
-        _needed(interface, "_global_mapping", "list and unregister attention implementations")
+        needed(interface, "_global_mapping", "list and unregister attention implementations", *TRANSFORMERS)
         for interface in (AttentionInterface, AttentionMaskInterface)
     ]
 
@@ -122,8 +102,8 @@ def quantizer_tables() -> tuple[dict[str, Any], dict[str, Any]]:
 
     purpose = "bring first-layer tables back at load"
     return (
-        _needed(auto, "AUTO_QUANTIZATION_CONFIG_MAPPING", purpose),
-        _needed(auto, "AUTO_QUANTIZER_MAPPING", purpose),
+        needed(auto, "AUTO_QUANTIZATION_CONFIG_MAPPING", purpose, *TRANSFORMERS),
+        needed(auto, "AUTO_QUANTIZER_MAPPING", purpose, *TRANSFORMERS),
     )
 
 
@@ -131,9 +111,9 @@ def quantizer_base() -> type:
     """`HfQuantizer`, whose `preprocess_model` and `postprocess_model` are called around the loading of weights."""
     from transformers.quantizers import base
 
-    found = _needed(base, "HfQuantizer", "bring first-layer tables back at load")
+    found = needed(base, "HfQuantizer", "bring first-layer tables back at load", *TRANSFORMERS)
     for method in ("preprocess_model", "postprocess_model"):
-        _needed(found, method, "bring first-layer tables back at load")
+        needed(found, method, "bring first-layer tables back at load", *TRANSFORMERS)
     return found
 
 
@@ -147,7 +127,9 @@ def has_implementation(config: Any) -> bool:
 
 def implementation_of(config: Any) -> str | None:
     """The attention implementation that a config holds, None before one was chosen."""
-    return _needed(config, "_attn_implementation_internal", "read and restore a model's attention implementation")
+    return needed(
+        config, "_attn_implementation_internal", "read and restore a model's attention implementation", *TRANSFORMERS
+    )
 
 
 def set_implementation(config: Any, name: str | None) -> None:
@@ -166,7 +148,24 @@ def can_switch_attention(model: nn.Module | type) -> bool | None:
     cls = model if isinstance(model, type) else type(model)
     if not issubclass(cls, PreTrainedModel):
         return None
-    return bool(_needed(cls, "_can_set_attn_implementation", "tell whether a model can use a plugin")())
+    return bool(needed(cls, "_can_set_attn_implementation", "tell whether a model can use a plugin", *TRANSFORMERS)())
+
+
+def supports_sdpa(cls: Any) -> bool | None:
+    """Whether a class of models says that it runs with sdpa (`_supports_sdpa`), None for classes that say nothing.
+
+    A PreTrainedModel without that word is an upgrade, and refused.
+    """
+    from transformers import PreTrainedModel
+
+    if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
+        return bool(needed(cls, "_supports_sdpa", "find a model's own attention", *TRANSFORMERS))
+    return None
+
+
+def moves_weights(module: nn.Module) -> bool:
+    """Whether Accelerate has hooked a module to move its weights between devices (its attribute `_hf_hook`)."""
+    return hasattr(module, "_hf_hook")
 
 
 def is_stateful(model: nn.Module) -> bool:
@@ -175,14 +174,14 @@ def is_stateful(model: nn.Module) -> bool:
 
     if not isinstance(model, PreTrainedModel):
         return False
-    return bool(_needed(model, "_is_stateful", "refuse recurrent models"))
+    return bool(needed(model, "_is_stateful", "refuse recurrent models", *TRANSFORMERS))
 
 
 def has_causal_lm_loss(model: nn.Module) -> bool:
     """Whether a model's loss is the plain next-token loss (`loss_function` is `ForCausalLMLoss` of loss_utils)."""
     from transformers.loss import loss_utils
 
-    plain = _needed(loss_utils, "ForCausalLMLoss", "cut a loss into shards")
+    plain = needed(loss_utils, "ForCausalLMLoss", "cut a loss into shards", *TRANSFORMERS)
     return getattr(model, "loss_function", None) is plain
 
 
@@ -201,10 +200,10 @@ def freeze_rope(module: Any, kinds: Iterable[str | None]) -> Any:
     """
     from transformers import modeling_rope_utils
 
-    update = _needed(modeling_rope_utils, "dynamic_rope_update", "hold rotary frequencies")
+    update = needed(modeling_rope_utils, "dynamic_rope_update", "hold rotary frequencies", *TRANSFORMERS)
     source = inspect.getsource(update)
     if "rope_type" not in source or "dynamic" not in source:
-        raise _gone("`rope_type` in `dynamic_rope_update`", "hold rotary frequencies")
+        raise gone("`rope_type` in `dynamic_rope_update`", "hold rotary frequencies", *TRANSFORMERS)
     before = module.rope_type
     if isinstance(before, dict):
         chosen = set(kinds)
@@ -221,58 +220,10 @@ def dynamic_layer() -> type:
     """`cache_utils.DynamicLayer`, the layer that a growing cache is made of."""
     from transformers import cache_utils
 
-    return _needed(cache_utils, "DynamicLayer", "keep keys and values of its own")
+    return needed(cache_utils, "DynamicLayer", "keep keys and values of its own", *TRANSFORMERS)
 
 
 def grow_layers(cache: Any, make: Callable[[], Any]) -> None:
     """Let a `DynamicCache` make its layers by `make()` (the attribute `layer_class_to_replicate`)."""
-    _needed(cache, "layer_class_to_replicate", "keep keys and values of its own")
+    needed(cache, "layer_class_to_replicate", "keep keys and values of its own", *TRANSFORMERS)
     cache.layer_class_to_replicate = make
-
-
-# Masks.
-
-
-def mask_parts(function: Callable[..., Any]) -> tuple[str, dict[str, Any]] | None:
-    """(maker, cells) of a mask function that one of `masking_utils`' makers returned; None for any other function.
-
-    They are closures without public names: told apart by their maker's name, read by the names of their cells.
-    `MAKERS` lists the cells that this package reads. A closure from a known maker with other cells gives None as well:
-    then attention evaluates the function itself, which is equal and slower.
-    """
-    closure, code = getattr(function, "__closure__", None), getattr(function, "__code__", None)
-    if closure is None or code is None or not function.__module__.startswith("transformers."):
-        return None
-    maker = function.__qualname__.split(".")[0]
-    cells = dict(zip(code.co_freevars, (cell.cell_contents for cell in closure), strict=True))
-    return None if MAKERS.get(maker, frozenset()) - set(cells) else (maker, cells)
-
-
-MAKERS: dict[str, frozenset[str]] = {
-    "and_masks": frozenset({"mask_functions"}),
-    "or_masks": frozenset({"mask_functions"}),
-    "sliding_window_overlay": frozenset({"sliding_window"}),
-    "sliding_window_bidirectional_overlay": frozenset({"sliding_window"}),  # from 5.2 on
-    "chunked_overlay": frozenset({"chunk_size", "left_padding"}),
-    "packed_sequence_mask_function": frozenset({"packed_sequence_mask"}),
-    "remap_positions_for_packed_sequence": frozenset({"mask_function", "position_ids"}),
-}
-
-
-def plain_masks() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """(causal, bidirectional): the two mask functions that are not closures."""
-    from transformers import masking_utils
-
-    purpose = "recognise causal and bidirectional masks"
-    return (
-        _needed(masking_utils, "causal_mask_function", purpose),
-        _needed(masking_utils, "bidirectional_mask_function", purpose),
-    )
-
-
-def _needed(owner: Any, name: str, purpose: str) -> Any:
-    return needed(owner, name, purpose, "transformers", TESTED)
-
-
-def _gone(what: str, purpose: str) -> NotImplementedError:
-    return gone(what, purpose, "transformers", TESTED)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import traceback
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_attn_plugins.core.compat import swap_forward_hooks
 from hf_attn_plugins.core.decision import Decision
 from hf_attn_plugins.hf import compat, recorder
 from hf_attn_plugins.hf.configs import configs_of
@@ -51,7 +51,7 @@ def dry_run(model: nn.Module, name: str, length: int | None = None) -> DryRun:
     inputs = _inputs(model, length or TOKENS)
     if inputs is None:
         return DryRun((), unfinished="no inputs are known for this kind of model")
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+    if any(compat.moves_weights(module) for module in model.modules()):
         return DryRun((), unfinished="hooks move this model's weights between devices")
     state: dict[str, Tensor] = {
         key: torch.empty_like(x, device="meta", requires_grad=False)
@@ -92,18 +92,13 @@ def _named(model: nn.Module, name: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _without_hooks(model: nn.Module) -> Iterator[None]:
     """A model without the hooks that others registered on it: a dry run must not be seen by them."""
-    modules: list[Any] = list(model.modules())
-    names = ("_forward_hooks", "_forward_pre_hooks")
-    before = [[getattr(module, name) for name in names] for module in modules]
-    for module in modules:
-        for name in names:
-            setattr(module, name, OrderedDict())
+    modules = list(model.modules())
+    before = [swap_forward_hooks(module) for module in modules]
     try:
         yield
     finally:
         for module, hooks in zip(modules, before, strict=True):
-            for name, held in zip(names, hooks, strict=True):
-                setattr(module, name, held)
+            swap_forward_hooks(module, hooks)
 
 
 def _inputs(model: Any, length: int) -> dict[str, Any] | None:

@@ -13,12 +13,14 @@ import torch
 from torch import nn
 
 from hf_attn_plugins.core.options import shown
+from hf_attn_plugins.hf.compat import supports_sdpa
 
 
 def own_backend(module: Any) -> str:
     """The attention that a model, or the model of an attention module, has by default: "sdpa", or "eager"."""
-    if hasattr(type(module), "_supports_sdpa"):
-        return "sdpa" if type(module)._supports_sdpa else "eager"
+    supported = supports_sdpa(type(module))
+    if supported is not None:
+        return "sdpa" if supported else "eager"
     return own_backend_in(type(module).__module__)
 
 
@@ -45,10 +47,10 @@ def _backend_of(config_module: str) -> str:
 
 
 def _backend_in(modeling: ModuleType | None) -> str:
-    """ "eager" where no model of a file supports sdpa (`_supports_sdpa`), else "sdpa"."""
+    """ "eager" where no model of a file supports sdpa, else "sdpa"."""
     here = getattr(modeling, "__name__", None)
     kinds = [kind for kind in vars(modeling or sys).values() if getattr(kind, "__module__", None) == here]
-    said = [kind._supports_sdpa for kind in kinds if hasattr(kind, "_supports_sdpa")]
+    said = [answer for answer in map(supports_sdpa, kinds) if answer is not None]
     return "eager" if said and not any(said) else "sdpa"
 
 

@@ -9,11 +9,13 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+from hf_attn_plugins.core.imports import is_being_imported
+
 
 def when_imported(name: str, action: Callable[[], None]) -> None:
     """Call `action` now if module `name` is already imported, else once, right after it was."""
-    spec = getattr(sys.modules.get(name), "__spec__", None)
-    if spec is not None and not getattr(spec, "_initializing", False):
+    module = sys.modules.get(name)
+    if module is not None and not is_being_imported(module):
         action()
         return
     forget(name)

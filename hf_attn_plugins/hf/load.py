@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from hf_attn_plugins.hf.compat import implementation_of, set_implementation
 from hf_attn_plugins.hf.families import own_backend
 from hf_attn_plugins.plugins import PLUGINS
 
@@ -85,9 +86,9 @@ def load(
     try:
         tokenizer = AutoTokenizer.from_pretrained(_with_tokenizer(source, base), **code)
         options: dict[str, Any] = {"dtype": getattr(torch, dtype), **code}
-        named = str(getattr(config, "_attn_implementation_internal", None) or "")
+        named = implementation_of(config) or ""
         if named in PLUGINS or "/" in named:  # what a patch or a kernel's hub id says is not the model's own default
-            config._attn_implementation_internal = None
+            set_implementation(config, None)
         if base is None:
             options["config"] = config
         if device_map is not None:
@@ -97,7 +98,7 @@ def load(
         raise ValueError(f"cannot load {name!r}: {_first_line(error)}") from error
     except ValueError as error:
         raise _named(error, name) from error
-    if getattr(model.config, "_attn_implementation", None) in PLUGINS:
+    if implementation_of(model.config) in PLUGINS:
         model.set_attn_implementation(own_backend(model))
     return (model if device_map is not None else model.to(place)).eval(), tokenizer
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_attn_plugins.core.mask import Mask
-from hf_attn_plugins.hf import compat, families
+from hf_attn_plugins.hf import families
+from hf_attn_plugins.hf.masks import compat
 from hf_attn_plugins.hf.recognise import Place, Recognised, recognise, recognise_traced
 from hf_attn_plugins.hf.structured_mask import Structure, StructuredMask, TracedMask, travelling
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 
+from hf_attn_plugins.core import compat
 from hf_attn_plugins.core.clean_thread import in_clean_thread
 from hf_attn_plugins.core.mask import Mask
 
@@ -85,11 +85,11 @@ class StructuredMask(Tensor):
     def __new__(
         cls, structure: Structure, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bool
     ) -> StructuredMask:
-        made = Tensor._make_wrapper_subclass(cls, structure.shape, dtype=dtype, device=torch.device(device))
+        made = compat.without_data(cls, structure.shape, dtype, torch.device(device))
         made.structure = structure
         return made
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = compat.no_torch_function()
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -118,6 +118,7 @@ class StructuredMask(Tensor):
 
 aten = torch.ops.aten
 _SAME = {aten.detach.default, aten.alias.default, aten.clone.default, aten.contiguous.default, aten.lift_fresh.default}
+_COPY = compat.copy_operator()
 
 
 def _kept(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StructuredMask | None:
@@ -127,7 +128,7 @@ def _kept(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Structure
         return None
     if func in _SAME:
         return StructuredMask(mask.structure, mask.device, mask.dtype)
-    if func is aten._to_copy.default and kwargs.get("dtype") in (None, mask.dtype):
+    if func is _COPY and kwargs.get("dtype") in (None, mask.dtype):
         device = kwargs.get("device") or mask.device
         return StructuredMask(mask.structure.to(device), device, mask.dtype)
     if func is aten.slice.Tensor and not kwargs:
@@ -141,7 +142,7 @@ def _kept(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Structure
     return None
 
 
-class TracedMask(BlockMask):
+class TracedMask(compat.block_mask_type()):  # type: ignore[misc]
     """A `Structure` while a graph is traced; to `isinstance` a BlockMask, which is how Transformers lets it pass."""
 
     def __init__(self, structure: Structure) -> None:

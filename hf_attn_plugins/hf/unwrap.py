@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from hf_attn_plugins.core.compat import inside_compiled
+
 
 def unwrapped(model: Any) -> Any:
     """The model inside DistributedDataParallel, DataParallel, torch.compile, DeepSpeed or PEFT wrappers.
@@ -54,7 +56,7 @@ def _inside(model: nn.Module) -> nn.Module | None:
     if names & {"torch.DistributedDataParallel", "torch.DataParallel", "deepspeed.DeepSpeedEngine"}:
         return _module(model, "module")
     if "torch.OptimizedModule" in names:
-        return _module(model, "_orig_mod")
+        return inside_compiled(model)
     if names & {"peft.PeftModel", "peft.PeftMixedModel"}:
         chosen = getattr(model, "active_peft_config", None)
         if getattr(chosen, "is_prompt_learning", False):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hf_attn_plugins.core.compat import version_of
 from hf_attn_plugins.indexed.attention import indexed_attention
 from hf_attn_plugins.indexed.combine import Concatenate, Stack2D
 from hf_attn_plugins.indexed.direct import direct_attention
@@ -116,7 +117,7 @@ class IndexedCharacterAttention(nn.Module):
 
     def _kept_tables(self, sources: tuple[Tensor, ...], own: Projections, of_positions: Projections | None) -> Tables:
         # Tensors made in inference mode have no version counter. A change would go unnoticed, so tables are not reused.
-        versions = tuple(-1 if tensor.is_inference() else tensor._version for tensor in sources)
+        versions = tuple(map(version_of, sources))
         kept = self._kept
         if kept is not None and -1 not in versions and versions == kept.versions:
             # `kept.sources` keeps its storage alive, so that an equal address means the same storage.

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_attn_plugins.core.compat import cpu_has
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.options import KERNELS
 from hf_attn_plugins.core.partial import Partial
@@ -86,7 +87,7 @@ def cpu_fuses() -> bool:
 
 @functools.cache
 def _cpu_has(feature: str) -> bool:
-    return bool(getattr(torch.cpu, f"_is_{feature}_supported", lambda: False)())
+    return cpu_has(feature)
 
 
 @functools.cache

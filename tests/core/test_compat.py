@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed import distributed_c10d
 
 from hf_attn_plugins.core import compat
+from hf_attn_plugins.core.imports import is_being_imported
 
 NAMES = [
     f"_scaled_dot_product_{kind}"
@@ -163,7 +164,7 @@ def test_version_counts_writes():
     with torch.inference_mode():
         assert compat.version_of(nn.Parameter(torch.zeros(3))) == -1
     without = SimpleNamespace(is_inference=lambda: False)
-    with pytest.raises(NotImplementedError, match=sentence("_version", "notice that weights have changed")):
+    with pytest.raises(NotImplementedError, match=sentence("_version", "notice that a tensor has changed")):
         compat.version_of(without)
 
 
@@ -192,14 +193,120 @@ def test_block_mask_can_be_derived_from_without_its_init(monkeypatch):
         compat.block_mask_type()
 
 
+def test_a_compiled_model_holds_the_model():
+    model = nn.Linear(2, 2)
+    wrapped = torch.compile(model, backend="eager")
+    assert compat.inside_compiled(wrapped) is model
+    with pytest.raises(NotImplementedError, match=sentence("_orig_mod", "look inside a compiled model")):
+        compat.inside_compiled(model)
+
+
+REGISTER = ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook",
+            "register_full_backward_pre_hook"]  # fmt: skip
+
+
+@pytest.mark.parametrize("register", REGISTER)
+def test_every_kind_of_hook_is_seen(register):
+    module = nn.Linear(2, 2)
+    assert compat.hooks_of(module) == []
+    handle = getattr(module, register)(print)
+    assert compat.hooks_of(module) == [print]
+    handle.remove()
+    assert compat.hooks_of(module) == []
+
+
+def test_forward_hooks_are_taken_off_and_put_back():
+    module, calls = nn.Linear(2, 2), []
+    module.register_forward_hook(lambda *_: calls.append("after"))
+    module.register_forward_pre_hook(lambda *_: calls.append("before"))
+    held = compat.swap_forward_hooks(module)
+    module(torch.zeros(2))
+    assert calls == []
+    compat.swap_forward_hooks(module, held)
+    module(torch.zeros(2))
+    assert calls == ["before", "after"]
+
+
+def test_a_module_whose_hooks_are_kept_elsewhere():
+    module = nn.Linear(2, 2)
+    del module._forward_pre_hooks
+    with pytest.raises(NotImplementedError, match=sentence("_forward_pre_hooks", "see the hooks of a module")):
+        compat.hooks_of(module)
+    with pytest.raises(NotImplementedError, match=sentence("_forward_pre_hooks", "run a model unseen by its hooks")):
+        compat.swap_forward_hooks(module)
+
+
+def test_replicas_are_made_by_our_function(monkeypatch):
+    module, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    compat.replicate_by(module, lambda: other)
+    assert module._replicate_for_data_parallel() is other
+    copied = compat.replica_of(module)
+    assert compat.is_replica(copied) and not compat.is_replica(module)
+    assert compat.is_replica(copied._replicate_for_data_parallel()), "by PyTorch's method: ours was left out"
+    before = set(vars(nn.Linear(2, 2)))
+    compat.replicate_by(module, None)
+    assert set(vars(module)) == before
+    monkeypatch.delattr(nn.Module, "_replicate_for_data_parallel")
+    for call in (lambda: compat.replicate_by(module, None), lambda: compat.replica_of(module)):
+        with pytest.raises(NotImplementedError, match=sentence("_replicate_for_data_parallel", "keep tables out of")):
+            call()
+
+
+def test_transforms_are_noticed(monkeypatch):
+    seen = []
+
+    def noted(x):
+        seen.append(compat.is_transforming())
+        return x.sum()
+
+    noted(torch.ones(2))
+    torch.func.grad(noted)(torch.ones(2))
+    torch.func.vmap(noted)(torch.ones(2, 2))
+    with torch.autograd.forward_ad.dual_level():
+        noted(torch.ones(2))
+    noted(torch.ones(2))
+    assert seen == [False, True, True, True, False]
+    monkeypatch.delattr(torch.autograd.forward_ad, "_current_level")
+    with pytest.raises(NotImplementedError, match=sentence("_current_level", "notice torch.func")):
+        compat.is_transforming()
+    monkeypatch.setattr(torch._C, "_functorch", SimpleNamespace())
+    with pytest.raises(NotImplementedError, match=sentence("peek_interpreter_stack", "notice torch.func")):
+        compat.is_transforming()
+
+
+def test_a_tensor_without_elements_sees_every_operator(monkeypatch):
+    class Bare(torch.Tensor):
+        __torch_function__ = compat.no_torch_function()
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            asked.append(func)
+            return torch.zeros(1)
+
+    asked = []
+    made = compat.without_data(Bare, (10**6, 10**6), torch.bool, torch.device("cpu"))
+    assert type(made) is Bare and made.shape == (10**6, 10**6) and made.dtype == torch.bool
+    made + made, made.to("meta")
+    assert asked == [torch.ops.aten.add.Tensor, compat.copy_operator()]
+    monkeypatch.setattr(compat, "Tensor", SimpleNamespace())
+    with pytest.raises(NotImplementedError, match=sentence("_make_wrapper_subclass", "carry a mask")):
+        compat.without_data(Bare, (1,), torch.bool, torch.device("cpu"))
+    monkeypatch.setattr(torch, "_C", SimpleNamespace())
+    with pytest.raises(NotImplementedError, match=sentence("_disabled_torch_function_impl", "carry a mask")):
+        compat.no_torch_function()
+    monkeypatch.setattr(compat.torch, "ops", SimpleNamespace(aten=SimpleNamespace()))
+    with pytest.raises(NotImplementedError, match=sentence("_to_copy", "carry a mask")):
+        compat.copy_operator()
+
+
 def test_a_module_that_is_still_being_imported(tmp_path, monkeypatch):
     (tmp_path / "half_way.py").write_text(
-        "import sys\nfrom hf_attn_plugins.core.compat import is_being_imported\n"
+        "import sys\nfrom hf_attn_plugins.core.imports import is_being_imported\n"
         "during = is_being_imported(sys.modules[__name__])\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     import half_way
 
-    assert half_way.during is True and compat.is_being_imported(half_way) is False
+    assert half_way.during is True and is_being_imported(half_way) is False
     del sys.modules["half_way"]
-    assert compat.is_being_imported(None) is False and compat.is_being_imported(ModuleType("bare")) is False
+    assert is_being_imported(None) is False and is_being_imported(ModuleType("bare")) is False

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel, masking_utils
 
 from hf_attn_plugins.hf import compat
+from hf_attn_plugins.hf.masks import compat as mask_compat
 from tests.families import build, padded_batch
 
 
@@ -52,9 +53,9 @@ def test_registration_refuses_an_old_version():
 
 
 def test_queries_are_told_by_length_and_offset():
-    assert compat.query_range(7, 3, None, 10, 0) == (7, 3)
+    assert mask_compat.query_range(7, 3, None, 10, 0) == (7, 3)
     counter = torch.tensor(3)
-    count, first = compat.query_range(1, counter, None, 10, 0)
+    count, first = mask_compat.query_range(1, counter, None, 10, 0)
     counter.add_(1)
     assert count == 1 and int(first) == 3, "a static cache's own counter must be copied"
 
@@ -64,13 +65,16 @@ def test_queries_are_told_by_length_and_offset():
 )
 def test_queries_are_told_by_positions(first, count, keys, key_offset):
     position = torch.arange(first, first + count)
-    assert compat.query_range(None, 0, position, keys, key_offset) == (count, first)
-    assert compat.query_range(position, 0, None, keys, key_offset) == (count, first)  # given as the second argument
+    assert mask_compat.query_range(None, 0, position, keys, key_offset) == (count, first)
+    assert mask_compat.query_range(position, 0, None, keys, key_offset) == (
+        count,
+        first,
+    )  # given as the second argument
 
 
 def test_queries_that_nothing_tells():
     with pytest.raises(NotImplementedError, match=sentence("q_length` or `cache_position", "build attention masks")):
-        compat.query_range(None, 0, None, 5, 0)
+        mask_compat.query_range(None, 0, None, 5, 0)
 
 
 @pytest.mark.parametrize("how", ["as given", "up to 5.3", "from 5.4"])
@@ -130,6 +134,12 @@ def test_names_are_listed_and_forgotten():
     assert "of_a_test" not in masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
 
 
+def test_registered_functions():
+    assert compat.registered_attention("sdpa") is AttentionInterface()["sdpa"]
+    assert compat.registered_mask("sdpa") is AttentionMaskInterface()["sdpa"]
+    assert compat.registered_attention("of_nobody") is None is compat.registered_mask("of_nobody")
+
+
 @pytest.mark.parametrize("interface", [AttentionInterface, AttentionMaskInterface])
 def test_registries_gone(interface, monkeypatch):
     for holder in interface.__mro__:  # a class that it derives from has a mapping of its own
@@ -176,6 +186,24 @@ def test_models_that_can_switch(monkeypatch):
     monkeypatch.delattr(PreTrainedModel, "_can_set_attn_implementation")
     with pytest.raises(NotImplementedError, match=sentence("_can_set_attn_implementation", "tell whether")):
         compat.can_switch_attention(llama)
+
+
+def test_classes_that_run_with_sdpa(monkeypatch):
+    assert compat.supports_sdpa(transformers.LlamaForCausalLM) is True
+    assert compat.supports_sdpa(transformers.BloomForCausalLM) is False
+    assert compat.supports_sdpa(nn.Linear) is None and compat.supports_sdpa(build) is None
+    monkeypatch.delattr(PreTrainedModel, "_supports_sdpa")
+    with pytest.raises(NotImplementedError, match=sentence("_supports_sdpa", "find a model's own attention")):
+        compat.supports_sdpa(PreTrainedModel)
+
+
+def test_modules_whose_weights_accelerate_moves():
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    module = nn.Linear(2, 2)
+    assert not compat.moves_weights(module)
+    add_hook_to_module(module, ModelHook())
+    assert compat.moves_weights(module)
 
 
 def test_stateful_models(monkeypatch):
@@ -288,11 +316,11 @@ def made(maker):
     return getattr(masking_utils, maker)(*arguments[0]), arguments[1]
 
 
-@pytest.mark.parametrize("maker", list(compat.MAKERS))
+@pytest.mark.parametrize("maker", list(mask_compat.MAKERS))
 def test_mask_functions_are_read(maker):
     function, cells = made(maker)
-    assert compat.MAKERS[maker] == set(cells), "what we say that we read is what this test looks at"
-    assert compat.mask_parts(function) == (maker, cells)
+    assert mask_compat.MAKERS[maker] == set(cells), "what we say that we read is what this test looks at"
+    assert mask_compat.mask_parts(function) == (maker, cells)
 
 
 def test_other_functions_are_not_read():
@@ -301,8 +329,8 @@ def test_other_functions_are_not_read():
     def mine(b, h, q, k):
         return q - k < window
 
-    assert compat.mask_parts(mine) is None and compat.mask_parts(masking_utils.causal_mask_function) is None
-    assert compat.mask_parts(len) is None
+    assert mask_compat.mask_parts(mine) is None and mask_compat.mask_parts(masking_utils.causal_mask_function) is None
+    assert mask_compat.mask_parts(len) is None
 
 
 def test_a_renamed_cell_is_not_read():
@@ -311,18 +339,18 @@ def test_a_renamed_cell_is_not_read():
 
     function = sliding_window_overlay(5)
     function.__module__, function.__qualname__ = "transformers.masking_utils", "sliding_window_overlay.<locals>.inner"
-    assert compat.mask_parts(function) is None
+    assert mask_compat.mask_parts(function) is None
 
 
 def test_plain_masks(monkeypatch):
-    causal, bidirectional = compat.plain_masks()
+    causal, bidirectional = mask_compat.plain_masks()
     assert bool(causal(0, 0, 3, 3)) and not bool(causal(0, 0, 3, 4))
     assert bool(torch.as_tensor(bidirectional(0, 0, torch.tensor(3), torch.tensor(4))).all())
     for name in ("causal_mask_function", "bidirectional_mask_function"):
         with monkeypatch.context() as patch:
             patch.delattr(masking_utils, name)
             with pytest.raises(NotImplementedError, match=sentence(name, "recognise causal")):
-                compat.plain_masks()
+                mask_compat.plain_masks()
 
 
 def test_a_block_mask_passes_through_unchanged():

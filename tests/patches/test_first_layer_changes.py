@@ -261,6 +261,15 @@ def test_forward_and_batched_transforms():
 
 
 @torch.no_grad()
+def test_transforms_that_pytorch_no_longer_tells_of(monkeypatch, caplog):
+    """The model goes on without its tables, and says what an upgrade took away."""
+    plain, model = model_of("llama"), attached(model_of("llama"))
+    monkeypatch.delattr(torch.autograd.forward_ad, "_current_level")
+    torch.testing.assert_close(model(IDS).logits, plain(IDS).logits, rtol=0, atol=0)
+    assert used(model) == 0 and "_current_level" in caplog.text and "install torch==" in caplog.text
+
+
+@torch.no_grad()
 def test_autocast(caplog):
     plain, model = model_of("llama"), attached(model_of("llama"))
     with torch.autocast("cpu", dtype=torch.bfloat16):

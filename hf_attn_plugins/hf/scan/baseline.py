@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hf_attn_plugins.hf.compat import forget_attention, implementation_of, registered_attention, registered_mask
 from hf_attn_plugins.hf.scan import runs, weights
 from hf_attn_plugins.hf.scan.inputs import Inputs, inputs_for
 from hf_attn_plugins.hf.scan.runs import Values, difference
@@ -109,13 +110,13 @@ def sensitivity(base: Base) -> float | None:
     default = base.default
 
     def blunt(module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, **rest: Any) -> Any:
-        function: Any = AttentionInterface._global_mapping.get(default)
+        function: Any = registered_attention(default)
         if function is None:
             function = sys.modules[type(module).__module__].eager_attention_forward
         return function(module, query * 1.1, key, value, attention_mask, **rest)
 
     AttentionInterface.register(name, blunt)
-    mask: Any = AttentionMaskInterface._global_mapping[default]
+    mask: Any = registered_mask(default)
     AttentionMaskInterface.register(name, mask)
     try:
         with implementation(model, name):
@@ -124,13 +125,12 @@ def sensitivity(base: Base) -> float | None:
     except Exception:
         return None
     finally:
-        AttentionInterface._global_mapping.pop(name, None)
-        AttentionMaskInterface._global_mapping.pop(name, None)
+        forget_attention(name)
 
 
 def default_of(model: Any) -> str:
     """The backend that Transformers chose."""
-    return getattr(model.config, "_attn_implementation", None) or "eager"
+    return implementation_of(model.config) or "eager"
 
 
 def text_of(error: BaseException | None) -> str:

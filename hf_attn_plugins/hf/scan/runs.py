@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_attn_plugins.hf.call_arguments import seen_by
+from hf_attn_plugins.hf.compat import registered_attention
 from hf_attn_plugins.hf.scan.inputs import Inputs
 
 Values = dict[str, Tensor]
@@ -93,7 +94,7 @@ def gradient(model: Any, arguments: Mapping[str, Any]) -> Values:
 
 def compiled(model: Any, arguments: Mapping[str, Any]) -> Values:
     """Outputs of one call of the graph that torch.compile traces."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     torch.manual_seed(0)
     with torch.no_grad():
         return tensors(torch.compile(model, backend="eager")(**arguments))
@@ -144,7 +145,7 @@ def counted(name: str) -> Iterator[list[dict[str, Any]]]:
     from transformers import AttentionInterface
 
     calls: list[dict[str, Any]] = []
-    function: Any = AttentionInterface._global_mapping[name]
+    function: Any = registered_attention(name)
 
     def recorded(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **rest: Any

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from hf_attn_plugins.core.compat import cpu_has
 from hf_attn_plugins.core.staging import put
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def library() -> ctypes.CDLL:
 
 @functools.cache
 def _state() -> tuple[ctypes.CDLL | None, str | None]:
-    if not getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
+    if not cpu_has("avx512_bf16"):
         return None, "this CPU has no AVX512-BF16 instructions"
     if sys.platform != "linux":
         return None, f"they are built on Linux only, not on {sys.platform}"

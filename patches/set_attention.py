@@ -12,6 +12,7 @@ from typing import Any
 from hf_attn_plugins.checkpoint.source import Source
 from hf_attn_plugins.checkpoint.write import Patch
 from hf_attn_plugins.hf.check import check
+from hf_attn_plugins.hf.load import add_trust_argument, model_without_weights, read_config
 from hf_attn_plugins.hf.register import register
 from hf_attn_plugins.plugins import PLUGINS, plugin
 
@@ -19,7 +20,7 @@ SUMMARY = "write attn_implementation and the plugin's options into config.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --attn, --part, and one option for every option that some plugin has."""
+    """Add --attn, --part, --trust-remote-code, and one option for every option that some plugin has."""
     parser.add_argument("--attn", required=True, metavar="NAME", help=f"one of {', '.join(PLUGINS)}")
     parser.add_argument(
         "--part",
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for option_name, names in takers.items():
         flag = "--" + option_name.replace("_", "-")
         parser.add_argument(flag, dest=f"option_{option_name}", type=_value, help=f"of {', '.join(names)}")
+    add_trust_argument(parser)
 
 
 def _value(text: str) -> Any:
@@ -78,7 +80,7 @@ def plan(source: Source, arguments: argparse.Namespace) -> Patch:
         notes.append(f"{chosen.name} approximates by design: outputs differ from full attention.")
 
     def verify(folder: Path) -> None:
-        _verify(folder, chosen.name, parts, options)
+        _verify(folder, chosen.name, parts, options, arguments.trust_remote_code)
 
     asked = {"attn": chosen.name, "parts": parts, "options": options}
     return Patch("set-attention", asked, config, notes, verify=verify)
@@ -97,11 +99,8 @@ def _part(config: dict[str, Any], name: str) -> str:
     raise ValueError(f"--part {name}: the config has {', '.join(parts) or 'no parts, leave --part out'}.")
 
 
-def _verify(folder: Path, name: str, parts: list[str], options: dict[str, Any]) -> None:
+def _verify(folder: Path, name: str, parts: list[str], options: dict[str, Any], trust: bool) -> None:
     """Build the model without weights from the new config and see that the plugin and its options reach it."""
-    import torch
-    from transformers import AutoConfig, AutoModel
-
     from hf_attn_plugins.hf.compat import config_carries_attention
 
     if not config_carries_attention():
@@ -110,9 +109,8 @@ def _verify(folder: Path, name: str, parts: list[str], options: dict[str, Any]) 
             f"upgrade it, or load the model with attn_implementation={name!r}."
         )
     register()
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    with torch.device("meta"):
-        model = AutoModel.from_config(config)
+    config = read_config(folder, trust_remote_code=trust)
+    model = model_without_weights(config, trust_remote_code=trust)
     targets = [getattr(model.config, part) for part in parts] or [model.config]
     for target in targets:
         stored = (getattr(target, "hf_attn_plugins", None) or {}).get(name)

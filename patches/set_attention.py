@@ -14,6 +14,7 @@ from hf_attn_plugins.checkpoint.write import Patch
 from hf_attn_plugins.hf.check import check
 from hf_attn_plugins.hf.load import add_trust_argument, model_without_weights, read_config
 from hf_attn_plugins.hf.register import register
+from hf_attn_plugins.hf.saved_choice import FIELD
 from hf_attn_plugins.plugins import PLUGINS, plugin
 
 SUMMARY = "write attn_implementation and the plugin's options into config.json"
@@ -67,6 +68,7 @@ def plan(source: Source, arguments: argparse.Namespace) -> Patch:
         config["attn_implementation"] = {**by_part, **dict.fromkeys(parts, chosen.name)}
     else:
         config["attn_implementation"] = chosen.name
+    config[FIELD] = config["attn_implementation"]  # what saving the loaded model again goes by
     # A plugin reads its options from the config of the module it runs in, which in a composite model is a part's.
     for holder in [config[part] for part in parts] or [config, *_parts(config).values()]:
         holder["hf_attn_plugins"] = {**(holder.get("hf_attn_plugins") or {}), chosen.name: options}
@@ -74,7 +76,7 @@ def plan(source: Source, arguments: argparse.Namespace) -> Patch:
     notes = [
         f"attention: {chosen.name} {where}, {'options ' + json.dumps(options) if options else 'default options'}.",
         "Needs `import hf_attn_plugins` before from_pretrained; an explicit attn_implementation= there still wins.",
-        "save_pretrained keeps the options but, as for every name, not attn_implementation: patch what is saved again.",
+        "save_pretrained keeps the choice where hf_attn_plugins is imported, unless another attention was set since.",
     ]
     if not chosen.exact:
         notes.append(f"{chosen.name} approximates by design: outputs differ from full attention.")

@@ -10,14 +10,16 @@ from typing import Any
 from hf_attn_plugins.checkpoint.config import naming
 from hf_attn_plugins.checkpoint.source import CONFIG, Source
 from hf_attn_plugins.checkpoint.write import Patch
+from hf_attn_plugins.hf.load import add_trust_argument, read_config
 
 SUMMARY = "fix a RoPE that changes with length (dynamic, longrope) at one length"
 KINDS = ("dynamic", "longrope")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --max-length."""
+    """Add --max-length and --trust-remote-code."""
     parser.add_argument("--max-length", type=int, required=True, metavar="N", help="tokens to freeze the RoPE for")
+    add_trust_argument(parser)
 
 
 def plan(source: Source, arguments: argparse.Namespace) -> Patch:
@@ -48,7 +50,7 @@ def plan(source: Source, arguments: argparse.Namespace) -> Patch:
     notes.append("Keys cached at one length now fit queries at any other, which blockwise methods rely on.")
 
     def verify(folder: Path) -> None:
-        _verify(source.folder, folder, length)
+        _verify(source.folder, folder, length, arguments.trust_remote_code)
 
     return Patch("rope-freeze", {"max_length": length}, config, notes, verify=verify)
 
@@ -111,13 +113,12 @@ def _freeze_longrope(config: dict[str, Any], rope: dict[str, Any], length: int, 
     return f"{place}: longrope keeps its {kept} factors; inputs {side} {border} tokens used the {dropped} ones before."
 
 
-def _verify(before: Path, after: Path, length: int) -> None:
+def _verify(before: Path, after: Path, length: int, trust: bool) -> None:
     """The frozen frequencies equal the changing ones at `length`, and no longer depend on it."""
     import torch
-    from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    old, new = (AutoConfig.from_pretrained(folder).get_text_config() for folder in (before, after))
+    old, new = (read_config(folder, trust_remote_code=trust).get_text_config() for folder in (before, after))
 
     def frequencies(config: Any, tokens: int, layer: str | None, rope: dict[str, Any]) -> torch.Tensor:
         if rope["rope_type"] == "default":

@@ -12,7 +12,9 @@ from typing import Any
 from hf_attn_plugins.checkpoint.source import Source
 from hf_attn_plugins.checkpoint.write import Patch
 from hf_attn_plugins.hf.check import check
+from hf_attn_plugins.hf.load import add_trust_argument, model_without_weights, read_config
 from hf_attn_plugins.hf.register import register
+from hf_attn_plugins.hf.saved_choice import FIELD
 from hf_attn_plugins.hf.tuning.report import read_options
 from hf_attn_plugins.plugins import PLUGINS, plugin
 
@@ -20,7 +22,7 @@ SUMMARY = "write attn_implementation and the plugin's options into config.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --attn, --part, and one option for every option that some plugin has."""
+    """Add --attn, --tuned, --part, --trust-remote-code, and one option for every option that some plugin has."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--attn", metavar="NAME", help=f"one of {', '.join(PLUGINS)}")
     source.add_argument("--tuned", metavar="FILE", help="plugin and options of a report that hf-attn tune --out wrote")
@@ -37,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for option_name, names in takers.items():
         flag = "--" + option_name.replace("_", "-")
         parser.add_argument(flag, dest=f"option_{option_name}", type=_value, help=f"of {', '.join(names)}")
+    add_trust_argument(parser)
 
 
 def _value(text: str) -> Any:
@@ -69,6 +72,7 @@ def plan(source: Source, arguments: argparse.Namespace) -> Patch:
         config["attn_implementation"] = {**by_part, **dict.fromkeys(parts, chosen.name)}
     else:
         config["attn_implementation"] = chosen.name
+    config[FIELD] = config["attn_implementation"]  # what saving the loaded model again goes by
     # A plugin reads its options from the config of the module it runs in, which in a composite model is a part's.
     for holder in [config[part] for part in parts] or [config, *_parts(config).values()]:
         holder["hf_attn_plugins"] = {**(holder.get("hf_attn_plugins") or {}), chosen.name: options}
@@ -76,13 +80,13 @@ def plan(source: Source, arguments: argparse.Namespace) -> Patch:
     notes = [
         f"attention: {chosen.name} {where}, {'options ' + json.dumps(options) if options else 'default options'}.",
         "Needs `import hf_attn_plugins` before from_pretrained; an explicit attn_implementation= there still wins.",
-        "save_pretrained keeps the options but, as for every name, not attn_implementation: patch what is saved again.",
+        "save_pretrained keeps the choice where hf_attn_plugins is imported, unless another attention was set since.",
     ]
     if not chosen.exact:
         notes.append(f"{chosen.name} approximates by design: outputs differ from full attention.")
 
     def verify(folder: Path) -> None:
-        _verify(folder, chosen.name, parts, options)
+        _verify(folder, chosen.name, parts, options, arguments.trust_remote_code)
 
     asked = {"attn": chosen.name, "parts": parts, "options": options}
     return Patch("set-attention", asked, config, notes, verify=verify)
@@ -101,11 +105,8 @@ def _part(config: dict[str, Any], name: str) -> str:
     raise ValueError(f"--part {name}: the config has {', '.join(parts) or 'no parts, leave --part out'}.")
 
 
-def _verify(folder: Path, name: str, parts: list[str], options: dict[str, Any]) -> None:
+def _verify(folder: Path, name: str, parts: list[str], options: dict[str, Any], trust: bool) -> None:
     """Build the model without weights from the new config and see that the plugin and its options reach it."""
-    import torch
-    from transformers import AutoConfig, AutoModel
-
     from hf_attn_plugins.hf.compat import config_carries_attention, implementation_of
 
     if not config_carries_attention():
@@ -114,9 +115,8 @@ def _verify(folder: Path, name: str, parts: list[str], options: dict[str, Any]) 
             f"upgrade it, or load the model with attn_implementation={name!r}."
         )
     register()
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    with torch.device("meta"):
-        model = AutoModel.from_config(config)
+    config = read_config(folder, trust_remote_code=trust)
+    model = model_without_weights(config, trust_remote_code=trust)
     targets = [getattr(model.config, part) for part in parts] or [model.config]
     for target in targets:
         stored = (getattr(target, "hf_attn_plugins", None) or {}).get(name)

@@ -7,10 +7,8 @@ import dataclasses
 import json
 from pathlib import Path
 
-import torch
-
 from hf_attn_plugins.hf.check import check
-from hf_attn_plugins.hf.load import DEMO, demo_folder, read_config
+from hf_attn_plugins.hf.load import DEMO, add_trust_argument, demo_folder, model_without_weights, read_config
 from hf_attn_plugins.plugins import PLUGINS
 
 
@@ -20,15 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--attn", default=None, help=f"one of {', '.join(PLUGINS)}; all of them by default")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the Python code that a model brings along"
-    )
+    add_trust_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report; exit status 1 when a plugin is refused."""
-    from transformers import AutoModel
-
     source = demo_folder() if arguments.model == DEMO else arguments.model
     try:
         config = read_config(source, revision=arguments.revision, trust_remote_code=arguments.trust_remote_code)
@@ -39,10 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(
             f"cannot read the config of {arguments.model!r}{where}: {str(error).splitlines()[0]}"
         ) from error
-    with torch.device("meta"):
-        model = AutoModel.from_config(
-            config, attn_implementation="eager", trust_remote_code=arguments.trust_remote_code
-        )
+    model = model_without_weights(config, trust_remote_code=arguments.trust_remote_code, attn_implementation="eager")
     reports = [check(model, name) for name in ([arguments.attn] if arguments.attn else PLUGINS)]
     if arguments.json:
         print(json.dumps([{**dataclasses.asdict(report), "ok": report.ok} for report in reports], indent=2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import sys
 from collections.abc import Mapping
 from types import ModuleType
@@ -68,6 +69,13 @@ def makes_blocks(config_module: str) -> bool:
     """
     source = _modeling_source(config_module)
     return source is None or "block_sequence_ids" in source
+
+
+@torch.compiler.assume_constant_result
+def asks_for_block_masks(config_module: str) -> bool:
+    """Whether the models of a config's module ask if a mask is a BlockMask, and then leave it out, as Doge does."""
+    source = _modeling_source(config_module)
+    return source is not None and re.search(r"isinstance\(\w+, BlockMask\)", source) is not None
 
 
 @functools.cache

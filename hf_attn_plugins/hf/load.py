@@ -36,17 +36,18 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
-    """--device-map, --revision, --trust-remote-code; a flag that was not given is None."""
+    """--device-map, --revision, --trust-remote-code; an option that was not given is None."""
     parser.add_argument(
         "--device-map", metavar="MAP", help="'auto', or a JSON object of module and device; no --device"
     )
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        default=None,
-        help="run the Python code that a model brings along (off by default)",
-    )
+    add_trust_argument(parser, default=None)
+
+
+def add_trust_argument(parser: argparse.ArgumentParser, default: bool | None = False) -> None:
+    """--trust-remote-code, `default` where it was not given."""
+    help = "run the Python code that a model brings along (off by default)"
+    parser.add_argument("--trust-remote-code", action="store_true", default=default, help=help)
 
 
 def load(
@@ -136,6 +137,16 @@ def read_config(source: str | Path, *, revision: str | None = None, trust_remote
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **chosen)
     except (OSError, ValueError) as error:
         raise _named(error, str(source)) from error
+
+
+def model_without_weights(config: Any, *, trust_remote_code: bool = False, **options: Any) -> Any:
+    """The model of a config on the meta device: what AutoModel builds, or the first class that its own code names."""
+    import transformers
+
+    named = [name for name in getattr(config, "auto_map", None) or {} if name.startswith("AutoModel")]
+    auto = "AutoModel" if not named or "AutoModel" in named else named[0]
+    with torch.device("meta"):
+        return getattr(transformers, auto).from_config(config, trust_remote_code=trust_remote_code, **options)
 
 
 def positions(config: Any) -> int | None:

@@ -32,13 +32,14 @@ def mask_function(
     dtype: torch.dtype = torch.float32,
     cache_position: Tensor | None = None,
     **rest: Any,
-) -> StructuredMask | TracedMask:
+) -> StructuredMask | TracedMask | Tensor:
     """The plugins' entry in Transformers' mask registry; arguments as in `transformers.masking_utils.sdpa_mask`.
 
     All are given by keyword. Which of them describe the queries depends on the version: see `compat.query_range`.
 
     Returns:
         The mask as a structure, (batch_size, 1, q_length, kv_length); never None, which would mean several things.
+        Written out as a tensor where a graph is traced through a model that looks at the structure's type.
 
     Raises:
         ValueError: the config's model never asks the attention registry, so that a plugin could not take effect.
@@ -74,7 +75,10 @@ def mask_function(
         recognised=read.names,
         skippable=not floats and _skippable(read, padding, q_length, kv_length, allow_is_causal_skip, rest),
     )
-    return travelling(structure, device, dtype if floats else torch.bool)
+    mask = travelling(structure, device, dtype if floats else torch.bool)
+    if isinstance(mask, TracedMask) and config is not None and families.asks_for_block_masks(type(config).__module__):
+        return mask.tensor()
+    return mask
 
 
 def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int, tracing: bool) -> Tensor | None:

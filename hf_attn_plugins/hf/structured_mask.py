@@ -143,10 +143,13 @@ def _kept(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Structure
 
 
 class TracedMask(compat.block_mask_type()):  # type: ignore[misc]
-    """A `Structure` while a graph is traced; to `isinstance` a BlockMask, which is how Transformers lets it pass."""
+    """A `Structure` while a graph is traced; to `isinstance` a BlockMask, which is how Transformers lets it pass.
 
-    def __init__(self, structure: Structure) -> None:
-        self.structure = structure
+    Code that computes with it gets the tensor that `StructuredMask` would have become.
+    """
+
+    def __init__(self, structure: Structure, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bool):
+        self.structure, self.device, self.dtype = structure, device, dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -161,27 +164,58 @@ class TracedMask(compat.block_mask_type()):  # type: ignore[misc]
 
     __str__ = __repr__
 
-    def to(self, device: Any, *_: Any, **__: Any) -> TracedMask:
-        """A copy whose tensors are on `device`."""
-        return TracedMask(self.structure.to(device))
+    def tensor(self) -> Tensor:
+        """The mask written out, (B, 1, Q, K), in `dtype`."""
+        return self.structure.tensor(torch.device(self.device), self.dtype)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """The mask on another device; as a tensor in another dtype."""
+        given = [*args, *kwargs.values()]
+        if any(isinstance(each, torch.dtype) and each != self.dtype for each in given):
+            return self.tensor().to(*args, **kwargs)
+        device = next((each for each in given if isinstance(each, str | torch.device)), self.device)
+        return TracedMask(self.structure.to(device), device, self.dtype)
 
     def contiguous(self) -> TracedMask:
         """Itself: `generate` makes prepared masks contiguous."""
         return self
 
-    def __getitem__(self, index: Any) -> TracedMask:
-        """`mask[:, :, -n:]` keeps the last n queries; nothing else can be cut out while tracing."""
+    def __getitem__(self, index: Any) -> Any:
+        """`mask[:, :, -n:]` keeps the last n queries as a mask; whatever else is cut out is a tensor."""
         cut = index if isinstance(index, tuple) else (index,)
         everything = slice(None)
-        if len(cut) < 3 or any(part != everything for i, part in enumerate(cut) if i != 2) or len(cut) > 4:
-            raise NotImplementedError(
-                f"this model cuts its attention mask as {index}, which cannot be traced: run it without torch.compile "
-                'or torch.export, or with attn_implementation="sdpa".'
-            )
-        start, stop, step = cut[2].indices(self.structure.shape[2])
-        if step != 1:
-            raise NotImplementedError(f"a structured mask cannot be cut with step {step}.")
-        return TracedMask(self.structure.last_rows(start, stop))
+        if len(cut) in (3, 4) and isinstance(cut[2], slice):
+            start, stop, step = cut[2].indices(self.structure.shape[2])
+            if step == 1 and all(part == everything for i, part in enumerate(cut) if i != 2):
+                return TracedMask(self.structure.last_rows(start, stop), self.device, self.dtype)
+        return self.tensor()[index]
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else a tensor has: `mask.repeat(...)`."""
+        return getattr(self.tensor(), name)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """`torch.where(mask, ...)` and other functions of PyTorch."""
+
+        def plain(x: Any) -> Any:
+            if isinstance(x, list | tuple):
+                return [plain(y) for y in x]
+            return x.tensor() if isinstance(x, TracedMask) else x
+
+        return func(*map(plain, args), **{name: plain(x) for name, x in (kwargs or {}).items()})
+
+
+def _operator(name: str) -> Any:
+    def of_tensor(self: TracedMask, *others: Any) -> Any:
+        return getattr(self.tensor(), name)(*others)
+
+    return of_tensor
+
+
+# Python looks these up in the class, past __getattr__; beside plain numbers, __torch_function__ is not asked either.
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "and", "or", "eq", "ne", "lt", "le", "gt", "ge", "invert"):
+    setattr(TracedMask, f"__{_name}__", _operator(f"__{_name}__"))
 
 
 def structure_of(attention_mask: Any) -> Structure | None:
@@ -193,4 +227,5 @@ def travelling(
     structure: Structure, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bool
 ) -> StructuredMask | TracedMask:
     """A structure in the form in which it travels now."""
-    return TracedMask(structure) if torch.compiler.is_compiling() else StructuredMask(structure, device, dtype)
+    kind = TracedMask if torch.compiler.is_compiling() else StructuredMask
+    return kind(structure, device, dtype)

@@ -17,7 +17,7 @@ from hf_attn_plugins.kernels.bound_attend import BoundAttend
 from hf_attn_plugins.parallel.comm.group import Group
 from hf_attn_plugins.parallel.cqs_exchange import attention
 from hf_attn_plugins.parallel.cqs_plan import choose_workers, rank_plan
-from hf_attn_plugins.parallel.method import Cost, Layout, Step, local_columns
+from hf_attn_plugins.parallel.method import Cost, Layout, Step
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class CQS(CQSOptions):
         if tokens < max(workers, self.min_length):
             return None
         shard = range(*plan.shards[rank])
-        columns = local_columns(real, torch.arange(shard.start, shard.stop).expand(len(real), -1))
+        columns = torch.arange(shard.start, shard.stop).expand(len(real), -1)
         slots = torch.arange(len(shard))
         padding = None if bool(real.all()) else real
         return Layout(columns, slots, slots, [end - begin for begin, end in plan.shards], extra=(plan, padding))

@@ -19,7 +19,7 @@ from hf_attn_plugins.core.partial import Partial
 from hf_attn_plugins.cqs.cost import CallShape
 from hf_attn_plugins.kernels.bound_attend import BoundAttend
 from hf_attn_plugins.parallel.comm.group import Group
-from hf_attn_plugins.parallel.method import Cost, Layout, Step, local_columns, triangle
+from hf_attn_plugins.parallel.method import Cost, Layout, Step, triangle
 from hf_attn_plugins.parallel.partition import mirrored
 from hf_attn_plugins.tiled.options import TiledOptions
 
@@ -39,8 +39,7 @@ class Dense(TiledOptions):
         loads = [sum(map(len, runs)) for runs in dealt]
         columns = torch.cat([torch.arange(run.start, run.stop) for run in dealt[rank]])
         slots = torch.arange(len(columns))
-        own = local_columns(real, columns.expand(len(real), -1))
-        return Layout(own, slots, slots, loads, extra=(dealt, real))
+        return Layout(columns.expand(len(real), -1), slots, slots, loads, extra=(dealt, real))
 
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, window: Window, step: Step, kernel: BoundAttend, group: Group

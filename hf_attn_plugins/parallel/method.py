@@ -25,9 +25,10 @@ class Layout:
     Example: 8 tokens on 2 ranks by `partition.mirrored`: rank 0 computes columns 0, 1, 6, 7 in its slots 0 .. 3.
 
     Attributes:
-        columns: (B, T) long, the column in each slot; -1 where a slot has no token. T is at least 1.
+        columns: (B, T) long, the column in each slot; -1 where a slot has none. T is at least 1. An exact method
+            computes padding, too: after a prompt padded on the right, `generate` reads the logits of a padded column.
         stored: (S,) long, the slots whose keys and values this rank stores. Every real column is stored by one rank.
-        reported: (R,) long, the slots whose hidden states this rank returns. Every real column is reported by one rank.
+        reported: (R,) long, the slots whose hidden states this rank returns. One rank reports each computed column.
         loads: number of slots that each rank stores; this rank's entry is S.
         merged: rows whose results are merged over all ranks in every layer (Star's query).
         extra: data of the method itself, for its `attention` and `cost`.

@@ -10,8 +10,9 @@ import transformers as hf
 from transformers import masking_utils
 
 import hf_attn_plugins as hap
+from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.hf.mask_function import mask_function
-from hf_attn_plugins.hf.structured_mask import StructuredMask
+from hf_attn_plugins.hf.structured_mask import Structure, StructuredMask, TracedMask
 
 PADDING = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0]], dtype=torch.bool)
 SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1, 1]])
@@ -141,3 +142,48 @@ def test_integer_masks_of_users_are_refused(dtype):
             model(ids, attention_mask=mask)
     with hap.use(model, "tiled_attention"), pytest.raises(ValueError, match="must broadcast"):
         model(ids, attention_mask=mask.bool()[..., :5])
+
+
+# What modeling code does with masks; x is (2, 1, 7, 7).
+USES = {
+    "methods": lambda mask, x: mask.repeat(1, 2, 1, 1).reshape(-1, 7, 7),
+    "attributes": lambda mask, x: x * 2 if mask.dtype == torch.bool and mask.dim() == 4 else x,
+    "functions": lambda mask, x: torch.where(mask, torch.full((), 0.0), -1.0),
+    "functions of lists": lambda mask, x: torch.cat([mask, mask], -1),
+    "another dtype": lambda mask, x: mask.to(device=x.device, dtype=x.dtype),
+    "sums": lambda mask, x: x + mask[:, :, :, : x.shape[-1]],
+    "operators": lambda mask, x: (x > 0) & mask | (mask < 1),
+    "not equal": lambda mask, x: mask != 0,
+    "equal": lambda mask, x: mask == 0,
+    "cut keys": lambda mask, x: mask[:, :, :, :3],
+    "cut queries": lambda mask, x: mask[:, :, -2:] + 0.0,
+    "one head": lambda mask, x: mask[:, 0],
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_code_that_computes_with_a_mask_is_traced(use):
+    x = torch.randn(2, 1, 7, 7, generator=torch.Generator().manual_seed(0))
+
+    def made(kind, padding):
+        return kind(Structure(Mask(causal=True, key_padding=padding), (2, 1, 7, 7)), padding.device)
+
+    torch.compiler.reset()
+    graph = torch.compile(lambda padding: USES[use](made(TracedMask, padding), x), backend="eager", fullgraph=True)
+    dense = PADDING[:, None, None] & torch.ones(7, 7, dtype=torch.bool).tril()
+    assert torch.equal(graph(PADDING), USES[use](dense, x))
+    assert torch.equal(USES[use](made(StructuredMask, PADDING), x), USES[use](dense, x))
+
+
+def test_a_compiled_model_that_knows_block_masks_still_sees_causally():
+    config = hf.DogeConfig(
+        vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, keep_window_size=4, attn_implementation="eager",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, ids = hf.DogeForCausalLM(config).eval(), torch.arange(11, 30)[None]
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        with hap.use(model, "tiled_attention"):
+            found = torch.compile(model, backend="eager")(ids, use_cache=False).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

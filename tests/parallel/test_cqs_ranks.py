@@ -68,11 +68,15 @@ GENERATE = {
     "sampling": {"do_sample": True, "top_k": 20, "num_return_sequences": 2},
 }
 MORE = {
-    "sinks": {"family": "gpt_oss"},
+    "sinks": {"family": "gpt_oss", "dtype": "float32"},  # experts know no float64
     "two kinds of layers": {"family": "gemma3", "given": {"length": 40, "batch": 2, "padding": 9}},
     "windows": {"family": "mistral", "given": {"length": 40, "batch": 1}},
     "learned positions": {"family": "gpt2", "given": {"length": 23, "batch": 3, "padding": 4}},
     "right padding": {"given": {"length": 23, "batch": 3, "padding": 4, "side": "right"}},
+    "right padding, learned positions": {
+        "family": "gpt2",
+        "given": {"length": 23, "batch": 3, "padding": 4, "side": "right"},
+    },
     "two tokens": {"given": {"length": 2, "batch": 1}},
     "prefill in chunks": {"prefill_chunk_size": 9},
 }
@@ -83,7 +87,8 @@ def check_generate(ranks: Ranks, case: dict[str, Any]) -> None:
     for rank, result in enumerate(found):
         assert result["tokens"] == found[0]["wanted"], rank
         assert result["implementation"] == found[0]["before"]
-    assert max(found[0][what] for what in ("error", "prefill error", "from dense")) <= 1e-6 * found[0]["scale"]
+    limit = (1e-5 if case.get("dtype") == "float32" else 1e-6) * found[0]["scale"]
+    assert max(found[0][what] for what in ("error", "prefill error", "from dense")) <= limit
     if ranks.size > 1:
         length = case.get("given", {"length": 23})["length"]
         assert sum(found[0]["loads"]) >= length

@@ -54,6 +54,7 @@ MORE = {
     "dense, windows": dict(name="tiled_attention", family="gemma2", given=PADDED),
     "dense, windows in chunks": dict(name="tiled_attention", family="mistral", prefill_chunk_size=9, given=PADDED),
     "dense, short": dict(name="tiled_attention", given=dict(length=3, batch=2)),
+    "dense, padding on the right": dict(name="tiled_attention", given=PADDED | {"side": "right"}),
     "dense, sinks": dict(name="tiled_attention", family="gpt_oss", given=PADDED, dtype="float32"),
     "dense, prompt look-up": dict(name="tiled_attention", prompt_lookup_num_tokens=3, given=dict(length=23, batch=1)),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -65,3 +66,17 @@ def fingerprint(folder: Path) -> dict[str, object]:
         name = str(path.relative_to(folder))
         found[name] = path.readlink() if path.is_symlink() else "folder" if path.is_dir() else path.read_bytes()
     return found
+
+
+def checkpoint_with_code(folder: Path, **changes: object) -> Path:
+    """A Llama whose config and model are classes of Python files that lie beside its weights."""
+    checkpoint(folder, "llama", **changes)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
+        "class Config(LlamaConfig):\n    model_type = 'own'\n\n\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Config\n"
+    )
+    return folder

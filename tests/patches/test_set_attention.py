@@ -204,3 +204,61 @@ def test_a_tuned_report_is_carried(tmp_path):
     with pytest.raises(ValueError, match="no report of hf-attn tune"):
         patch("set-attention", source, tmp_path / "other", "--tuned", report)
     assert not (tmp_path / "other").exists()
+
+
+def saved(model, folder):
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    return config.get("attn_implementation"), AutoModel.from_pretrained(folder)
+
+
+def test_the_choice_survives_load_and_save(tmp_path):
+    attention(checkpoint(tmp_path / "source"), tmp_path / "target", "--kernel", "reference")
+    model = AutoModel.from_pretrained(tmp_path / "target")
+    for generation in ("one", "two"):
+        written, model = saved(model, tmp_path / generation)
+        assert written == model.config._attn_implementation == "tiled_attention"
+        assert model.config.hf_attn_plugins == {"tiled_attention": {"kernel": "reference"}}
+        assert not hasattr(model.config, "attn_implementation"), "the config in memory is as before"
+
+
+def test_another_attention_set_since_is_not_overruled(tmp_path):
+    attention(checkpoint(tmp_path / "source"), tmp_path / "target")
+    for model in (
+        AutoModel.from_pretrained(tmp_path / "target", attn_implementation="sdpa"),
+        AutoModel.from_pretrained(tmp_path / "source", attn_implementation="tiled_attention"),
+    ):
+        written, again = saved(model, tmp_path / "saved")
+        assert written is None and again.config._attn_implementation == "sdpa"
+
+
+def test_the_choice_of_one_part_survives_load_and_save(tmp_path):
+    small = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    vision = CLIPVisionConfig(image_size=28, patch_size=14, projection_dim=32, **small)
+    text = LlamaConfig(vocab_size=99, num_key_value_heads=2, **small)
+    LlavaModel(LlavaConfig(vision_config=vision, text_config=text, image_token_index=98)).save_pretrained(
+        tmp_path / "a"
+    )
+    attention(tmp_path / "a", tmp_path / "b", "--part", "text")
+    written, model = saved(AutoModel.from_pretrained(tmp_path / "b"), tmp_path / "c")
+    assert written == {"text_config": "tiled_attention"}
+    assert model.config.text_config._attn_implementation == "tiled_attention"
+    assert model.config.vision_config._attn_implementation == "sdpa"
+
+
+def test_unregistered_plugins_leave_saving_alone(tmp_path):
+    attention(checkpoint(tmp_path / "source"), tmp_path / "target")
+    model = AutoModel.from_pretrained(tmp_path / "target")
+    hf_attn_plugins.unregister()
+    try:
+        model.save_pretrained(tmp_path / "saved")
+    finally:
+        hf_attn_plugins.register()
+    assert "attn_implementation" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("odd", (None, "sdpa", "org/kernel", ["x"], {"text_config": "tiled_attention"}, {"": 3}, 7))
+def test_an_odd_choice_in_a_config_is_no_choice(tmp_path, odd):
+    config = LlamaConfig(attn_implementation="sdpa", hf_attn_plugins_choice=odd)
+    config.save_pretrained(tmp_path)
+    assert "attn_implementation" not in json.loads((tmp_path / "config.json").read_text())

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from hf_attn_plugins.hf.compat import dynamic_layer, grow_layers
 from hf_attn_plugins.parallel.comm.group import Group
-from hf_attn_plugins.parallel.method import Layout, Step
+from hf_attn_plugins.parallel.method import Layout, Step, local_columns
 from hf_attn_plugins.parallel.partition import level
 
 DynamicLayer: Any = dynamic_layer()
@@ -106,7 +106,7 @@ class ShardedCache(DynamicCache):
         """
         device, fresh = real.device, range(0)
         if layout is not None:
-            rows = layout.columns.to(device)
+            rows = local_columns(real, layout.columns.to(device))
             stored: Any = layout.stored.to(device)
             keys, self.loads = rows[:, stored], list(layout.loads)
             self.visible = rows.shape[1]

@@ -145,7 +145,7 @@ class Forward:
         self.columns = self.step.columns
         if layout is not None:
             self.prefill_tokens = layout.columns.shape[1]
-            inputs, positions = _take(inputs, self.step.columns), _take(positions, self.step.columns)
+            inputs, positions = _take(inputs, layout.columns), _take(positions, layout.columns)
         return (), {
             **given,
             name: inputs,

@@ -92,7 +92,7 @@ def test_losses_by_hand(llama):
         assert found[0][head] == pytest.approx(float(share.square().mean()), rel=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 def test_a_share_is_kept_and_the_options_are_stored(family, tmp_path):
     model = tiny(family)
     before = model.config._attn_implementation

@@ -31,7 +31,7 @@ from hf_attn_plugins.eval.tasks.needles import passkey
 from hf_attn_plugins.eval.tasks.task import Setting
 from hf_attn_plugins.hf.configure import use
 from hf_attn_plugins.hf.load import add_model_arguments, load_for
-from hf_attn_plugins.hf.predictions import backbone, divergence, log_probabilities, logits_at, of_tokens
+from hf_attn_plugins.hf.predictions import backbone, divergence, log_probabilities, logits_of, of_tokens
 from hf_attn_plugins.hf.texts import prose_tokens
 from hf_attn_plugins.hf.trace import trace
 from hf_attn_plugins.hf.tune import tune
@@ -39,7 +39,7 @@ from hf_attn_plugins.hf.tuning import heads as key_heads
 from hf_attn_plugins.star.options import StarOptions
 
 PARTS = ("agreement", "speed", "passkeys", "needles")
-CHUNK, TAIL = 256, 128
+POSITIONS, CHUNK, TAIL = 2048, 256, 128
 DEPTHS = 5
 NEEDLES = ("niah_multikey_2", "vt")
 BASELINE = "sdpa"
@@ -164,7 +164,10 @@ class Front:
         self.done["tuned"].setdefault(str(length), {})[f"{target:g}"] = found.as_dict()
 
     def agreement(self, length: int, index: int, rows: list[Row]) -> None:
-        """KL over all positions and over the last ones, and both losses, against the dense run of the same text."""
+        """KL over all positions and over the last ones, and both losses, against the dense run of the same text.
+
+        Of the positions before the last `TAIL` ones, `POSITIONS` are looked at, evenly spread.
+        """
         model, _ = self.model()
         ids = self.prose(index * length, length)[None].to(model.device)
         base = backbone(model)
@@ -176,21 +179,21 @@ class Front:
                 shares.append(seen.share if seen.share is not None else 1.0)
             kl: list[list[Tensor]] = [[] for _ in runs]
             nll: list[list[Tensor]] = [[] for _ in runs]
-            for start in range(0, length, CHUNK):
-                end = min(start + CHUNK, length)
-                wanted, targets = None, ids[0, start + 1 : end + 1]
+            for places in (*key_heads.sampled(length - TAIL, POSITIONS).split(CHUNK), torch.arange(length)[-TAIL:]):
+                wanted, targets = None, ids[0, places[places < length - 1] + 1]
                 for got, kls, nlls in zip(runs, kl, nll, strict=True):
-                    found = log_probabilities(logits_at(model, ids, got, start, end)[0])
+                    states = got.last_hidden_state[:, places]
+                    found = log_probabilities(logits_of(model, ids[:, places], got, states)[0])
                     wanted = found if wanted is None else wanted
                     kls.append(divergence(wanted, found))
                     nlls.append(-of_tokens(found[: len(targets)], targets))
         losses = [float(torch.cat(each).mean()) for each in nll]
         for row, share, kls, loss in zip(rows, shares[1:], kl[1:], losses[1:], strict=True):
-            whole = torch.cat(kls)
+            whole = torch.cat(kls)[:-TAIL]
             self.add("agreement", length, row, index, {
                 "kl": float(whole.mean()),
                 "kl_median": float(whole.median()),
-                "kl_tail": float(whole[-TAIL:].mean()),
+                "kl_tail": float(kls[-1].mean()),
                 "ppl_ratio": math.exp(loss - losses[0]),
                 "share": share,
             })  # fmt: skip

@@ -166,7 +166,7 @@ class Front:
     def agreement(self, length: int, index: int, rows: list[Row]) -> None:
         """KL over all positions and over the last ones, and both losses, against the dense run of the same text.
 
-        Of the positions before the last `TAIL` ones, `POSITIONS` are looked at, evenly spread.
+        At most `POSITIONS` are looked at, evenly spread; the last `TAIL` ones by themselves.
         """
         model, _ = self.model()
         ids = self.prose(index * length, length)[None].to(model.device)
@@ -179,7 +179,7 @@ class Front:
                 shares.append(seen.share if seen.share is not None else 1.0)
             kl: list[list[Tensor]] = [[] for _ in runs]
             nll: list[list[Tensor]] = [[] for _ in runs]
-            for places in (*key_heads.sampled(length - TAIL, POSITIONS).split(CHUNK), torch.arange(length)[-TAIL:]):
+            for places in (*key_heads.sampled(length, POSITIONS).split(CHUNK), torch.arange(length)[-TAIL:]):
                 wanted, targets = None, ids[0, places[places < length - 1] + 1]
                 for got, kls, nlls in zip(runs, kl, nll, strict=True):
                     states = got.last_hidden_state[:, places]
@@ -187,9 +187,9 @@ class Front:
                     wanted = found if wanted is None else wanted
                     kls.append(divergence(wanted, found))
                     nlls.append(-of_tokens(found[: len(targets)], targets))
-        losses = [float(torch.cat(each).mean()) for each in nll]
+        losses = [float(torch.cat(each[:-1]).mean()) for each in nll]
         for row, share, kls, loss in zip(rows, shares[1:], kl[1:], losses[1:], strict=True):
-            whole = torch.cat(kls)[:-TAIL]
+            whole = torch.cat(kls[:-1])
             self.add("agreement", length, row, index, {
                 "kl": float(whole.mean()),
                 "kl_median": float(whole.median()),

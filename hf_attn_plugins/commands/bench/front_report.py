@@ -32,9 +32,9 @@ def report(done: dict[str, Any], folder: Path) -> Path:
         "",
         "Speed: seconds of sdpa's prefill over the row's, median over rounds in which all rows run one after another "
         "(smallest to largest). Pairs: attended over causal ones. KL: nats against sdpa, mean over 2048 positions "
-        "spread evenly over each text (smallest to largest text). Perplexity: ratio to sdpa's. NLL: mean negative log-likelihood of an "
-        "answer's tokens. Found: answers all of whose tokens are the first choice. Needles: RULER's niah_multikey_2 "
-        "and vt in turns. Texts of the rows, and those that heads and tuned options were chosen on, are different.",
+        "spread evenly over each text (smallest to largest text). Perplexity: ratio to sdpa's, at the same positions. "
+        "NLL: mean negative log-likelihood of an answer's tokens. Found: answers all of whose tokens are the first "
+        "choice. Needles: RULER's niah_multikey_2 and vt in turns. Heads and tuned options were chosen on other texts.",
         "",
     ]
     for length, rows in done["rows"].items():

@@ -1,1 +1,1 @@
-"""PyTorch's own fused attention operators: `attend.py` is the entry, `ops.py` wraps the operators."""
+"""PyTorch's own fused attention operators. Start with `attend.py`; `ops.py` wraps the operators."""

@@ -1,4 +1,4 @@
-"""The kernel "aten": PyTorch's fused attention operators that return the lse, composed for the masks they lack."""
+"""The kernel "aten": PyTorch's fused attention operators that return the lse. Several calls make up for other masks."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial, merge
 from hf_attn_plugins.kernels.aten.ops import FlashCPU, FlashCUDA, flash_cpu
 
-FOLDED_ROWS = 16  # up to here query heads are folded into rows, and one biased call beats one call per batch row
-SHORT_KEYS = 511  # up to here the time for choosing a kernel shows, and tiles never pay
+# Up to so many rows, heads that share keys become rows, and one call with a bias is faster than one per prompt.
+FOLDED_ROWS = 16
+# Up to so many keys, choosing a kernel takes a noticeable part of the time, and tiles are never faster.
+SHORT_KEYS = 511
 
 
 def is_short(query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float) -> bool:
-    """Whether `run_one_operator` does this call: short, on the CPU, a plain causal or full mask, no gradient."""
+    """Whether `run_one_operator` takes this call: few rows or keys, CPU, a plain causal or full mask, no gradient."""
     (_, _, rows, head_dim), num_keys = query.shape, key.shape[2]
     if not (0 < rows <= FOLDED_ROWS or num_keys <= SHORT_KEYS) or rows > num_keys:
         return False
@@ -31,7 +33,7 @@ def is_short(query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: flo
 def run_one_operator(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, softcap: float | None, dropout: float
 ) -> Partial:
-    """Call PyTorch's CPU operator once; only for calls that `is_short` allows."""
+    """One call of PyTorch's CPU operator, for calls that `is_short`."""
     is_full = query.shape[2] == 1 or not mask.causal
     if is_full and query.shape[1] != key.shape[1]:
         return _full(query, key, value, scale)
@@ -41,7 +43,7 @@ def run_one_operator(
 def reason_against(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float
 ) -> str | None:
-    """Why `aten` cannot do this call; None when it can."""
+    """Why `aten` cannot compute this call; None when it can."""
     rows, num_keys = query.shape[2], key.shape[2]
     if softcap is not None:
         return "softcap"
@@ -75,7 +77,11 @@ def _reason_against_bias(query: Tensor, mask: Mask) -> str | None:
 def aten(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, softcap: float | None, dropout: float
 ) -> Partial:
-    """See `kernels.attend`. A mask is split into square causal and full parts, whose results are merged."""
+    """See `kernels.attend`. A mask is split into square causal and full parts, whose results are merged.
+
+    Raises:
+        NotImplementedError: the operators cannot compute this call; the message gives the reason of `reason_against`.
+    """
     reason = reason_against(query, key, value, mask, softcap, dropout)
     if reason is not None:
         raise NotImplementedError(f"kernel 'aten' cannot do {reason}: use kernel=None, or 'cpu_tiled' on a CPU.")
@@ -100,7 +106,8 @@ def aten(
 def _full(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Partial:
     batch, heads, rows, head_dim = query.shape
     group_size = heads // key.shape[1]
-    # Threads divide the heads among them. Folding leaves fewer heads: one float32 row per head is then faster.
+    # The operator gives each thread whole heads. Folded heads are fewer, and may leave threads idle: then a single
+    # float32 row per head is faster.
     idle = rows == 1 and query.dtype == torch.float32 and batch * key.shape[1] % _threads()
     if group_size == 1 or not 0 < rows <= FOLDED_ROWS or idle:
         return _flash(query, key, value, False, scale)
@@ -161,7 +168,7 @@ def _biased(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: floa
     else:
         seen = bias > -torch.inf
     part = _flash(query, key, value, False, scale, bias.to(query.dtype))
-    # The fused op reports lse 0 for rows that see nothing.
+    # The operator returns lse 0 for rows that see no key.
     return Partial(part.out, part.lse.masked_fill(~seen.any(-1), -torch.inf))
 
 

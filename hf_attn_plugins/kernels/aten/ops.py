@@ -1,4 +1,4 @@
-"""PyTorch's fused attention operators as differentiable functions of query, key and value that return (out, lse)."""
+"""PyTorch's fused attention operators as functions that return (out, lse), differentiable in query, key and value."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ from hf_attn_plugins.core.partial import lse_dtype
 def flash_cpu(
     query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """out (B, Hq, T, Dv) and lse (B, Hq, T) of one CPU operator call; `bias` is added to the scaled scores.
+    """out (B, Hq, T, Dv) and lse (B, Hq, T) of one call of the CPU operator, without gradients.
 
-    A causal mask is square: T == S. Without gradient; D == Dv.
+    Args:
+        query, key, value: (B, Hq, T, D), (B, Hkv, S, D) and (B, Hkv, S, Dv) with D == Dv.
+        is_causal: a square causal mask, T == S.
+        scale: factor of the scores.
+        bias: broadcasts to (B, Hq, T, S), in the query's dtype, added to the scaled scores; or None.
     """
     query, key, value = elements_side_by_side(query, key, value)
     operator = fused_operator("_scaled_dot_product_flash_attention_for_cpu")
@@ -25,15 +29,17 @@ def flash_cpu(
 
 
 def elements_side_by_side(*tensors: Tensor) -> list[Tensor]:
-    """The tensors with stride 1 in their last dimension, copied only where it is another.
+    """The tensors with stride 1 in their last dimension; those with another stride are copied.
 
-    The fused operators read a head's elements side by side whatever the stride says; `F.scaled_dot_product_attention`
-    looks at it, and calls them only where it is 1.
+    The operators ignore this stride and read a head's elements as neighbours. `F.scaled_dot_product_attention` checks
+    the stride before it calls them.
     """
     return [tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous() for tensor in tensors]
 
 
 class FlashCPU(torch.autograd.Function):
+    """`flash_cpu` with gradients of query, key and value, through out and lse."""
+
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, bias: Tensor | None
@@ -61,18 +67,19 @@ class FlashCPU(torch.autograd.Function):
 def _lse_as_column(
     grads: tuple[Tensor | None, ...], query: Tensor, key: Tensor, value: Tensor, out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Pass the lse's gradient through an operator that only takes the gradient of out.
+    """Arguments that pass the gradient of the lse to an operator which takes only the gradient of out.
 
-    The operators compute delta = sum(grad_out * out) and dS = P * (grad_out value^T - delta); the lse asks for
-    delta - grad_lse. Extra columns that are 0 in value, 1 in grad_out and -grad_lse in out change nothing else.
+    The operators compute delta = sum(grad_out * out) and dS = P * (grad_out value^T - delta). The gradient of the lse
+    must be subtracted from delta. Extra columns do this: 1 in grad_out, -grad_lse in out and 0 in the others, so that
+    they change nothing else.
     """
     grad_out, grad_lse = grads
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     if grad_lse is None:
         return grad_out.contiguous(), query, key, value, out
-    extra = 8  # keeps rows aligned for the kernels
+    extra = 8  # columns; rows stay aligned
     query, key, value, grad_out, out = (F.pad(x, (0, extra)) for x in (query, key, value, grad_out, out))
-    # Two columns, high and low part, keep the lse's gradient exact to float32 in low-precision tensors.
+    # Two columns, a high and a low part, keep more digits of the gradient than one in a low-precision tensor.
     high = grad_lse.to(out.dtype)
     out[..., -2], out[..., -1] = -high, -(grad_lse - high.to(grad_lse.dtype)).to(out.dtype)
     grad_out[..., -2:] = 1
@@ -80,7 +87,7 @@ def _lse_as_column(
 
 
 class FlashCUDA(torch.autograd.Function):
-    """The CUDA twins: flash attention in half precision, the memory-efficient kernel otherwise."""
+    """As `FlashCPU`, on CUDA: PyTorch's flash kernel in half precision, else its memory-efficient kernel."""
 
     @staticmethod
     def forward(

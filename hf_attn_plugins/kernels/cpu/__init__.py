@@ -1,1 +1,1 @@
-"""Tiles in plain PyTorch for CPUs: `attend.py` is the entry; read it, then tiling, forward, backward."""
+"""Tiles in plain PyTorch for CPUs. Start with `attend.py`, then read `tiling.py`, `forward.py`, `backward.py`."""

@@ -17,13 +17,17 @@ from hf_attn_plugins.kernels.cpu.tiling import SHORT
 def cpu_tiled(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, softcap: float | None, dropout: float
 ) -> Partial:
-    """See `kernels.attend`. Memory besides inputs, output and copies of key and value: `SCORES` numbers."""
+    """See `kernels.attend`. Extra memory: copies of key and value, and at most `tiling.SCORES` scores.
+
+    Source: FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2.
+    """
     if torch.compiler.is_compiling():
         from hf_attn_plugins.kernels.cpu_ops import tiled_op
 
         return tiled_op(query, key, value, mask, scale, softcap, dropout)
     if len(query) > 1 and query.shape[2] < SHORT and mask.has_no_tensors():
-        # All batch rows share the mask: fold batch into heads, (B, H, ...) -> (1, B * H, ...), for larger products.
+        # (B, H, ...) -> (1, B * H, ...): without tensors in the mask all rows of the batch share it, and one product
+        # of many heads is faster than several.
         q, k, v = (x.reshape(1, x.shape[0] * x.shape[1], *x.shape[2:]) for x in (query, key, value))
         out, lse = cpu_tiled(q, k, v, mask, scale, softcap, dropout)
         return Partial(out.view(*query.shape[:3], value.shape[-1]), lse.view(query.shape[:3]))

@@ -1,9 +1,10 @@
 """Backward of the tiles in plain PyTorch: weights are recomputed from the saved lse, one tile at a time.
 
-With P = exp(S - lse), delta = sum(grad_out * out) - grad_lse and dP = grad_out value^T:
-grad_value = P^T grad_out, dS = P * (dP - delta), grad_query = dS key, grad_key = dS^T query (arXiv 2307.08691, section
-3.1.2; the lse's own gradient enters delta). Dropout multiplies P in grad_value and dP before delta is taken off.
-As in the forward pass, the fast path folds -lse and -delta into the products as extra columns.
+    P = exp(S - lse)        delta = sum(grad_out * out) - grad_lse        dP = grad_out value^T
+    dS = P * (dP - delta)   grad_value = P^T grad_out   grad_query = dS key   grad_key = dS^T query
+
+Dropout multiplies P in grad_value, and dP before delta is subtracted. As in the forward pass, the bfloat16 path adds
+-lse and -delta inside of the products, as extra columns. Source: arXiv 2307.08691, section 3.1.2.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from hf_attn_plugins.kernels.cpu.masks import TileMasks, dropout_generator, keep
 from hf_attn_plugins.kernels.cpu.tile_map import KeyTile, TileMap
 from hf_attn_plugins.kernels.cpu.tiling import LOG2_E, chunks, is_fast, key_blocks
 
-HUGE = 1e30  # stands for the lse of rows without keys: exp(score - HUGE) = 0, and HUGE * 0 is not NaN as inf * 0 is
+HUGE = 1e30  # replaces the lse of rows without keys: exp(score - HUGE) is 0, and HUGE * 0 is 0 where inf * 0 is NaN
 
 
 def backward(
@@ -38,7 +39,13 @@ def backward(
     seed: int,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of query, key, value and (where asked for) of a float `mask.bias`, in their dtypes."""
+    """Gradients of query, key, value and, if `needs_bias`, of a float `mask.bias`, in their shapes and dtypes.
+
+    Args:
+        grad_out, grad_lse: (B, Hq, T, Dv) and (B, Hq, T); None for 0.
+        query, key, value, mask, scale, softcap, dropout, seed: as in `forward`; out, lse: as it returned them.
+        needs_bias: whether to compute the gradient of the bias; None is returned otherwise.
+    """
     acc_dtype = lse_dtype(query)
     grads = [torch.zeros_like(x, dtype=acc_dtype, memory_format=torch.contiguous_format) for x in (query, key, value)]
     grad_bias = None
@@ -94,12 +101,12 @@ class _Tiles:
         self.tile_masks = TileMasks(tiles, heads, self.group_size, self.acc_dtype)
         most_rows, most_keys = self.group_size * tiles.row_tile, tiles.key_tile
         most_parts = max(most_rows, most_keys) * max(query.shape[-1], value.shape[-1])
-        # Fresh memory for every product would cost page faults.
+        # Products are written to buffers: new memory for each of them would cost page faults.
         self.buffers = [query.new_empty(self.kv_heads * size) for size in (most_rows * most_keys,) * 2 + (most_parts,)]
         self.acc_part = self.buffers[2].to(self.acc_dtype)
 
     def product(self, slot: int, left: Tensor, right: Tensor) -> Tensor:
-        """A batched product in buffer `slot`: 0 and 1 for scores and their gradients, 2 for a part of a gradient."""
+        """A batched product in buffer `slot`: 0 for scores, 1 for their gradients, 2 for a part of a gradient."""
         size = (*left.shape[:2], right.shape[2])
         return torch.bmm(left, right, out=self.buffers[slot][: math.prod(size)].view(size))
 
@@ -165,7 +172,7 @@ class _Tiles:
 
 
 class _FastTiles(_Tiles):
-    """The same for bfloat16: -lse and -delta are columns of the products, split in three to keep their digits."""
+    """The same for bfloat16: -lse and -delta are columns of the products, each in three parts to keep its digits."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -197,7 +204,7 @@ class _FastTiles(_Tiles):
 
 
 def _split(column: Tensor, dtype: torch.dtype) -> Tensor:
-    """Split float32 into high + middle + low parts in `dtype`; their sum restores about 24 bits."""
+    """(..., 3): float32 as high, middle and low part in `dtype`; their sum has about 24 bits."""
     high = column.to(dtype)
     middle = (column - high.to(column.dtype)).to(dtype)
     low = (column - high.to(column.dtype) - middle.to(column.dtype)).to(dtype)

@@ -1,15 +1,17 @@
-"""Tiles in plain PyTorch: FlashAttention's loop, shaped for CPUs that multiply bfloat16 faster than float32.
+"""Tiles in plain PyTorch: FlashAttention's loop for CPUs that multiply bfloat16 faster than float32.
 
-A fused CPU kernel spends its time on the elementwise work between the two products, so that work is cut down here:
+The elementwise work between the two products takes most of the time of such a loop. `_FastRows` does little of it:
 
-* The running maximum is subtracted *inside* the product: the query carries a column -m and every key a column 1, so
-  the scores arrive shifted, and rounded to bfloat16 after the shift, where the large weights have the most digits.
-* m need not be the maximum, only near it. It is taken from the first keys a row sees and replaced when a tile's
-  row sums show that it was left far behind (then, and only then, sums and outputs are rescaled).
-* What remains per score is one exp2 and one sum over bfloat16.
+* The shift m of a row is subtracted inside of the product: each query has an extra column -m and each key a column 1.
+  So scores are rounded to bfloat16 after the shift, when the scores of large weights are near 0 and round least.
+* m need not be the row maximum, only close to it. It is guessed from the first keys that a row sees. If a tile's row
+  sums show that it is far too small, it is replaced, and only then are sums and outputs rescaled.
+* One exp2 and one sum over bfloat16 remain per score.
 
-Heads that share keys are rows of one product; all heads of a chunk are one batched product. Dtypes other than bfloat16,
-softcap and float masks take the ordinary online softmax in float32 (float64 for float64).
+Heads that share keys are rows of one product; all heads of a chunk are one batched product. `_Rows` is the ordinary
+online softmax, in float32 (float64 for float64). It serves other dtypes, softcap and float masks.
+
+Source: FlashAttention-2, arXiv 2307.08691, algorithm 1.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from hf_attn_plugins.kernels.cpu.masks import TileMasks, dropout_generator, keep
 from hf_attn_plugins.kernels.cpu.tile_map import KeyTile, TileMap
 from hf_attn_plugins.kernels.cpu.tiling import LOG2_E, chunks, is_fast, key_blocks
 
-FIRST_KEYS, NEAR_KEYS = 64, 64  # keys at the head, and next to a row, that the first guess of its maximum looks at
+FIRST_KEYS, NEAR_KEYS = 64, 64  # keys from which a row's shift is guessed: the first ones, and those near the row
 
 
 def forward(
@@ -38,7 +40,10 @@ def forward(
     dropout: float,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """out (B, Hq, T, Dv) and lse (B, Hq, T); see `cpu_tiled`. `seed` starts the dropout's generator."""
+    """out (B, Hq, T, Dv) in the query's dtype and lse (B, Hq, T) in float32 (float64 for float64).
+
+    `seed` is that of dropout; the other arguments are as in `kernels.attend`.
+    """
     out, lse = Partial.empty(query, value.shape[-1])
     if out.numel() == 0 or key.shape[2] == 0:
         return out, lse
@@ -113,7 +118,7 @@ class _Rows:
 
 
 class _FastRows(_Rows):
-    """The same for bfloat16, with the shift folded into the product (see the head of this file)."""
+    """The same for bfloat16, with the shift inside of the product (see the top of this file)."""
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, tiles: TileMap, *rest: Any) -> None:
         super().__init__(query, key, value, tiles, *rest)
@@ -126,7 +131,7 @@ class _FastRows(_Rows):
         self.acc_out = self.tile_out.to(self.acc_dtype)
 
     def shifted(self, rows: Tensor, tile: KeyTile, keys: int = 0) -> Tensor:
-        """log2-scores minus the shift column of `rows`, of the tile's first `keys` keys, or of all for 0."""
+        """Scores in units of log 2, minus the row's shift, of the tile's first `keys` keys; 0 means all keys."""
         width = keys or tile.end - tile.begin
         scores = self.weights[: rows.shape[0] * rows.shape[1] * width].view(*rows.shape[:2], width)
         return torch.bmm(rows, self.key_blocks[tile.begin // self.tiles.key_tile][:, :width].mT, out=scores)
@@ -139,9 +144,9 @@ class _FastRows(_Rows):
         return scores, scores.sum(-1)
 
     def new_shift(self, rows: Tensor, index: int, tile: KeyTile, keys: int, row_max: Tensor) -> Tensor:
-        """Raise `row_max` to the tile's largest scores and write it into the shift column of `rows`.
+        """Raise `row_max` to the tile's largest scores and write -`row_max` into the last column of `rows`.
 
-        Only the first `keys` keys are looked at, which no mask hides; 0 asks for all that are visible.
+        `keys`: only the first `keys` keys are read, and no mask may hide them. 0 means all visible keys.
         """
         rows[..., -1] = 0
         scores = self.shifted(rows, tile, keys)
@@ -153,7 +158,7 @@ class _FastRows(_Rows):
         return row_max
 
     def near_shift(self, rows: Tensor, index: int, row_max: Tensor) -> Tensor:
-        """Raise `row_max` by the keys next to each row: text attends most to its first and its last tokens."""
+        """Raise `row_max` to the scores of the keys near each row: in text, near and first tokens weigh most."""
         (t0, t1), head_dim = self.tiles.row_tiles[index], self.query.shape[-1]
         count = (t1 - t0) // NEAR_KEYS
         first, size = t0 + self.tiles.start, count * NEAR_KEYS
@@ -190,7 +195,7 @@ class _FastRows(_Rows):
                 if sure and self.tiles.only_causal:
                     row_max = self.near_shift(rows, index, row_max)
             weights, sums = self.tile_weights(rows, index, tile)
-            # A weight far above 1, or rows whose first key is in this tile: move the shift, then do the tile again.
+            # A weight is far above 1, or rows see their first key in this tile: move the shift, compute the tile again.
             if bool(sums.amax() > 4 * width) or (j and bool((row_max == -torch.inf).any())):
                 new_max = self.new_shift(rows, index, tile, 0, row_max)
                 rescale = torch.where(new_max == row_max, 1.0, (row_max - new_max).exp2())

@@ -1,4 +1,4 @@
-"""Masks of single tiles for the CPU path: hidden pairs as numbers to add, and dropout that backward can repeat."""
+"""Masks of single tiles for `cpu_tiled`: -inf for hidden pairs, and dropout that the backward can draw again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hf_attn_plugins.kernels.cpu.tile_map import KeyTile, TileMap
 
 
 def dropout_generator(seed: int, b: int, heads: slice, index: int, tile: KeyTile) -> torch.Generator:
-    """The generator of one tile's dropout mask: the same in forward and backward, whatever the order of tiles."""
+    """The generator of one tile's dropout mask: the same in forward and backward, in any order of tiles."""
     generator = torch.Generator()
     generator.manual_seed(hash((seed, b, heads.start, index, tile.begin)) & (2**63 - 1))
     return generator
@@ -21,16 +21,16 @@ def keep_mask(scores: Tensor, dropout: float, generator: torch.Generator) -> Ten
 
 
 class TileMasks:
-    """Masks of the tiles that need one, as 0 / -inf to add; equal ones are built once."""
+    """Masks of the tiles that need one, as 0 and -inf to add. Masks that depend on positions only are cached."""
 
     def __init__(self, tiles: TileMap, heads: slice, group_size: int, dtype: torch.dtype) -> None:
         self.tiles, self.heads, self.group_size, self.dtype = tiles, heads, group_size, dtype
-        held = (tiles.mask.key_padding, tiles.mask.query_segments, tiles.mask.bias)
-        self.device = next((tensor.device for tensor in held if tensor is not None), None)
+        tensors = (tiles.mask.key_padding, tiles.mask.query_segments, tiles.mask.bias)
+        self.device = next((tensor.device for tensor in tensors if tensor is not None), None)
         self.cache: dict[tuple[int, int, int], Tensor] = {}
 
     def bias(self, t0: int, t1: int, tile: KeyTile) -> Tensor:
-        """0 or -inf, broadcastable to (kv heads, group_size, rows, keys)."""
+        """0 for seen and -inf for hidden pairs, broadcastable to (kv heads, group_size, rows, keys)."""
         if not self.tiles.mask.has_no_tensors() or self.tiles.mask.prefix:
             return self._build(t0, t1, tile)
         place = (t0 - tile.begin, t1 - t0, tile.end - tile.begin)
@@ -39,7 +39,7 @@ class TileMasks:
         return self.cache[place]
 
     def add_to(self, view: Tensor, t0: int, t1: int, tile: KeyTile) -> None:
-        """Add a float bias and the hidden pairs' -inf to scores (kv heads, group_size, rows, keys), in place."""
+        """Add a float bias, and -inf for hidden pairs, to scores (kv heads, group_size, rows, keys) in place."""
         bias = self.tiles.mask.bias
         if bias is not None and bias.is_floating_point():
             rows, keys = torch.arange(t0, t1), torch.arange(tile.begin, tile.end)
@@ -48,11 +48,11 @@ class TileMasks:
             view += self.bias(t0, t1, tile)
 
     def weights_in_place(self, view: Tensor, t0: int, t1: int, tile: KeyTile) -> None:
-        """Turn log2-scores (kv heads, group_size, rows, keys) into weights in place, 0 where hidden."""
+        """Replace scores in units of log 2 (kv heads, group_size, rows, keys) by their exp2, 0 where hidden."""
         if tile.needs_mask and not self.tiles.only_causal:
             view.add_(self.bias(t0, t1, tile))
         view.exp2_()
-        if tile.needs_mask and self.tiles.only_causal:  # zeroing a triangle costs a tenth of masking the scores
+        if tile.needs_mask and self.tiles.only_causal:  # zeroing a triangle takes a tenth of the time of adding a mask
             view.tril_(t0 + self.tiles.start - tile.begin)
 
     def _build(self, t0: int, t1: int, tile: KeyTile) -> Tensor:

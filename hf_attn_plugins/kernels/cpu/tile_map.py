@@ -1,4 +1,4 @@
-"""Which (row tile, key tile) pairs a mask leaves to compute, and which of them need mask arithmetic: integers only."""
+"""Which (row tile, key tile) pairs must be computed under a mask, and which of them need the mask applied."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hf_attn_plugins.core.mask import Mask
 
 
 class KeyTile(NamedTuple):
-    """Keys begin..end of one tile; `needs_mask` is True when some pair in it may be hidden."""
+    """Keys begin..end of one tile; `needs_mask` is True if the mask may hide a pair of it."""
 
     begin: int
     end: int
@@ -22,9 +22,9 @@ class TileMap:
     """The tiles of one row of the batch.
 
     Args:
-        mask: its tensors have a batch dimension of 1 (`Mask.slice_batch`).
+        mask: of this row: its tensors have a batch dimension of 1 (`Mask.slice_batch`).
         num_rows, num_keys: T and S.
-        row_tile, key_tile: tile sizes; the last ones may be smaller.
+        row_tile, key_tile: rows and keys of a tile; the last tile may be smaller.
     """
 
     def __init__(self, mask: Mask, num_rows: int, num_keys: int, row_tile: int, key_tile: int) -> None:
@@ -45,7 +45,7 @@ class TileMap:
         self._key_segments = _ranges(mask.key_segments, self.key_tiles)
 
     def keys_of(self, index: int) -> list[KeyTile]:
-        """The key tiles that row tile `index` has to visit, in order; the last one is cut where its last row ends."""
+        """The key tiles that rows of row tile `index` see, in order; keys that its last row does not see are cut."""
         mask, (t0, t1) = self.mask, self.row_tiles[index]
         low, high = t0 + self.start, t1 - 1 + self.start
         left, right = mask.window
@@ -69,7 +69,7 @@ class TileMap:
         return tiles
 
     def seen_by_all(self, index: int, tile: KeyTile) -> int:
-        """How many leading keys of `tile` every row of row tile `index` sees for certain."""
+        """A number of first keys of `tile` that every row of row tile `index` sees; 0 where that is not known."""
         if not tile.needs_mask:
             return tile.end - tile.begin
         if not self.only_causal:

@@ -11,9 +11,10 @@ from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.kernels.cpu.tile_map import TileMap
 
 LOG2_E = math.log2(math.e)
-ROW_TILE, KEY_TILE = 512, 512  # rows of one product (all heads of a group together), keys of one tile
-SHORT, LONG = 2048, 8192  # causal calls: keys from which on key tiles have full size, rows for row tiles
-SCORES = 2**22  # scores held at a time, over all heads of a chunk (8 MiB in bfloat16)
+ROW_TILE, KEY_TILE = 512, 512  # query rows and keys of a tile
+# Causal calls halve the key tile below SHORT keys; they halve the row tile below LONG rows, or if heads share keys.
+SHORT, LONG = 2048, 8192
+SCORES = 2**22  # scores in memory at a time, over all heads of a chunk (8 MiB in bfloat16)
 
 
 def chunks(query: Tensor, key: Tensor, mask: Mask) -> list[tuple[int, slice, slice, TileMap]]:
@@ -21,7 +22,8 @@ def chunks(query: Tensor, key: Tensor, mask: Mask) -> list[tuple[int, slice, sli
     batch, heads, rows, _ = query.shape
     kv_heads, num_keys = key.shape[1:3]
     group_size = heads // kv_heads
-    # Half of a diagonal tile is wasted: smaller ones pay until a sequence has many others, or heads fill their rows.
+    # Half of the scores of a diagonal tile are wasted; in long sequences few tiles are diagonal. Heads that share keys
+    # are rows of one product, which is large enough with a small tile.
     small = mask.causal and (rows < LONG or group_size > 1)
     row_tile = max(1, min(rows, ROW_TILE // 2 if small else ROW_TILE))
     key_tile = max(1, min(num_keys, KEY_TILE // 2 if mask.causal and num_keys < SHORT else KEY_TILE))
@@ -36,15 +38,15 @@ def chunks(query: Tensor, key: Tensor, mask: Mask) -> list[tuple[int, slice, sli
 
 
 def is_fast(query: Tensor, mask: Mask, softcap: float | None) -> bool:
-    """Whether scores may stay in bfloat16: nothing has to be done to them but exponentiation."""
+    """Whether scores may stay in bfloat16: only their exponential is needed, no softcap and no float bias."""
     has_float_bias = mask.bias is not None and mask.bias.is_floating_point()
     return query.dtype == torch.bfloat16 and softcap is None and not has_float_bias
 
 
 def key_blocks(tensor: Tensor, tiles: TileMap, columns: int) -> list[Tensor]:
-    """One contiguous (heads, keys, D + columns) block a key tile, 1 in the added columns.
+    """One contiguous (heads, keys, D + columns) block per key tile; the added columns are 1.
 
-    Batched products copy strided inputs, tile by tile; transposed ones they take as they are.
+    A batched product would copy a strided tile every time. It does not copy a transposed contiguous one.
     """
     if not columns:
         return [tensor[:, s:e].contiguous() for s, e in tiles.key_tiles]

@@ -1,24 +1,26 @@
-/* Few queries against many keys, as in decoding: split-KV. Threads take SPLIT_KEYS keys each, the results are merged.
+/* Split-KV decoding, for few queries and many keys. A thread computes a chunk of SPLIT_KEYS keys at a time; then the
+ * chunks' results are merged.
  *
- * Here the keys are held, so that each is read once for all queries of all heads that share it. Weights then lie along
- * the lanes, and their product with the values runs over pairs of keys with the columns of value in the lanes. */
+ * The keys are the held rows here, one per lane. So each key is read once for all queries of all heads that share it.
+ * In the product of weights and values, the columns of value are in the lanes, and the sum is over pairs of keys. */
 #include "visibility.h"
 
-#define SPLIT_KEYS 512 /* keys of one thread's turn, whatever the number of threads: the same sums every time */
-#define MAX_ROWS 256
+#define SPLIT_KEYS 512 /* keys of a chunk; not by the number of threads, so that sums are the same for any number */
+#define MAX_ROWS 256   /* rows of all heads that share a key head */
 
-/* What one chunk found: row_max and row_sum (in base 2) and the weighted sum of values for every row. */
+/* The result of one chunk for every row: row_max (of scores in units of log 2), row_sum = sum of 2**(score - row_max),
+ * and the values' sum with the same weights. */
 typedef struct {
     float *row_max, *row_sum, *sums;
 } Found;
 
 typedef struct {
-    _Alignas(64) int32_t held[MAX_DIM / 2 * LANES];
+    _Alignas(64) int32_t held[MAX_DIM / 2 * LANES]; /* the keys, see `hold_rows` */
     _Alignas(64) bf16 weights[MAX_ROWS][LANES];
-    _Alignas(64) bf16 queries[MAX_ROWS * MAX_DIM]; /* the rows of all heads that share the keys, head by head */
+    _Alignas(64) bf16 queries[MAX_ROWS * MAX_DIM]; /* rows of all heads that share the keys, head by head */
 } Block;
 
-/* Rows of queries that a key head has: those of all heads that share it. */
+/* Query rows of one key head: the rows of all heads that share it. */
 static int64_t shared_rows(const Call *call) { return call->heads / call->kv_heads * call->num_rows; }
 
 static Found found_of(const Call *call, int64_t item) {
@@ -27,14 +29,14 @@ static Found found_of(const Call *call, int64_t item) {
     return (Found){start, start + rows, start + 2 * rows};
 }
 
-/* Ask for rows that the block after this one reads: the products before it take as long as memory does. */
+/* Prefetch LANES rows from `first` on. They arrive while the products before their use are computed. */
 static void prefetch(Rows rows, int64_t first, int64_t dim) {
     for (int64_t row = first; row < smaller(first + LANES, rows.count); row++)
         for (int64_t column = 0; column < dim; column += 32)
             _mm_prefetch((const void *)(rows.data + row * rows.stride + column), _MM_HINT_T0);
 }
 
-/* Weights of LANES keys from `first` on for all rows; sums so far rescale where a row's largest score grows. */
+/* Weights of LANES keys from `first` on, for all rows. Where a row's maximum grows, its sums so far are rescaled. */
 static void weigh(const Call *call, Block *block, Found found, const Sight *sight, Rows keys, int64_t first,
                   int64_t end) {
     const int64_t rows = shared_rows(call);
@@ -134,7 +136,7 @@ static void decode_chunk(const Call *call, Block *block, int64_t b, int64_t kv_h
     }
 }
 
-/* One row of a head from all chunks: M = max row_max, weights 2**(row_max - M), as in `core/partial.py: merge`. */
+/* Merge one row of a head from all chunks: M = max row_max, weights 2**(row_max - M), as `merge` in core/partial.py. */
 static void merge_row(const Call *call, int64_t b, int64_t h, int64_t t, int64_t chunks) {
     const int64_t group_size = call->heads / call->kv_heads, row = h % group_size * call->num_rows + t;
     const int64_t item = (b * call->kv_heads + h / group_size) * chunks;
@@ -145,7 +147,7 @@ static void merge_row(const Call *call, int64_t b, int64_t h, int64_t t, int64_t
         const Found found = found_of(call, item + chunk);
         if (found.row_sum[row] == 0)
             continue;
-        /* A row of NaN has a row_sum and no row_max: it stays NaN. */
+        /* A row of NaN has row_sum NaN and row_max -inf; weight 1 keeps it NaN. */
         const float weight = row_max == -INFINITY ? 1 : exp2f(found.row_max[row] - row_max);
         row_sum += weight * found.row_sum[row];
         for (int64_t column = 0; column < call->dim_v; column++)
@@ -161,8 +163,8 @@ static void merge_row(const Call *call, int64_t b, int64_t h, int64_t t, int64_t
         row_sum == 0 ? -INFINITY : (row_max + log2f(row_sum)) * LN_2;
 }
 
-/* out and lse of a call whose key heads have at most MAX_ROWS rows of queries. `partials`: (batch, key heads, chunks,
- * rows, dim_v + 2) float32. */
+/* out and lse of a call with at most MAX_ROWS query rows per key head. `partials` is (batch, key heads, chunks, rows,
+ * dim_v + 2), float32. */
 void hap_decode(const Call *call) {
     const int64_t chunks = (call->num_keys + SPLIT_KEYS - 1) / SPLIT_KEYS;
 #pragma omp parallel num_threads(call->threads)

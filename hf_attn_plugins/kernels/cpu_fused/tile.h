@@ -1,57 +1,59 @@
-/* What the fused CPU kernels are made of: one block of held rows against a few walked ones, in AVX512-BF16.
+/* The building blocks of the compiled CPU kernels, in AVX512-BF16: a block of held rows times a few walked rows.
  *
  * Attention, forward and backward, multiplies rows of one tensor with rows of another: queries with keys, or keys with
- * queries. A thread *holds* LANES rows, one a vector lane, and *walks* over the others STEP at a time. What is summed,
- * masked or exponentiated for a held row then stays in its lane, and is reduced across lanes only in decoding.
+ * queries. A thread *holds* LANES rows, one per vector lane, and *walks* over the other rows, STEP at a time. All sums,
+ * masks and exponentials of a held row stay in its lane. Only decoding reduces across lanes.
  *
- * vdpbf16ps multiplies pairs of neighbours. In a product over head_dim a pair is two elements of a row; in a product
- * over walked rows it is two neighbouring rows' elements, which `pair_rows` and `paired` put side by side. */
+ * The instruction vdpbf16ps multiplies and adds pairs of bfloat16. In a product over head_dim, a pair is two elements
+ * of a row. In a product over walked rows, a pair is one element of two neighbouring rows: `pair_rows` and `paired` put
+ * them side by side. */
 #pragma once
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-#define VECTORS 4            /* of held rows */
+#define VECTORS 4            /* vectors of 16 held rows */
 #define LANES (16 * VECTORS) /* held rows */
-#define STEP 6               /* walked rows of one block in registers: STEP * VECTORS accumulators */
+#define STEP 6               /* walked rows at a time: STEP * VECTORS accumulators fit in registers */
 #define TILE 96              /* walked rows whose weights are kept between the two products; a multiple of STEP */
 #define MAX_DIM 256
 #define LN_2 0.69314718f
 
 typedef uint16_t bf16;
 
-/* Rows of one head: row t is at data + t * stride, its elements side by side. */
+/* Rows of one head: row t is at data + t * stride, and its elements are neighbours in memory. */
 typedef struct {
     const bf16 *data;
     int64_t stride;
     int64_t count;
 } Rows;
 
-/* (tensor's data, its strides in elements for batch, head and token). */
+/* A tensor (batch, head, token, dim): its data, and its strides in elements. */
 typedef struct {
     bf16 *data;
     int64_t batch, head, token;
 } Tensor;
 
-/* One call, as call.py lays it out. Tensors are bfloat16. */
+/* One call; call.py declares the same fields in the same order. Tensors are bfloat16. */
 typedef struct {
     Tensor query, key, value, out, grad_out, grad_query, grad_key, grad_value;
-    float *lse;            /* (batch, heads, rows) contiguous, as the next two */
-    const float *grad_lse; /* NULL where it is 0 */
-    float *delta;          /* scratch of backward */
+    float *lse;            /* (batch, heads, rows) contiguous, as grad_lse and delta */
+    const float *grad_lse; /* NULL means 0 */
+    float *delta;          /* scratch of backward.c */
     int64_t batch, heads, kv_heads, num_rows, num_keys, dim, dim_v;
     int64_t start;       /* position of row 0 on the key axis */
-    int64_t back, ahead; /* a row at position p sees keys p - back .. p + ahead, and the first `prefix` ones */
-    int64_t prefix;
-    const int32_t *row_labels, *key_labels; /* a row sees keys of its label; without row labels it is 0; NULL: all */
+    int64_t back, ahead; /* a row at position p sees keys p - back .. p + ahead */
+    int64_t prefix;      /* and every row sees the first `prefix` keys */
+    /* A row sees the keys of its own label. No row labels: the label of every row is 0. No key labels: all keys. */
+    const int32_t *row_labels, *key_labels;
     int64_t row_labels_batch, key_labels_batch;
-    const int32_t *row_bounds, *key_bounds; /* kernels/segment_labels.py, per LANES rows or keys; or NULL */
+    const int32_t *row_bounds, *key_bounds; /* per LANES rows or keys, from kernels/segment_labels.py; or NULL */
     int64_t row_bounds_batch, key_bounds_batch;
-    /* `Piece`s per LANES rows or keys: the rectangles of a plan; or NULL, which is every row and every key */
+    /* Rectangles of a plan as `Piece`s, per LANES rows or keys; NULL means every row and every key. */
     const int32_t *row_pieces, *key_pieces;
-    int64_t row_pieces_most, key_pieces_most;   /* pieces that a tile has room for */
-    int64_t row_pieces_batch, key_pieces_batch; /* numbers to the next row of the batch; 0: all share the plan */
+    int64_t row_pieces_most, key_pieces_most;   /* most pieces of a tile */
+    int64_t row_pieces_batch, key_pieces_batch; /* stride of the batch in elements; 0 if all its rows share the plan */
     int32_t *pairs;  /* scratch for `pair_rows`: see forward.c and backward.c */
     float *partials; /* scratch of decode.c */
     float scale;
@@ -66,7 +68,7 @@ static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-/* Transpose 16 vectors of 16 numbers of 32 bit. */
+/* Transpose 16 vectors of 16 elements of 32 bits. */
 static inline void transpose(__m512i x[16]) {
     __m512i y[16];
     for (int i = 0; i < 16; i += 2) {
@@ -89,7 +91,7 @@ static inline void transpose(__m512i x[16]) {
     }
 }
 
-/* held[pair][lane]: LANES rows from `first` on, a pair of elements in 32 bit; lanes past the end repeat the last row */
+/* held[pair][lane]: LANES rows from `first` on, two elements in 32 bits. Lanes past the end repeat the last row. */
 static inline void hold_rows(Rows rows, int64_t first, int64_t dim, int32_t *held) {
     for (int64_t pair = 0; pair < dim / 2; pair += 16) {
         const int count = (int)smaller(16, dim / 2 - pair);
@@ -106,7 +108,7 @@ static inline void hold_rows(Rows rows, int64_t first, int64_t dim, int32_t *hel
     }
 }
 
-/* pairs[row / 2][column]: elements of two neighbouring rows side by side; 0 from the last row on up to a whole tile. */
+/* pairs[row / 2][column]: TILE rows from `first` on, one element of two neighbouring rows in 32 bits; 0 past the end */
 static inline void pair_rows(Rows rows, int64_t first, int64_t dim, int32_t *pairs) {
     for (int64_t row = first; row < first + TILE; row += 2)
         for (int64_t column = 0; column < dim; column += 16) {
@@ -122,10 +124,10 @@ static inline void pair_rows(Rows rows, int64_t first, int64_t dim, int32_t *pai
         }
 }
 
-/* Rows that `pair_heads` keeps for a head: a tile may begin at any row, and its last step may pass the end. */
+/* Rows of a head in `pair_heads`, padding included: a tile may begin at any row, and it ends with a whole STEP. */
 static inline int64_t padded_rows(int64_t count) { return round_up(count + STEP, TILE); }
 
-/* Every head of a tensor as `pair_rows`, by all threads of a team. */
+/* `pair_rows` of every head of a tensor; the threads of a team share the work. */
 static inline void pair_heads(const Tensor *tensor, int64_t batch, int64_t heads, int64_t count, int64_t dim,
                               int32_t *pairs) {
     const int64_t tiles = padded_rows(count) / TILE;
@@ -137,8 +139,8 @@ static inline void pair_heads(const Tensor *tensor, int64_t batch, int64_t heads
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* block[j][v] = held rows of the first `vectors` vectors times walked row first + j, over head_dim. Rows past the end
- * repeat the last one. */
+/* block[j][v] = vector v of the held rows times walked row first + j, summed over head_dim, for v < vectors. Walked
+ * rows past the end repeat the last one. */
 INLINE void multiply_some(const int32_t *held, Rows walked, int64_t first, int64_t dim, const int vectors,
                           __m512 block[STEP][VECTORS]) {
     const int32_t *row[STEP];
@@ -187,7 +189,8 @@ static inline void accumulate(const int32_t *weights, const int32_t *pairs, int6
     }
 }
 
-/* The same where vector v has weights for pairs from[v] .. to[v] only: each vector by itself, more columns at once. */
+/* `accumulate` where vector v has weights for the pairs from[v] .. to[v] only. It takes one vector at a time, so that
+ * more columns fit in registers. */
 static inline void accumulate_apart(const int32_t *weights, const int32_t *pairs, const int64_t from[VECTORS],
                                     const int64_t to[VECTORS], int64_t dim, float *sums) {
     enum { COLUMNS = 16 };
@@ -206,14 +209,14 @@ static inline void accumulate_apart(const int32_t *weights, const int32_t *pairs
         }
 }
 
-/* Two walked rows' weights for 16 held ones as pairs. */
+/* The weights of two walked rows for 16 held rows, as pairs. */
 static inline __m512i paired(__m512 first, __m512 second) {
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                                            21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(second, first));
 }
 
-/* 2**x to 3e-6 for x up to 127: 2**floor(x) by scaling, the rest by a polynomial fitted on [0, 1]. */
+/* 2**x for x <= 127, relative error 3e-6: 2**(x - floor(x)) by a polynomial fitted on [0, 1], times 2**floor(x). */
 static inline __m512 exp2_of(__m512 x) {
     const __m512 rest = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
     __m512 power = _mm512_set1_ps(0.013534166f);
@@ -224,7 +227,7 @@ static inline __m512 exp2_of(__m512 x) {
     return _mm512_scalef_ps(power, x);
 }
 
-/* Rows first .. first + LANES of a tensor = sums[column][lane] * factor[lane], rounded to bfloat16. */
+/* Store rows first .. first + LANES of a tensor: sums[column][lane] * factor[lane], rounded to bfloat16. */
 static inline void store_rows(const float *sums, const float *factor, Tensor to, int64_t b, int64_t h, int64_t first,
                               int64_t count, int64_t dim) {
     bf16 *data = to.data + b * to.batch + h * to.head;

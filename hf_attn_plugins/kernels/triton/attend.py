@@ -15,10 +15,10 @@ from hf_attn_plugins.kernels.triton.support import reason_against
 def triton(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, softcap: float | None, dropout: float
 ) -> Partial:
-    """See `kernels.attend`. Memory besides inputs and outputs: float32 partials when decoding, row sums in backward.
+    """See `kernels.attend`. Extra memory: float32 partials in decoding, one float32 per row in the backward.
 
     Raises:
-        NotImplementedError: for what `reason_against` names.
+        NotImplementedError: the kernel cannot compute this call; the message gives the reason of `reason_against`.
     """
     return triton_rectangles(query, key, value, mask, scale, softcap, dropout, [])
 
@@ -27,7 +27,15 @@ def triton_rectangles(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, softcap: float | None, dropout: float,
     plan: list[list[Rectangle]],
 ) -> Partial:  # fmt: skip
-    """One launch over `plan`, one list of rectangles per row of the batch or one for all; [] means every pair."""
+    """`triton` over the rectangles of `plan` alone, in one launch.
+
+    Args:
+        plan: one list of rectangles per row of the batch, or one list for all; [] means every pair.
+        query, key, value, mask, scale, softcap, dropout: as in `kernels.attend`.
+
+    Raises:
+        NotImplementedError: as `triton`.
+    """
     reason = reason_against(query, key, value, mask, softcap, dropout)
     if reason is not None:
         raise NotImplementedError(f"kernel 'triton' cannot do {reason}: use kernel=None to choose another.")
@@ -57,7 +65,7 @@ def triton_rectangles(
 
 
 def _beside_prefix(rectangle: Rectangle, prefix: int) -> list[Rectangle]:
-    """Split a position-masked rectangle into its prefix columns, which every row sees, and the other columns."""
+    """Split a position-masked rectangle into the keys of the prefix, which every row sees, and the other keys."""
     cut = min(max(rectangle.key_begin, prefix), rectangle.key_end)
     if not rectangle.position_masked or cut == rectangle.key_begin:
         return [rectangle]

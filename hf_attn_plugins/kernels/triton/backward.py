@@ -1,8 +1,8 @@
-"""What both passes of the backward share: the row sums, and P again from the lse.
+"""What both passes of the backward share: delta, and the weights P, computed again from the lse.
 
-Every output element is written by one program in one order, so gradients are the same bits in every run.
-Source: FlashAttention-2, arXiv 2307.08691, algorithm 2, in two passes; the lse's gradient enters through the row sums:
-dS = P * (dO V^T - delta) with delta = sum(dO * O) - dlse.
+dS = P * (dO V^T - delta) with delta = sum(dO * O) - dlse, where dlse is the gradient of the lse. One program writes
+each element of the output, in one order, so gradients are bit for bit the same in every run.
+Source: FlashAttention-2, arXiv 2307.08691, algorithm 2, here in two passes.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -30,7 +30,7 @@ def delta_kernel(
     num_rows, num_heads,
     HAS_GRAD_LSE: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta (B, H, T) = sum(grad_out * out) - grad_lse."""
+    """Write BLOCK_M rows of delta (B, H, T) = sum(grad_out * out) - grad_lse."""
     tiles = (num_rows + BLOCK_M - 1) // BLOCK_M
     first, batch_head = tl.program_id(0) % tiles * BLOCK_M, tl.cast(tl.program_id(0) // tiles, tl.int64)
     batch, head = batch_head // num_heads, batch_head % num_heads
@@ -52,7 +52,7 @@ def weights_and_slope(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PLAN: tl.constexpr, LABELS: tl.constexpr,
     BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """P from raw products, and the derivative of the capped score by the scaled one (1 without a softcap)."""
+    """(P, slope) from the products of query and key; slope is d capped / d scaled score, 1 without a softcap."""
     slope = 1.0
     if HAS_SOFTCAP:
         bent = tanh(scores * (scale / softcap))
@@ -72,7 +72,7 @@ def weights_and_slope(
 
 @triton.jit
 def load_row_numbers(row_lse, delta, rows, row_end, MASKED: tl.constexpr):
-    """row_lse of the forward and delta of some rows; past the end row_lse is +inf, which makes P 0."""
+    """(row_lse of the forward, delta) of some rows; from `row_end` on row_lse is +inf, so that P is 0."""
     if MASKED:
         inside = rows < row_end
         return tl.load(row_lse + rows, mask=inside, other=float("inf")), tl.load(delta + rows, mask=inside, other=0.0)

@@ -1,8 +1,8 @@
-"""Split-KV decoding: few query rows, many keys; one kernel for the partials, one that merges them.
+"""Split-KV decoding, for few query rows and many keys: one kernel computes partials, another merges them.
 
-All query heads of a key head share one tile of rows, so every key is read once. The splits divide the keys that the
-rows may see by position, not the cache: a static cache that is nearly empty costs what its filled part costs.
-Source: Flash-Decoding (Dao et al., 2023), the merge of `partial.merge`.
+All query heads of a key head are rows of one tile, so every key is read once. The splits divide the keys that the rows
+can see, not the whole cache: a nearly empty static cache costs as little as its filled part.
+Source: Flash-Decoding (Dao et al., 2023); the merge is that of `core.partial.merge`.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -31,13 +31,13 @@ def decode_kernel(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """part_out (B, H, T, splits, Dv) and part_lse (B, H, T, splits), float32, in units of log 2."""
+    """Write one split of part_out (B, H, T, splits, Dv) and part_lse (B, H, T, splits; units of log 2), float32."""
     split, batch_head = tl.program_id(0) % num_splits, tl.program_id(0) // num_splits
     kv_heads = num_heads // group_size
     kv_head, batch = batch_head % kv_heads, tl.cast(batch_head // kv_heads, tl.int64)
     lane = tl.arange(0, BLOCK_M)
     used = lane < group_size * num_rows
-    # Unused lanes repeat row 0 and are not stored.
+    # Lanes without a row compute row 0 and are not stored.
     row = tl.where(used, lane % num_rows, 0)
     head = kv_head * group_size + tl.where(used, lane // num_rows, 0)
     shift, seed = load_numbers(offset, offset_pointer, seed_pointer, HAS_OFFSET, HAS_DROPOUT)
@@ -86,7 +86,7 @@ def merge_kernel(
     stride_out_b, stride_out_h, stride_out_t, stride_out_d, num_rows, num_heads, num_splits,
     HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits of one row and head."""
+    """Merge the splits of one row and head into out (B, H, T, Dv), lse and row_lse (B, H, T)."""
     program = tl.cast(tl.program_id(0), tl.int64)
     row, batch_head = program % num_rows, program // num_rows
     head, batch = batch_head % num_heads, batch_head // num_heads

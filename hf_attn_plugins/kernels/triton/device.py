@@ -1,4 +1,4 @@
-"""Which GPU a launch goes to, and launching: for real, or recorded for the ahead-of-time check."""
+"""Launches of the Triton kernels: run on the tensors' GPU, or recorded for ahead-of-time compilation."""
 
 from __future__ import annotations
 
@@ -13,20 +13,26 @@ from torch import Tensor
 
 
 class Launch(NamedTuple):
-    """One launch as it was asked for: what the ahead-of-time check compiles."""
+    """One recorded launch, which `static.py` compiles.
+
+    Attributes:
+        kernel: the jitted function.
+        grid: numbers of programs.
+        arguments: every argument by name, with num_warps and num_stages.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
 
 
-# Global state, set by `recording` only: (architecture, launches recorded so far), None when launches run.
+# Global state, set by `recording` only: (architecture, launches recorded so far). None: launches run.
 _recording: tuple[str, list[Launch]] | None = None
 
 
 @contextlib.contextmanager
 def recording(arch: str) -> Iterator[list[Launch]]:
-    """Collect launches on meta tensors, as if they were on a GPU of architecture `arch`, instead of running them."""
+    """In the block, launches on meta tensors are collected as for a GPU of architecture `arch`; none is run."""
     global _recording
     _recording = (arch, [])
     try:
@@ -36,7 +42,7 @@ def recording(arch: str) -> Iterator[list[Launch]]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], /, **arguments: Any) -> None:
-    """kernel[grid](...) with every argument by its name, unless launches are being recorded."""
+    """Run kernel[grid](**arguments), or record it inside of `recording`."""
     if _recording is not None:
         _recording[1].append(Launch(kernel, grid, arguments))
     else:
@@ -44,12 +50,12 @@ def launch(kernel: Any, grid: tuple[int, ...], /, **arguments: Any) -> None:
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which is not the tensor's when a model is spread over several."""
+    """Make the tensor's device current: Triton launches on the current one, and a model may use several."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
 
 
 def architecture(device: torch.device) -> str:
-    """ "sm90", "gfx942", ...; "interpreter" for CPU tensors."""
+    """The name of a GPU's architecture, such as "sm90" or "gfx942"; "interpreter" for the CPU."""
     if _recording is not None:
         return _recording[0]
     return "interpreter" if device.type == "cpu" else _architecture(device)
@@ -65,20 +71,21 @@ def _architecture(device: torch.device) -> str:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
+    """The number of multiprocessors of a GPU."""
     if device.type != "cuda":
-        return 4  # the interpreter has none; this many make it split
+        return 4  # the interpreter has none; with 4 it splits keys, too
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def precision(dtype: torch.dtype, arch: str) -> str:
-    """How products of float32 tiles are done: three TF32 products on NVIDIA, plain float32 elsewhere."""
+    """Triton's `input_precision` of products: three TF32 products for float32 on NVIDIA, else plain ("ieee")."""
     return "tf32x3" if dtype == torch.float32 and arch.startswith("sm") else "ieee"
 
 
 def takes_tma(*tensors: Tensor) -> bool:
-    """Whether TMA descriptors can be made of (B, H, S, D) tensors: Hopper or newer, and steps of 16 bytes.
+    """Whether TMA descriptors can be made of (B, H, S, D) tensors: on Hopper or newer, with strides of 16 bytes.
 
-    Descriptors made in a kernel need memory from a hook of Triton, which is set here.
+    Descriptors made in a kernel need scratch memory. If True, Triton's hook for it is set here.
     """
     arch = architecture(tensors[0].device)
     if not (arch == "interpreter" or (arch.startswith("sm") and int(arch[2:]) >= 90)):
@@ -92,7 +99,7 @@ def takes_tma(*tensors: Tensor) -> bool:
     if arch != "interpreter" and _recording is None:
         import triton
 
-        triton.set_allocator(_scratch)  # again in every call: Triton keeps it per thread
+        triton.set_allocator(_scratch)  # in every call, because Triton keeps the hook per thread
     return True
 
 

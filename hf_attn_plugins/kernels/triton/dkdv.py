@@ -1,4 +1,4 @@
-"""Backward, second pass: dK and dV, one program per tile of keys and key head, walking over query rows."""
+"""Backward, second pass: dK and dV. One program per tile of keys and key head goes over the query rows."""
 
 # mypy: disallow-untyped-defs=False
 # Device functions take tensors, pointers and numbers that Triton types by use.
@@ -30,9 +30,10 @@ def dkdv_range(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add dS^T Q and P^T dO over the whole or the masked tiles of some rows, of `group_size` heads from `head` on.
+    """Add dS^T Q and P^T dO of a range of rows: of its masked tiles if MASKED, else of its whole ones.
 
-    One flat loop over heads and rows: nested ones make the compiler dropout_scale so many addresses that it spills.
+    The rows are those of `group_size` heads from `head` on. One loop goes over heads and rows: for two nested loops the
+    compiler computes so many addresses ahead that registers spill.
     """
     stride_query_h, stride_query, stride_query_dim, stride_grad_h, stride_grad, stride_grad_dim = strides
     stride_bias_h, stride_bias_t, stride_bias_s = bias_strides
@@ -59,7 +60,7 @@ def dkdv_range(
         bias_rows = bias
         if BIAS != NO_BIAS:
             bias_rows = bias + group_64 * stride_bias_h + tl.cast(rows, tl.int64) * stride_bias_t
-        # Transposed tiles (keys, rows): P^T and dS^T are then left operands straight from registers.
+        # Tiles are transposed, (keys, rows): P^T and dS^T are then left operands and stay in registers.
         weights, slope = weights_and_slope(
             tl.dot(key, tl.trans(query), input_precision=PRECISION), rows, keys, tile_lse[None, :], piece, labels,
             bias_rows, stride_bias_s, scale, softcap, MASKED, HAS_LEFT, HAS_RIGHT, HAS_PLAN, LABELS, BIAS, HAS_SOFTCAP,
@@ -94,14 +95,12 @@ def dkdv_kernel(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK (B, Hkv, S, D) and dV (B, Hkv, S, Dv), a tile of BLOCK_N keys each, summed over the heads that share them.
+    """Write BLOCK_N keys of dK (B, Hkv, S, D) and dV (B, Hkv, S, Dv), summed over the heads that share them.
 
-    `bounds` and `plan` are those of the key tiles here: which rows each of them has to visit.
+    `bounds` and `plan` belong to tiles of keys here: they say which rows see each tile.
     """
-    tile, kv_head, batch = program_tile(num_keys, num_heads // group_size, False, BLOCK_N)
+    tile, first, last, kv_head, batch = program_tile(num_keys, num_heads // group_size, False, BLOCK_N)
     head = kv_head * group_size
-    first = tile * BLOCK_N
-    high = tl.minimum(first + BLOCK_N, num_keys) - 1
     keys = first + tl.arange(0, BLOCK_N)[:, None]
     shift, seed = load_numbers(offset, offset_pointer, seed_pointer, HAS_OFFSET, HAS_DROPOUT)
     labels = batch_labels(row_labels, key_labels, stride_row_labels, stride_key_labels, batch, LABELS)
@@ -126,9 +125,9 @@ def dkdv_kernel(
     for index in range(num_pieces if HAS_PLAN else 1):
         held = load_piece(plan, index, num_keys, num_rows, left, right, shift, HAS_PLAN)
         key_begin, key_end, row_begin, row_end, piece_left, piece_right, piece_shift = held
-        # Seen from a key, rows lie the other way: shift changes its sign and the bounds change sides.
+        # `piece_range` puts the held side first. Seen from a key, shift changes its sign, and left and right swap.
         turned = (key_begin, key_end, row_begin, row_end, piece_right, piece_left, -piece_shift)
-        reach = piece_range(first, high, turned, limits, HAS_RIGHT, HAS_LEFT, HAS_PLAN, BIAS, BLOCK_M)
+        reach = piece_range(first, last, turned, limits, HAS_RIGHT, HAS_LEFT, HAS_PLAN, BIAS, BLOCK_M)
         piece = (row_begin, row_end, key_begin, key_end, piece_left, piece_right, piece_shift)
         for MASKED in tl.static_range(1 if BIAS != NO_BIAS else 0, 2):  # the whole tiles, then the others
             dk, dv = dkdv_range(

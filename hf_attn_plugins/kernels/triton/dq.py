@@ -1,4 +1,4 @@
-"""Backward, first pass: dQ, one program per tile of query rows and head, walking over keys."""
+"""Backward, first pass: dQ. One program per tile of query rows and head goes over the keys."""
 
 # mypy: disallow-untyped-defs=False
 # Device functions take tensors, pointers and numbers that Triton types by use.
@@ -15,6 +15,7 @@ from hf_attn_plugins.kernels.triton.program import (
     load_piece,
     piece_range,
     program_tile,
+    row_bias,
     tile_limits,
     tile_plan,
 )
@@ -30,7 +31,7 @@ def dq_range(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add dS K over the whole or the masked tiles of some keys to `acc`, a tile of dQ not yet scaled."""
+    """Add dS K of a range of keys to `acc` (dQ without the scale): its masked tiles if MASKED, else its whole ones."""
     stride_key, stride_key_dim, stride_value, stride_value_dim = strides
     key_end = piece[3]
     begin, whole_begin, whole_end, end = limits
@@ -70,20 +71,14 @@ def dq_kernel(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ (B, H, T, D), a tile of BLOCK_M rows each."""
-    tile, head, batch = program_tile(num_rows, num_heads, HAS_RIGHT, BLOCK_M)
-    first = tile * BLOCK_M
-    high = tl.minimum(first + BLOCK_M, num_rows) - 1
+    """Write BLOCK_M rows of dQ (B, H, T, D)."""
+    tile, first, last, head, batch = program_tile(num_rows, num_heads, HAS_RIGHT, BLOCK_M)
     rows = first + tl.arange(0, BLOCK_M)[:, None]
     shift, seed = load_numbers(offset, offset_pointer, seed_pointer, HAS_OFFSET, HAS_DROPOUT)
     labels = batch_labels(row_labels, key_labels, stride_row_labels, stride_key_labels, batch, LABELS)
     limits = tile_limits(bounds, stride_bounds_b, stride_bounds_tile, batch, tile, num_keys, LABELS)
     plan = tile_plan(plan, stride_plan_b, stride_plan_tile, batch, tile, HAS_PLAN)
-    bias_rows = bias
-    if BIAS != NO_BIAS:
-        bias_rows = (
-            head_pointer(bias, batch, head, stride_bias_b, stride_bias_h) + tl.cast(rows, tl.int64) * stride_bias_t
-        )
+    bias_rows = row_bias(bias, batch, head, rows, stride_bias_b, stride_bias_h, stride_bias_t, BIAS)
     query = head_pointer(query, batch, head, stride_query_b, stride_query_h)
     grad_out = head_pointer(grad_out, batch, head, stride_grad_b, stride_grad_h)
     d_query = head_pointer(d_query, batch, head, stride_dq_b, stride_dq_h)
@@ -97,7 +92,7 @@ def dq_kernel(
     acc = tl.full((BLOCK_M, BLOCK_D), 0.0, tl.float32)
     for index in range(num_pieces if HAS_PLAN else 1):
         piece = load_piece(plan, index, num_rows, num_keys, left, right, shift, HAS_PLAN)
-        reach = piece_range(first, high, piece, limits, HAS_LEFT, HAS_RIGHT, HAS_PLAN, BIAS, BLOCK_N)
+        reach = piece_range(first, last, piece, limits, HAS_LEFT, HAS_RIGHT, HAS_PLAN, BIAS, BLOCK_N)
         for MASKED in tl.static_range(1 if BIAS != NO_BIAS else 0, 2):  # the whole tiles, then the others
             acc = dq_range(
                 acc, q, g, tile_lse, tile_delta, key, value, strides, reach, rows, head, piece, labels, bias_rows,

@@ -1,4 +1,4 @@
-"""The forward kernel: one program per tile of query rows and head walks over the keys those rows see.
+"""The forward kernel: one program per tile of query rows and head goes over the keys that these rows see.
 
 Source: FlashAttention-2, arXiv 2307.08691, algorithm 1, with scores in units of log 2.
 """
@@ -17,6 +17,7 @@ from hf_attn_plugins.kernels.triton.program import (
     load_piece,
     piece_range,
     program_tile,
+    row_bias,
     tile_limits,
     tile_plan,
 )
@@ -46,9 +47,10 @@ def accumulate(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax of a tile of rows over the whole or the masked tiles of some keys (see `key_range`).
+    """Online softmax of a tile of rows over a range of keys: over its masked tiles if MASKED, else over its whole ones.
 
-    `rows` and `heads` are (rows, 1); `acc` is out times `row_sum`, `row_sum` the sum of 2**(scores - row_max).
+    `limits` is the range, as `key_range` returns it. `rows` and `heads` are (rows, 1). With scores in units of log 2:
+    `row_sum` is the sum of 2**(scores - row_max), and `acc` is out * row_sum.
     """
     stride_key, stride_key_dim, stride_value, stride_value_dim = strides
     row_end, key_end = piece[1], piece[3]
@@ -70,7 +72,7 @@ def accumulate(
             seen = visible(rows, keys, piece, labels, HAS_LEFT, HAS_RIGHT, HAS_PLAN, LABELS)
             scores = tl.where(seen, scores, -float("inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
-        # Rows that saw nothing yet: exp2(-inf - 0) = 0 where exp2(-inf + inf) would be NaN.
+        # For rows that saw no key yet: exp2(-inf - 0) is 0, but exp2(-inf + inf) would be NaN.
         score_shift = tl.where(new_max == -float("inf"), 0.0, new_max)
         weights = tl.exp2(scores * factor - score_shift[:, None])
         rescale = tl.exp2(row_max - score_shift)
@@ -94,7 +96,7 @@ def accumulate_piece(
     HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """`accumulate` over one piece: its whole tiles without a mask, those before and after them with one."""
+    """`accumulate` over one piece: first its whole tiles, without a mask, then the tiles before and after them."""
     limits = piece_range(low, high, piece, limits, HAS_LEFT, HAS_RIGHT, HAS_PLAN, BIAS, BLOCK_N)
     for MASKED in tl.static_range(1 if BIAS != NO_BIAS else 0, 2):
         acc, row_sum, row_max = accumulate(
@@ -120,20 +122,14 @@ def forward_kernel(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """out (B, H, T, Dv), lse (B, H, T) and row_lse (see `store_lse`), a tile of BLOCK_M rows each."""
-    tile, head, batch = program_tile(num_rows, num_heads, HAS_RIGHT, BLOCK_M)
-    first = tile * BLOCK_M
-    high = tl.minimum(first + BLOCK_M, num_rows) - 1
+    """Write BLOCK_M rows of out (B, H, T, Dv), lse (B, H, T) and row_lse (B, H, T; see `store_lse`)."""
+    tile, first, last, head, batch = program_tile(num_rows, num_heads, HAS_RIGHT, BLOCK_M)
     rows = first + tl.arange(0, BLOCK_M)[:, None]
     shift, seed = load_numbers(offset, offset_pointer, seed_pointer, HAS_OFFSET, HAS_DROPOUT)
     labels = batch_labels(row_labels, key_labels, stride_row_labels, stride_key_labels, batch, LABELS)
     limits = tile_limits(bounds, stride_bounds_b, stride_bounds_tile, batch, tile, num_keys, LABELS)
     plan = tile_plan(plan, stride_plan_b, stride_plan_tile, batch, tile, HAS_PLAN)
-    bias_rows = bias
-    if BIAS != NO_BIAS:
-        bias_rows = (
-            head_pointer(bias, batch, head, stride_bias_b, stride_bias_h) + tl.cast(rows, tl.int64) * stride_bias_t
-        )
+    bias_rows = row_bias(bias, batch, head, rows, stride_bias_b, stride_bias_h, stride_bias_t, BIAS)
     query = head_pointer(query, batch, head, stride_query_b, stride_query_h)
     key = head_pointer(key, batch, head // group_size, stride_key_b, stride_key_h)
     value = head_pointer(value, batch, head // group_size, stride_value_b, stride_value_h)
@@ -145,11 +141,11 @@ def forward_kernel(
     acc = tl.full((BLOCK_M, BLOCK_DV), 0.0, tl.float32)
     row_sum = tl.full((BLOCK_M,), 0.0, tl.float32)
     row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    # One piece without a plan: the loop is then a single unrolled pass.
+    # Without a plan there is one piece, and the compiler unrolls the loop.
     for index in range(num_pieces if HAS_PLAN else 1):
         piece = load_piece(plan, index, num_rows, num_keys, left, right, shift, HAS_PLAN)
         acc, row_sum, row_max = accumulate_piece(
-            acc, row_sum, row_max, query_tile, key, value, strides, rows, head, first, high, piece, limits, labels,
+            acc, row_sum, row_max, query_tile, key, value, strides, rows, head, first, last, piece, limits, labels,
             bias_rows, stride_bias_s, scale, softcap, dropout, seed, HAS_LEFT, HAS_RIGHT, HAS_PLAN, LABELS, BIAS,
             HAS_SOFTCAP, HAS_DROPOUT, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, TMA,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""From tensors to launches: grids, strides and constants of the Triton kernels."""
+"""From tensors to launches: the grids and all arguments of the Triton kernels."""
 
 from __future__ import annotations
 
@@ -25,13 +25,16 @@ override: dict[str, Config] = {}  # global state: kind -> configuration, set by 
 
 
 class Call(NamedTuple):
-    """What one call computes, besides its query, key and value.
+    """One call, besides its query, key and value.
 
     Attributes:
+        scale, softcap: factor of the scores, above 0; bound of the scaled scores, or None.
         left, right: a row at position p sees keys p - left .. p + right; None for no bound.
         offset: position of row 0 on the key axis, an int or a 0-dim integer tensor.
-        labels: padding and segments; bias: (B, H, T, S) with strides of 0 where it broadcasts; seed: of dropout.
-        pieces: a plan as `triton_plan.flat` writes it; empty for one piece of everything.
+        labels: padding and segments, or None.
+        bias: (B, H, T, S), float or bool, with strides of 0 where it broadcasts, or None.
+        dropout, seed: probability that a weight is dropped, and a 0-dim int64 tensor, or None.
+        pieces: a plan as `rectangle_tables.flat` writes it; empty for one rectangle of everything.
     """
 
     scale: float
@@ -47,17 +50,21 @@ class Call(NamedTuple):
 
 
 def empty(*size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised memory for the kernels to fill (tests fill it with NaN first)."""
+    """Uninitialised memory for the kernels to fill; tests replace this function to fill it with NaN first."""
     return torch.empty(*size, dtype=dtype, device=device)
 
 
 def token_major(batch: int, heads: int, tokens: int, dim: int, like: Tensor) -> Tensor:
-    """(B, H, T, D), laid out as (B, T, H, D): what the output projection reads is then contiguous."""
+    """(B, H, T, D), in memory (B, T, H, D), which the output projection then reads without a copy."""
     return empty(batch, tokens, heads, dim, dtype=like.dtype, device=like.device).transpose(1, 2)
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """out (B, Hq, T, Dv), lse (B, Hq, T), and the lse as the backward wants it (`triton_tiles.store_lse`)."""
+    """Attention of query (B, Hq, T, D), key (B, Hkv, S, D) and value (B, Hkv, S, Dv), of one dtype.
+
+    Returns:
+        out (B, Hq, T, Dv) in the query's dtype, lse (B, Hq, T) and row_lse (B, Hq, T; see `tiles.store_lse`), float32.
+    """
     if _without_bfloat16(query):
         out, lse, row_lse = forward(query.float(), key.float(), value.float(), call)
         return out.to(query.dtype), lse, row_lse
@@ -123,7 +130,7 @@ def backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, row_lse: Tensor,
     call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of query, key and value."""
+    """The gradients of query, key and value, from those of out (B, Hq, T, Dv) and lse (B, Hq, T; None for 0)."""
     if _without_bfloat16(query):
         wide = (query.float(), key.float(), value.float(), out.float())
         d_query, d_key, d_value = backward(grad_out.float(), grad_lse, *wide, row_lse, call)
@@ -145,7 +152,6 @@ def backward(
             HAS_GRAD_LSE=grad_lse is not None, HEAD_DIM_V=head_dim_v, BLOCK_DV=constants["BLOCK_DV"], BLOCK_M=64,
             num_warps=4,
         )  # fmt: skip
-        # What both passes get.
         shared = {
             "query": query, "key": key, "value": value, "grad_out": grad_out, "row_lse": row_lse, "delta": delta,
             **_strides(query_bhtd=query, key_bhsd=key, value_bhsd=value, grad_bhtd=grad_out),
@@ -187,7 +193,7 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
 
 
 def _side(call: Call, bounds: Tensor | None) -> dict[str, Any]:
-    """What restricts the pairs: labels and their bounds, bias, the tensors of offset and seed."""
+    """The tensors that depend on the pair: labels with their bounds, bias, offset and seed; and their strides."""
     row_labels, key_labels = (None, None) if call.labels is None else (call.labels.rows, call.labels.keys)
     bias_strides = (0, 0, 0, 0) if call.bias is None else call.bias.stride()
     bounds_batch, bounds_tile = _stride2(bounds)
@@ -260,10 +266,10 @@ def _config(kind: str, query: Tensor, value: Tensor, call: Call) -> Config:
 
 
 def _without_bfloat16(tensor: Tensor) -> bool:
-    """Triton's interpreter multiplies the bits of bfloat16 tiles as integers: give it float32 instead."""
+    """Whether to convert to float32: Triton's interpreter multiplies the bits of bfloat16 tiles as integers."""
     return tensor.dtype == torch.bfloat16 and architecture(tensor.device) == "interpreter"
 
 
 def _power(number: int) -> int:
-    """The smallest power of two that is not smaller."""
+    """The smallest power of two >= `number`."""
     return 1 << max(0, number - 1).bit_length()

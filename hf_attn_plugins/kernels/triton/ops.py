@@ -1,4 +1,4 @@
-"""The Triton kernels as PyTorch operators, so that `torch.compile`, fake tensors and autograd see through them."""
+"""The Triton kernels as PyTorch operators, for `torch.compile`, fake tensors and autograd."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NUM_OPTIONS = OPTIONS.count(",") + 1
     schema=f"(Tensor query, Tensor key, Tensor value, {OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
 def triton_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """`triton_launch.forward`: out, lse and the backward's lse; options of `triton_launch.Call` as in `OPTIONS`."""
+    """`launch.forward`: out, lse and row_lse, which the backward reads. `options` are listed in `OPTIONS`."""
     return triton_launch.forward(query, key, value, _call(*options))
 
 
@@ -48,7 +48,7 @@ def triton_attention_backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, row_lse: Tensor,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of query, key and value; deterministic."""
+    """`launch.backward`: the gradients of query, key and value, bit for bit the same in every run."""
     return triton_launch.backward(grad_out, grad_lse, query, key, value, out, row_lse, _call(*options))
 
 

@@ -1,6 +1,7 @@
-"""What the forward, dQ and dK/dV programs share: where one stands, what its mask is, which columns a piece asks for.
+"""What the forward, dQ and dK/dV programs share: their tile, their mask, and the columns that a piece needs.
 
-A program holds a tile of tokens of one side of the score matrix and walks over the other (see `triton_tiles`).
+A program holds one tile of tokens of one side of the score matrix and goes over the tokens of the other side (see
+`tiles.py`). "Held" and "other" name the two sides here.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -18,21 +19,31 @@ RECTANGLE_FIELDS: tl.constexpr = tl.constexpr(len(Rectangle._fields))
 
 @triton.jit
 def program_tile(num_tokens, num_heads, LAST_FIRST: tl.constexpr, BLOCK: tl.constexpr):
-    """The tile of held tokens, the head, and the row of the batch (64 bits) of this program.
+    """The held tile of this program: its number, first and last token, its head, and its row of the batch (64 bits).
 
-    LAST_FIRST: the last rows of a causal mask have most to do, and are started first.
+    LAST_FIRST: start with the last tile. The last rows of a causal mask see most keys and take longest.
     """
     tiles = (num_tokens + BLOCK - 1) // BLOCK
     tile, batch_head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     if LAST_FIRST:
         tile = tiles - 1 - tile
-    return tile, batch_head % num_heads, tl.cast(batch_head // num_heads, tl.int64)
+    first = tile * BLOCK
+    last = tl.minimum(first + BLOCK, num_tokens) - 1
+    return tile, first, last, batch_head % num_heads, tl.cast(batch_head // num_heads, tl.int64)
 
 
 @triton.jit
 def head_pointer(base, batch, head, stride_b, stride_h):
-    """Where the (tokens, dims) of one row of the batch and one head begin."""
+    """Pointer to the first element of the (tokens, dims) matrix of one row of the batch and one head."""
     return base + batch * stride_b + tl.cast(head, tl.int64) * stride_h
+
+
+@triton.jit
+def row_bias(bias, batch, head, rows, stride_b, stride_h, stride_t, BIAS: tl.constexpr):
+    """Pointers to the rows' first element of the bias."""
+    if BIAS != NO_BIAS:
+        bias = head_pointer(bias, batch, head, stride_b, stride_h) + tl.cast(rows, tl.int64) * stride_t
+    return bias
 
 
 @triton.jit
@@ -48,7 +59,7 @@ def load_numbers(offset, offset_pointer, seed_pointer, HAS_OFFSET: tl.constexpr,
 
 @triton.jit
 def batch_labels(row_labels, key_labels, stride_row_labels, stride_key_labels, batch, LABELS: tl.constexpr):
-    """The labels of one row of the batch."""
+    """Pointers to the labels of one row of the batch: (row labels, key labels)."""
     if LABELS != NO_LABELS:
         key_labels += batch * stride_key_labels
     if LABELS == BOTH_LABELS:
@@ -57,24 +68,27 @@ def batch_labels(row_labels, key_labels, stride_row_labels, stride_key_labels, b
 
 
 @triton.jit
-def tile_limits(bounds, stride_b, stride_tile, batch, tile, num_walked, LABELS: tl.constexpr):
-    """What the labels leave a tile to walk over; see `labels.row_bounds`."""
+def tile_limits(bounds, stride_b, stride_tile, batch, tile, num_others, LABELS: tl.constexpr):
+    """The range of other tokens that the labels leave to a tile; see `segment_labels.row_bounds`."""
     if LABELS != NO_LABELS:
         bounds += batch * stride_b + tl.cast(tile, tl.int64) * stride_tile
-    return load_bounds(bounds, num_walked, LABELS != NO_LABELS)
+    return load_bounds(bounds, num_others, LABELS != NO_LABELS)
 
 
 @triton.jit
 def tile_plan(plan, stride_b, stride_tile, batch, tile, HAS_PLAN: tl.constexpr):
-    """Where the list of pieces of a tile begins."""
+    """Pointer to the first piece of a tile."""
     if HAS_PLAN:
         plan += batch * stride_b + tl.cast(tile, tl.int64) * stride_tile
     return plan
 
 
 @triton.jit
-def load_piece(plan, index, num_held, num_walked, left, right, shift, HAS_PLAN: tl.constexpr):
-    """Held begin, end, walked begin, end, left, right and shift of a piece; unbounded where it is not banded."""
+def load_piece(plan, index, num_held, num_others, left, right, shift, HAS_PLAN: tl.constexpr):
+    """(held begin, held end, other begin, other end, left, right, shift) of a piece.
+
+    left and right are `NO_BOUND` for a piece that is not banded: its rows see all its keys (`position_masked` False).
+    """
     if HAS_PLAN:
         pointer = plan + index * RECTANGLE_FIELDS
         banded = tl.load(pointer + 4) != 0
@@ -88,7 +102,7 @@ def load_piece(plan, index, num_held, num_walked, left, right, shift, HAS_PLAN: 
             shift + tl.load(pointer + 5),
         )
     else:
-        return 0, num_held, 0, num_walked, left, right, shift
+        return 0, num_held, 0, num_others, left, right, shift
 
 
 @triton.jit
@@ -96,13 +110,16 @@ def piece_range(
     low, high, piece, limits, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PLAN: tl.constexpr,
     BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`key_range` of the held tokens low..high that lie in a piece, without whole tiles where none can be whole."""
-    held_begin, held_end, walked_begin, walked_end, left, right, shift = piece
+    """`key_range` of the held tokens low..high that lie in a piece.
+
+    All tiles need a mask if the held tile is not inside of the piece, or if there is a bias.
+    """
+    held_begin, held_end, other_begin, other_end, left, right, shift = piece
     begin, whole_begin, whole_end, end = key_range(
-        tl.maximum(low, held_begin), tl.minimum(high, held_end - 1), shift, left, right, walked_begin, walked_end,
+        tl.maximum(low, held_begin), tl.minimum(high, held_end - 1), shift, left, right, other_begin, other_end,
         limits, HAS_LEFT, HAS_RIGHT, BLOCK,
     )  # fmt: skip
-    if HAS_PLAN:  # a tile that sticks out of its piece needs a mask everywhere
+    if HAS_PLAN:
         inside = (low >= held_begin) & (high < held_end)
         end = tl.where(held_begin > high, begin, end)
         whole_begin, whole_end = tl.where(inside, whole_begin, begin), tl.where(inside, whole_end, begin)

@@ -1,7 +1,7 @@
-"""What the compiler makes of the Triton kernels, without a GPU: registers, spills, shared memory, matrix instructions.
+"""Resources of the compiled Triton kernels, without a GPU: registers, spills, shared memory, matrix instructions.
 
-Every launch of a real call is recorded on meta tensors (`triton_device.recording`) and compiled ahead of time for each
-target, specialised as Triton's own launcher would; the resources are read from the binary.
+The launches of a call are recorded on meta tensors (`device.recording`) and compiled ahead of time for each target,
+specialised as Triton's own launcher does it. The resources are read from the binaries.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ TOKENS, HEADS, KV_HEADS = 16384, 32, 8
 
 @dataclass(frozen=True)
 class Chip:
-    """A compile target and the limits that decide what fits.
+    """A compile target and its limits.
 
     Attributes:
+        backend, arch, warp: Triton's names of the target, and threads of a warp.
         block_shared, chip_shared: bytes of shared memory that one block and one multiprocessor have.
         peak: dense bfloat16 matrix TFLOP/s from the vendor's data sheet (A100, H100 SXM, B200, MI300X).
     """
@@ -85,9 +86,13 @@ class Resources:
 def record(
     target: str, dtype: torch.dtype, head_dim: int, causal: bool, tma: bool = False, **features: Any
 ) -> list[Launch]:
-    """The launches of a prefill with its backward, and of a decode step, for the target's tile sizes.
+    """The launches of a prefill with its backward, and of one decoding step, with the target's tile sizes.
 
-    tma: the forward loads by TMA descriptors, whatever the table says.
+    Args:
+        target: one of `CHIPS`.
+        dtype, head_dim, causal: of query, key and value, and whether the mask is causal.
+        tma: the forward loads by TMA descriptors, whatever the tuning table says.
+        features: other fields of `launch.Call`.
     """
     call = Call(head_dim**-0.5, None, None, 0 if causal else None, 0, None, None, 0.0, None, ())._replace(**features)
 
@@ -101,14 +106,19 @@ def record(
         with recording(target) as launches:
             out, _, row_lse = forward(query, key, key, call)
             backward(out, None, query, key, key, out, row_lse, call)
-            forward(tensor(HEADS, 1), key, key, call._replace(offset=TOKENS - 1, pieces=()))  # plans are of prompts
+            forward(tensor(HEADS, 1), key, key, call._replace(offset=TOKENS - 1, pieces=()))  # only prompts have plans
     finally:
         override.clear()
     return launches
 
 
 def compile_launch(launch: Launch, target: str) -> Any:
-    """`triton.compile` of one recorded launch; raises what the compiler raises."""
+    """`triton.compile` of one recorded launch.
+
+    Raises:
+        TypeError: the arguments are not those of the kernel.
+        Exception: whatever the compiler raises.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -121,7 +131,8 @@ def compile_launch(launch: Launch, target: str) -> Any:
     options = {name: values.pop(name) for name in ("num_warps", "num_stages") if name in values}
     names = launch.kernel.arg_names
     if set(values) != set(names):
-        raise TypeError(f"{launch.kernel.__name__} was launched with other arguments than it has.")
+        differing = sorted(set(values) ^ set(names))
+        raise TypeError(f"{launch.kernel.__name__} and its launch differ in the arguments {', '.join(differing)}.")
     for index, name in enumerate(names):
         value = values[name]
         kind = "constexpr" if launch.kernel.params[index].is_constexpr else _type(value)
@@ -135,7 +146,7 @@ def compile_launch(launch: Launch, target: str) -> Any:
 
 
 def _type(value: Any) -> str:
-    """An argument's type in Triton's signature, as its launcher specialises it."""
+    """An argument's type in Triton's signature, as Triton's launcher specialises it."""
     if isinstance(value, torch.Tensor):
         return "*" + TYPES[value.dtype]
     if value is None or (isinstance(value, int) and value == 1):
@@ -164,9 +175,13 @@ def measure(launch: Launch, target: str, dtype: str, head_dim: int, causal: bool
 
 
 def resident_blocks(registers: int, shared: int, warps: int, chip: Chip) -> int:
-    """Blocks on one NVIDIA multiprocessor: 64 Ki registers given out by 256 a warp, 64 warps, and the shared memory."""
+    """Blocks that fit on one NVIDIA multiprocessor.
+
+    It has 65,536 registers, which a warp takes in units of 256, 64 warps, 32 blocks, and the chip's shared memory, of
+    which the driver takes 1 KiB per block.
+    """
     by_registers = 65536 // (-(-registers * 32 // 256) * 256 * warps)
-    by_shared = chip.chip_shared // (shared + 1024)  # 1 KiB is the driver's
+    by_shared = chip.chip_shared // (shared + 1024)
     return min(by_registers, by_shared, 64 // warps, 32)
 
 
@@ -206,9 +221,9 @@ def _tool(name: str, *arguments: str) -> str:
 def report(
     targets: list[str], dtypes: list[str], head_dims: list[int], causal: list[bool], kernels: list[str] | None = None
 ) -> Iterator[Resources]:
-    """`measure` over a grid, one kernel after the other; `kernels` are names without "_kernel".
+    """`measure` of every kernel for all combinations of the arguments.
 
-    Where the chip has TMA, the forward is measured with and without it.
+    `kernels` are names without "_kernel"; None means all. Where the chip has TMA, the forward is measured with it, too.
     """
     for target, dtype, head_dim, banded in itertools.product(targets, dtypes, head_dims, causal):
         launches = record(target, DTYPES[dtype], head_dim, banded)
@@ -220,8 +235,11 @@ def report(
 
 
 def problems(rows: list[Resources]) -> list[str]:
-    """Which rows break what is required: shared memory within the chip; for bfloat16 at head_dim 64 and 128 no spills
-    (forward everywhere on NVIDIA, backward on sm90) and HGMMA in the forward on sm90."""
+    """One line per requirement that a row does not meet.
+
+    Required everywhere: shared memory within the chip's limit. For bfloat16 at head_dim 64 and 128: no spills in the
+    forward on NVIDIA and in the backward on sm90, and HGMMA in the forward on sm90.
+    """
     found = []
     for row in rows:
         where = f"{row.kernel} {row.target} {row.dtype} head_dim {row.head_dim} {'causal' if row.causal else 'full'}"

@@ -1,4 +1,4 @@
-"""What the kernel "triton" can do, asked without importing Triton."""
+"""What the kernel "triton" can compute, known without importing Triton."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def interpreting() -> bool:
-    """Whether Triton's interpreter was asked for, which runs the kernels on CPU tensors, slowly."""
+    """Whether TRITON_INTERPRET=1: Triton's interpreter then runs the kernels on CPU tensors, slowly."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def reason_against(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float
 ) -> str | None:
-    """Why `triton` cannot do this call; None when it can."""
+    """Why `triton` cannot compute this call; None when it can."""
     if not INSTALLED:
         return "anything, because Triton is not installed (pip install 'hf-attn-plugins[triton]')"
     if query.device.type != "cuda" and not interpreting():

@@ -1,10 +1,11 @@
-"""Device functions that every Triton kernel shares: which columns a tile of rows sees, tile loads, scores, dropout.
+"""Device functions that every Triton kernel shares: which columns a tile of rows sees, loads, stores, bias, dropout.
 
-"Rows" and "columns" are the two sides of the score matrix. The forward and dQ kernels hold a tile of query rows and
-walk over keys; the dK/dV kernel holds keys and walks over query rows, with the same functions and the sides swapped.
+"Rows" and "columns" are the two sides of the score matrix. The forward and dQ kernels hold a tile of query rows and go
+over the keys. The dK/dV kernel holds a tile of keys and goes over the query rows: it calls the same functions with the
+sides swapped.
 
-Of Triton's own jitted helpers only max and sum are used. Triton binds its jitted helpers to the
-compiler or to the interpreter at its first import: set TRITON_INTERPRET=1 before.
+Of Triton's own jitted helpers only max and sum are used. Triton binds them to the compiler or to the interpreter at its
+first import, so TRITON_INTERPRET=1 must be set before.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -19,7 +20,7 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 NO_BOUND: tl.constexpr = tl.constexpr(1 << 30)
 HIDDEN: tl.constexpr = tl.constexpr(-(1 << 31))  # the label of columns that no row sees
 
-# How a mask's labels and bias are given; plain ints here are constexpr arguments of the kernels.
+# Values of the kernels' arguments LABELS and BIAS.
 NO_LABELS: tl.constexpr = tl.constexpr(0)
 KEY_LABELS: tl.constexpr = tl.constexpr(1)  # a key is seen where its label is 0
 BOTH_LABELS: tl.constexpr = tl.constexpr(2)  # a key is seen by rows of the same label
@@ -33,13 +34,14 @@ def key_range(
     first, last, shift, left, right, lo, hi, bounds, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The columns that rows first..last have to visit, in steps of BLOCK from `lo`.
+    """The columns of lo..hi that rows first..last see, in steps of BLOCK from `lo`.
 
-    A row at t sees the columns t + shift - left .. t + shift + right. `bounds` (begin, end, whole_begin, whole_end)
-    narrows that by what the labels say.
+    Row t sees the columns t + shift - left .. t + shift + right. `bounds` (begin, end, whole_begin, whole_end) are the
+    same limits by labels.
 
     Returns:
-        begin, whole_begin, whole_end, end: columns in whole_begin..whole_end need no mask, those around them do.
+        begin, whole_begin, whole_end, end: columns whole_begin..whole_end need no mask; begin..whole_begin and
+        whole_end..end do.
     """
     bound_begin, bound_end, bound_whole_begin, bound_whole_end = bounds
     begin, whole_begin = tl.maximum(lo, bound_begin), tl.maximum(lo, bound_whole_begin)
@@ -50,7 +52,7 @@ def key_range(
     if HAS_RIGHT:
         end = tl.minimum(end, last + shift + right + 1)
         whole_end = tl.minimum(whole_end, first + shift + right + 1)
-    begin = lo + (begin - lo) // BLOCK * BLOCK  # keeps addresses aligned
+    begin = lo + (begin - lo) // BLOCK * BLOCK  # aligned addresses
     whole_begin = begin + (tl.maximum(whole_begin - begin, 0) + BLOCK - 1) // BLOCK * BLOCK
     whole_end = whole_begin + tl.maximum(whole_end - whole_begin, 0) // BLOCK * BLOCK
     none = whole_end <= whole_begin
@@ -59,7 +61,7 @@ def key_range(
 
 @triton.jit
 def count_steps(begin, whole_begin, whole_end, end, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
-    """How many tiles are whole, or need a mask."""
+    """The number of whole tiles (WHOLE), or of tiles that need a mask."""
     if WHOLE:
         return (whole_end - whole_begin) // BLOCK
     else:
@@ -68,7 +70,7 @@ def count_steps(begin, whole_begin, whole_end, end, WHOLE: tl.constexpr, BLOCK: 
 
 @triton.jit
 def step_start(step, begin, whole_begin, whole_end, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
-    """Where the step-th of these tiles starts; the masked ones skip over the whole ones."""
+    """The first column of tile number `step` among the whole tiles (WHOLE), or among those that need a mask."""
     if WHOLE:
         return whole_begin + step * BLOCK
     else:
@@ -78,7 +80,7 @@ def step_start(step, begin, whole_begin, whole_end, WHOLE: tl.constexpr, BLOCK: 
 
 @triton.jit
 def load_bounds(pointer, limit, HAS_BOUNDS: tl.constexpr):
-    """The four bounds of one tile, or those that bound nothing."""
+    """The four bounds of one tile; without bounds all columns, 0..limit, are whole."""
     if HAS_BOUNDS:
         return tl.load(pointer), tl.load(pointer + 1), tl.load(pointer + 2), tl.load(pointer + 3)
     else:
@@ -92,7 +94,7 @@ def visible(
 ):  # fmt: skip
     """Which (row, key) pairs of a tile are seen; `rows` and `keys` broadcast against each other.
 
-    `piece`: row begin and end, key begin and end, left, right, shift. `labels`: of rows and of keys.
+    `piece` is (row begin, row end, key begin, key end, left, right, shift), `labels` (of rows, of keys).
     """
     row_begin, row_end, key_begin, key_end, left, right, shift = piece
     row_labels, key_labels = labels
@@ -118,9 +120,9 @@ def load_tile(
     base, start, stride, stride_dim, end, MASKED: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK, BLOCK_DIM) of a (tokens, DIM) matrix from token `start`; zero from `end` on when MASKED, and past DIM."""
+    """(BLOCK, BLOCK_DIM) of a (tokens, DIM) matrix from token `start`; 0 from `end` on if MASKED, and from DIM on."""
     tokens, dims = tl.arange(0, BLOCK), tl.arange(0, BLOCK_DIM)
-    # The start in 64 bits (a cache may hold over 2**31 numbers), the steps inside a tile in 32.
+    # The start is 64-bit, because a cache may have over 2**31 elements; steps inside of a tile are 32-bit.
     pointers = base + tl.cast(start, tl.int64) * stride + tokens[:, None] * stride + dims[None, :] * stride_dim
     if MASKED:
         inside = (start + tokens)[:, None] < end
@@ -135,7 +137,7 @@ def load_tile(
 
 @triton.jit
 def describe(base, num_tokens, stride, DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """A TMA descriptor of a (tokens, DIM) matrix, for `fetch`; what lies outside it reads as zero."""
+    """A TMA descriptor of a (tokens, DIM) matrix, for `fetch`; elements outside of it are read as 0."""
     return tl.make_tensor_descriptor(
         base, shape=[num_tokens, DIM], strides=[tl.cast(stride, tl.int64), 1], block_shape=[BLOCK, BLOCK_DIM]
     )
@@ -146,7 +148,7 @@ def fetch(
     base, start, stride, stride_dim, end, MASKED: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_DIM: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """`load_tile`, or with TMA the same by a descriptor, which loads to the end of the matrix rather than to `end`."""
+    """`load_tile`, or with TMA a load by descriptor: it is 0 from the end of the matrix on, not from `end` on."""
     if TMA:
         return base.load([start, 0])
     else:
@@ -157,7 +159,7 @@ def fetch(
 def store_tile(
     base, tile, start, stride, stride_dim, end, DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DIM: tl.constexpr
 ):
-    """The counterpart of `load_tile`, in the dtype of `base`."""
+    """Store what `load_tile` would load, in the dtype of `base`; tokens from `end` on are left out."""
     tokens, dims = tl.arange(0, BLOCK), tl.arange(0, BLOCK_DIM)
     pointers = base + tl.cast(start, tl.int64) * stride + tokens[:, None] * stride + dims[None, :] * stride_dim
     inside = ((start + tokens)[:, None] < end) & (dims[None, :] < DIM)
@@ -166,9 +168,9 @@ def store_tile(
 
 @triton.jit
 def store_lse(lse, row_lse, places, row_max, row_sum, inside):
-    """lse = log(row_sum * 2**row_max), -inf where row_sum is 0; row_lse: the same in units of log 2, +inf where 0.
+    """lse = log(row_sum * 2**row_max), -inf where row_sum is 0. row_lse = log2 of the same, +inf where row_sum is 0.
 
-    The backward gets row_lse, because converting the lse costs float32 gradients more than all their other roundings.
+    The backward reads row_lse: converting the lse would cost float32 gradients more than all their other roundings.
     """
     seen = row_sum > 0
     value = row_max + tl.log2(tl.where(seen, row_sum, 1.0))
@@ -178,7 +180,7 @@ def store_lse(lse, row_lse, places, row_max, row_sum, inside):
 
 @triton.jit
 def tanh(x):
-    """tanh to float32 rounding: the quotient cancels near 0, where a series takes over."""
+    """tanh to float32 rounding, by a quotient; near 0, where the quotient loses digits, by a series."""
     size = tl.maximum(x, -x)
     rescale = tl.exp2(size * (-2.0 * LOG2_E))
     far = (1.0 - rescale) / (1.0 + rescale)
@@ -189,7 +191,7 @@ def tanh(x):
 
 @triton.jit
 def load_bias(bias, stride, keys, inside, BIAS: tl.constexpr):
-    """A tile of the bias in float32, 0 or -inf for bool; `bias` points at the rows' first keys."""
+    """A tile of the bias in float32; True of a bool bias is 0, False -inf. `bias` points at the rows' first keys."""
     value = tl.load(bias + tl.cast(keys, tl.int64) * stride, mask=inside, other=0)
     if BIAS == BOOL_BIAS:
         return tl.where(value != 0, 0.0, -float("inf"))
@@ -199,10 +201,11 @@ def load_bias(bias, stride, keys, inside, BIAS: tl.constexpr):
 
 @triton.jit
 def dropout_scale(rows, keys, head, seed, dropout):
-    """0 for dropped weights, 1 / (1 - p) for kept ones: Philox-2x32-10 keyed by seed and head, counting (row, key).
+    """0 for dropped weights, 1 / (1 - p) for kept ones.
 
-    The value depends on the pair alone, so every kernel and every tile size draws the same mask. Source: Salmon et
-    al., Parallel random numbers: as easy as 1, 2, 3 (SC11).
+    Philox-2x32-10 with seed and head as key and (row, key) as counter: the value depends on the pair alone, so every
+    kernel and every tile size draws the same mask. Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3
+    (SC11).
     """
     a = (rows + keys * 0).to(tl.uint32)
     b = (keys + rows * 0).to(tl.uint32)
@@ -220,7 +223,7 @@ def dropout_scale(rows, keys, head, seed, dropout):
 
 @triton.jit
 def mix(x):
-    """A 32-bit finaliser (MurmurHash3's): neighbouring heads and seeds get unrelated keys."""
+    """The 32-bit finaliser of MurmurHash3: neighbouring heads and seeds give unrelated keys."""
     x = (x ^ (x >> 16)) * tl.cast(0x85EBCA6B, tl.uint32)
     x = (x ^ (x >> 13)) * tl.cast(0xC2B2AE35, tl.uint32)
     return x ^ (x >> 16)

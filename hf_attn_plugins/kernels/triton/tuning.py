@@ -1,18 +1,19 @@
-"""Tile sizes, warps and pipeline stages of the Triton kernels: a committed table, so that no first call waits.
+"""Tile sizes, warps and pipeline stages of the Triton kernels: a table, so that the first call need not time any.
 
-The table's rows were chosen by what the compiler makes of them (no spilled registers, shared memory within the chip's
-limit: benchmarks/results/triton_static.md), not by timings. `hf-attn bench gpu --tune FILE` times the candidates on the
-machine it runs on and writes FILE; HF_ATTN_PLUGINS_TUNING=FILE makes its rows take precedence.
+The rows were chosen from the compiled binaries, not by timings: no spilled registers, and shared memory within the
+chip's limit (benchmarks/results/triton_static.md). `hf-attn bench gpu --tune FILE` times candidates on the GPU of the
+machine and writes FILE. With HF_ATTN_PLUGINS_TUNING=FILE the rows of FILE replace those of the table.
 
-TMA descriptors in the forward compile for sm_90 and sm_100 (`hf-attn bench triton --static` lists both ways): the same
-matrix instructions, in bfloat16 33 to 57 registers a thread fewer on sm_90 and 3 to 45 on sm_100, no spills up to
-head_dim 128 (8 bytes of stack at 256, full, on sm_100). That is no timing, and up to head_dim 128 as many blocks fit on
-a multiprocessor either way, so the rows below load by pointers until a GPU has shown what is faster; tuning tries both.
+TMA descriptors in the forward compile for sm_90 and sm_100; `hf-attn bench triton --static` lists the forward with and
+without them. The matrix instructions are the same. In bfloat16 a thread needs 33 to 57 registers fewer on sm_90 and 3
+to 45 fewer on sm_100. There are no spills up to head_dim 128 (8 bytes of stack at 256, full, on sm_100). But up to
+head_dim 128 no more blocks fit on a multiprocessor. So the rows below load by pointers until a GPU has timed both;
+tuning tries both.
 
-Warp specialisation (`tl.range(..., warp_specialize=True)`) is left out for what Triton 3.9 makes of it. sm_90, tried on
-a bare forward loop: with 8 warps the same registers, memory and instructions as without; with 4 the compiler's
-NVGPUWarpSpecialization pass fails. sm_100, tried on this forward: with TMA the TritonGPUHoistTMEMAlloc pass fails; with
-pointers it compiles, to as many registers (246 for 245 at head_dim 64, 220 for 222 at 128) and a tenth more shared
+Warp specialisation (`tl.range(..., warp_specialize=True)`) is not used, because Triton 3.9 gains nothing by it. On
+sm_90 (a forward loop alone) 8 warps compile to the same registers, memory and instructions, and for 4 warps the pass
+NVGPUWarpSpecialization fails. On sm_100 (this forward) the pass TritonGPUHoistTMEMAlloc fails with TMA. With pointers
+it compiles to as many registers (246 instead of 245 at head_dim 64, 220 instead of 222 at 128) and a tenth more shared
 memory.
 """
 
@@ -32,9 +33,13 @@ HEAD_DIMS = (64, 128, 256)
 
 
 class Config(NamedTuple):
-    """block_m rows by block_n keys, done by num_warps warps, loads num_stages tiles ahead.
+    """The configuration of one kernel.
 
-    tma: the forward loads keys and values by TMA descriptors, where chip and strides allow it.
+    Attributes:
+        block_m, block_n: rows and keys of a tile.
+        num_warps: warps of a program.
+        num_stages: tiles in the load pipeline.
+        tma: the forward loads keys and values by TMA descriptors, where chip and strides allow it.
     """
 
     block_m: int
@@ -80,11 +85,11 @@ def configuration(arch: str, kind: str, dtype: torch.dtype, head_dim: int, causa
     """The configuration of a kernel on an architecture: from the user's file if it has one, else from the table.
 
     Args:
-        arch: one of `ARCHITECTURES`, another sm or gfx number (which takes the nearest row), or "interpreter".
+        arch: one of `ARCHITECTURES`, another sm or gfx number (see `nearest`), or "interpreter".
         kind: one of `KINDS`.
         dtype: bfloat16, float16 or float32.
         head_dim: the larger of D and Dv, up to 256.
-        causal: whether rows have an upper bound; the table has one row for both, tuned files have two.
+        causal: whether rows have an upper bound. A tuned file distinguishes the two cases, the table does not.
     """
     if arch == "interpreter":
         return INTERPRETER
@@ -97,7 +102,7 @@ def configuration(arch: str, kind: str, dtype: torch.dtype, head_dim: int, causa
 
 
 def nearest(arch: str) -> str:
-    """The architecture of the table whose row an unknown one takes: the largest that is not newer."""
+    """The architecture of the table that serves for `arch`: for NVIDIA the newest one that is not newer than `arch`."""
     if arch.startswith("gfx"):
         return "gfx942"
     number = int(arch.removeprefix("sm"))
@@ -107,12 +112,12 @@ def nearest(arch: str) -> str:
 
 
 def key(arch: str, kind: str, dtype: torch.dtype, head_dim: int, causal: bool) -> str:
-    """A row's name in a tuned file."""
+    """The name of a row in a tuned file, such as "sm90/dq/bfloat16/128/causal"."""
     return f"{arch}/{kind}/{str(dtype).removeprefix('torch.')}/{head_dim}/{'causal' if causal else 'full'}"
 
 
 def candidates(kind: str, head_dim: int) -> Iterator[Config]:
-    """The short list that tuning times; what spills or does not fit drops out by itself."""
+    """The configurations that tuning times; a candidate that does not fit the chip fails there and drops out."""
     rows = (16,) if kind == "decode" else (64, 128)
     for block_m in rows:
         for block_n in (32, 64, 128):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from hf_attn_plugins.hf.check import check
-from hf_attn_plugins.hf.load import DEMO, demo_folder, read_config
+from hf_attn_plugins.hf.inputs.load import DEMO, demo_folder, read_config
 from hf_attn_plugins.plugins import PLUGINS
 
 

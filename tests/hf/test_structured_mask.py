@@ -10,8 +10,8 @@ import transformers as hf
 from transformers import masking_utils
 
 import hf_attn_plugins as hap
-from hf_attn_plugins.hf.mask_function import mask_function
-from hf_attn_plugins.hf.structured_mask import StructuredMask
+from hf_attn_plugins.hf.masks.mask_function import mask_function
+from hf_attn_plugins.hf.masks.structured_mask import StructuredMask
 
 PADDING = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0]], dtype=torch.bool)
 SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1, 1]])

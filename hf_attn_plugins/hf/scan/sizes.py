@@ -120,9 +120,9 @@ def number(name: str, value: Any) -> Any:
     return value if value <= 2 * WIDTH or "rate" in name or "theta" in name or "base" in name else WIDTH
 
 
-def sections(value: list[int]) -> list[int]:
-    """Parts of half a head, in the proportions they had, each at least 1 where it was."""
-    whole, half = sum(value) or 1, HEAD_DIM // 2
+def sections(value: list[int], rotated: float = 1.0) -> list[int]:
+    """Parts of half a head's rotated share, in the proportions they had, each at least 1 where it was."""
+    whole, half = sum(value) or 1, int(HEAD_DIM * rotated) // 2
     parts = [max(1, each * half // whole) if each else 0 for each in value]
     parts[0] += half - sum(parts)
     return parts

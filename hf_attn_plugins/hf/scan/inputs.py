@@ -19,6 +19,8 @@ HIDDEN = 9  # positions of the second row that padding hides
 SAMPLES = 6400  # of a waveform
 FRAMES = 64  # of a spectrogram
 MAX_SETS = 60
+# Arguments with a default that some model cannot do with.
+NEEDED = ("dataset_index", "flattened_patches", "lang_ids")
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,10 @@ def inputs_for(model: Any, runs: Callable[[dict[str, Any]], Any]) -> tuple[Input
 def _sets(model: Any, more: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
     """Sets of inputs, the likeliest first; `more` are names that an error asked for."""
     parameters = inspect.signature(model.forward).parameters
-    needed = [*more] + [n for n, p in parameters.items() if p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD]
+    needed = [*more] + [
+        n for n, p in parameters.items()
+        if n in NEEDED or (p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD)
+    ]  # fmt: skip
     main = getattr(model, "main_input_name", "input_ids")
     config = model.config
     text = "input_ids" in parameters
@@ -210,6 +215,12 @@ def _candidates(name: str, model: Any) -> Iterator[dict[str, Any]]:
     elif name in ("input_features_mask", "feature_attention_mask"):
         yield {name: torch.ones(BATCH, 2 * _any(config, "max_source_positions", FRAMES // 2), dtype=torch.long)}
         yield {name: torch.ones(BATCH, FRAMES, dtype=torch.bool)}
+    elif name in ("dataset_index", "lang_ids"):
+        yield {name: torch.zeros(BATCH, dtype=torch.long)}
+    elif name == "flattened_patches":
+        width = _any(config, "patch_embed_hidden_size", 64)
+        places = torch.cartesian_prod(torch.arange(1.0, 5.0), torch.arange(1.0, 5.0))
+        yield {name: torch.cat([places.expand(BATCH, 16, 2), noise(BATCH, 16, width)], -1)}
     elif name == "input_points":
         yield {name: torch.rand(BATCH, 1, 2, 2) * IMAGE}
     elif name == "inputs":

@@ -115,6 +115,8 @@ def relations(before: dict[str, Any], after: dict[str, Any], layers: Layers) -> 
     for name in ("num_kv_shared_layers",):
         if layers.count and isinstance(before.get(name), int) and before[name] > 0:
             after[name] = layers.count // 2
+    if after.get("embed_dim_per_stage"):
+        after["hidden_size"] = after["embed_dim_per_stage"][0]
     qk, nope, rope = (after.get(n) for n in ("qk_head_dim", "qk_nope_head_dim", "qk_rope_head_dim"))
     if isinstance(qk, int) and isinstance(nope, int) and isinstance(rope, int):
         after["qk_head_dim"] = nope + rope

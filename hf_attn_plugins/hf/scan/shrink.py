@@ -68,7 +68,7 @@ def fields_of(config: Any) -> dict[str, Any]:
 def _rebuilt(config: Any, tokens: Tokens) -> Any:
     if getattr(config, "model_type", "") == "timm_backbone":
         return _backbone()  # timm need not be installed, and any feature pyramid will do
-    values = _tiny(fields_of(config), tokens, lambda each: _rebuilt(each, tokens))
+    values = _tiny(_with_sections(config, fields_of(config)), tokens, lambda each: _rebuilt(each, tokens))
     values.pop("_out_indices", None)
     values.update(OVERRIDES.get(getattr(config, "model_type", ""), {}))
     try:
@@ -96,10 +96,19 @@ def _in_place(config: Any, tokens: Tokens, seen: set[int]) -> None:
         _in_place(each, tokens, seen)
         return each
 
-    values = _tiny({k: v for k, v in vars(config).items() if k not in DERIVED - {"_out_indices"}}, tokens, inner)
+    fields = {k: v for k, v in vars(config).items() if k not in DERIVED - {"_out_indices"}}
+    values = _tiny(_with_sections(config, fields), tokens, inner)
     values.update(OVERRIDES.get(getattr(config, "model_type", ""), {}))
     for name, value in values.items():
         object.__setattr__(config, name, value)
+
+
+def _with_sections(config: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """The fields, with the sections of a multi-axis RoPE, where the model would fall back on those of its full size."""
+    rope = values.get("rope_parameters")
+    if isinstance(rope, dict) and "mrope_section" in getattr(config, "ignore_keys_at_rope_validation", ()):
+        return {**values, "rope_parameters": {"mrope_section": [2, 3, 3], **rope}}
+    return values
 
 
 def _tiny(values: dict[str, Any], tokens: Tokens, inner: Callable[[Any], Any]) -> dict[str, Any]:
@@ -140,7 +149,7 @@ def _mapping(value: dict[str, Any], tokens: Tokens, inner: Callable[[Any], Any])
         if isinstance(each, dict):
             result[name] = _mapping(each, tokens, inner)
         elif name == "mrope_section":
-            result[name] = sections(each)
+            result[name] = sections(each, value.get("partial_rotary_factor", 1.0))
         elif name in ("short_factor", "long_factor") and isinstance(each, (list, tuple)):
             result[name] = list(each[: HEAD_DIM // 2])
         elif name == "original_max_position_embeddings":

@@ -42,6 +42,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "cohere_compass": {"rope_parameters": None},
+    "esm": {"mask_token_id": 4, "pad_token_id": 0},
+    "sam2_hiera_det_model": {"global_attention_blocks": [4]},
+    "markuplm": {"max_xpath_tag_unit_embeddings": 256, "max_xpath_subs_unit_embeddings": 1024},
+    **{f"{name}_text_model": {"max_position_embeddings": LENGTH} for name in ("owlvit", "owlv2")},
+    "paddleocr_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "mrope_section": [2, 3, 3]}},
 }  # fmt: skip
 
 
@@ -59,7 +64,7 @@ def exactly(new: int) -> Callable[[int], int]:
 RULES: list[tuple[str, Callable[[int], int]]] = [
     (r"^(num_channels|in_channels|in_chans|audio_channels|num_labels|channels|input_channels|out_channels)$",
      lambda v: v if v <= 16 else 32),
-    (r"(vocab_size|vocabulary_size)$", exactly(VOCAB)),
+    (r"(vocab_size|vocabulary_size)(_per_layer_input)?$", exactly(VOCAB)),
     (r"channels$", lambda v: v if v <= 16 else 32 * -(-v // 256)),
     (r"num_mel_bins|n_mels|mel_bins|^feature_size|^input_feat_per_channel|mel_dim|model_in_dim", least(16)),
     (r"max_2d_position", least(POSITIONS)),
@@ -120,9 +125,9 @@ def number(name: str, value: Any) -> Any:
     return value if value <= 2 * WIDTH or "rate" in name or "theta" in name or "base" in name else WIDTH
 
 
-def sections(value: list[int]) -> list[int]:
-    """Parts of half a head, in the proportions they had, each at least 1 where it was."""
-    whole, half = sum(value) or 1, HEAD_DIM // 2
+def sections(value: list[int], rotated: float = 1.0) -> list[int]:
+    """Parts of half a head's rotated share, in the proportions they had, each at least 1 where it was."""
+    whole, half = sum(value) or 1, int(HEAD_DIM * rotated) // 2
     parts = [max(1, each * half // whole) if each else 0 for each in value]
     parts[0] += half - sum(parts)
     return parts

@@ -2,13 +2,8 @@
 
 Transformers follows `attn_implementation` in config.json, and leaves it out of every config that it writes. So
 `hf-attn patch set-attention` writes the choice a second time, in a field that Transformers keeps as it keeps every one
-<<<<<<< HEAD
-that it does not know. While a config with this field is saved, its attribute `attn_implementation` is set, and is
-written like any other.
-=======
 that it does not know. While a config with this field is saved, the attribute `attn_implementation` is set, and written
 like any other.
->>>>>>> h/promise
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hf_attn_plugins.bench.hardware import describe
-from hf_attn_plugins.hf.load import add_loading_arguments, load
+from hf_attn_plugins.hf.inputs.load import add_loading_arguments, load
 
 from . import baselines
 from .configuration import DTYPES, Configuration, configuration

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_attn_plugins.hf.compat import registered_names
-from hf_attn_plugins.hf.load import DEMO, options_from
-from hf_attn_plugins.hf.texts import read_text
+from hf_attn_plugins.hf.inputs.load import DEMO, options_from
+from hf_attn_plugins.hf.inputs.texts import read_text
 from hf_attn_plugins.plugins import PLUGINS
 
 from .baselines import BASELINES

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hf_attn_plugins.hf.chat import Rendered, common, common_end, ids, opening, render
+from hf_attn_plugins.hf.inputs.chat import Rendered, common, common_end, ids, opening, render
 
 from .fitting import largest
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from hf_attn_plugins.core import interrupt
-from hf_attn_plugins.hf.evaluating import evaluating
-from hf_attn_plugins.hf.load import check_length, positions
+from hf_attn_plugins.hf.inputs.load import check_length, positions
+from hf_attn_plugins.hf.models.evaluating import evaluating
 
 from . import measure
 from .attending import Ran, attending, frozen

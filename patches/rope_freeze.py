@@ -10,7 +10,7 @@ from typing import Any
 from hf_attn_plugins.checkpoint.config import naming
 from hf_attn_plugins.checkpoint.source import CONFIG, Source
 from hf_attn_plugins.checkpoint.write import Patch
-from hf_attn_plugins.hf.load import add_trust_argument, read_config
+from hf_attn_plugins.hf.inputs.load import add_trust_argument, read_config
 
 SUMMARY = "fix a RoPE that changes with length (dynamic, longrope) at one length"
 KINDS = ("dynamic", "longrope")

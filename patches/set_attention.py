@@ -12,7 +12,7 @@ from typing import Any
 from hf_attn_plugins.checkpoint.source import Source
 from hf_attn_plugins.checkpoint.write import Patch
 from hf_attn_plugins.hf.check import check
-from hf_attn_plugins.hf.load import add_trust_argument, model_without_weights, read_config
+from hf_attn_plugins.hf.inputs.load import add_trust_argument, model_without_weights, read_config
 from hf_attn_plugins.hf.register import register
 from hf_attn_plugins.hf.saved_choice import FIELD
 from hf_attn_plugins.hf.tuning.report import read_options

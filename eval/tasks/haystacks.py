@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_attn_plugins.hf.texts import read_text
+from hf_attn_plugins.hf.inputs.texts import read_text
 
 from .paths import split_paths
 from .rows import load

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from hf_attn_plugins.hf.chat import ids, render
+from hf_attn_plugins.hf.inputs.chat import ids, render
 
 Unit = TypeVar("Unit")
 

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from hf_attn_plugins.hf.check import check
-from hf_attn_plugins.hf.load import DEMO, add_trust_argument, demo_folder, model_without_weights, read_config
+from hf_attn_plugins.hf.inputs.load import DEMO, add_trust_argument, demo_folder, model_without_weights, read_config
 from hf_attn_plugins.plugins import PLUGINS
 
 

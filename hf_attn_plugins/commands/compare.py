@@ -9,8 +9,8 @@ from typing import Any
 
 from hf_attn_plugins.bench.hardware import describe
 from hf_attn_plugins.hf.compare import Agreement, Run, compare
-from hf_attn_plugins.hf.load import add_model_arguments, load_for, options_from, positions
-from hf_attn_plugins.hf.texts import text_tokens
+from hf_attn_plugins.hf.inputs.load import add_model_arguments, load_for, options_from, positions
+from hf_attn_plugins.hf.inputs.texts import text_tokens
 from hf_attn_plugins.plugins import PLUGINS, plugin
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hf_attn_plugins.hf.load import add_model_arguments, check_length, load_for, positions
-from hf_attn_plugins.hf.texts import read_text
+from hf_attn_plugins.hf.inputs.load import add_model_arguments, check_length, load_for, positions
+from hf_attn_plugins.hf.inputs.texts import read_text
 from hf_attn_plugins.hf.tune import tune
 
 USUAL = 16  # measurements of a search; the bar's end moves where there are more

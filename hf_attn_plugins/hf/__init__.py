@@ -1,1 +1,1 @@
-"""The side of Transformers that all methods share: registration, masks, the attention call, and the verbs."""
+"""The side of Transformers that all methods share: the verbs here, calls, masks, models and inputs in their folders."""

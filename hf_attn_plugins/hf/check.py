@@ -13,8 +13,10 @@ from typing import Any
 from torch import nn
 
 from hf_attn_plugins.core.decision import Decision
-from hf_attn_plugins.hf import compat, families
-from hf_attn_plugins.hf.attention_modules import (
+from hf_attn_plugins.hf import compat
+from hf_attn_plugins.hf.dry_run import DryRun, dry_run
+from hf_attn_plugins.hf.models import families
+from hf_attn_plugins.hf.models.attention_modules import (
     asks_registry,
     attention_modules,
     is_attention,
@@ -22,8 +24,7 @@ from hf_attn_plugins.hf.attention_modules import (
     takes_mask,
     takes_mask_for_padding,
 )
-from hf_attn_plugins.hf.dry_run import DryRun, dry_run
-from hf_attn_plugins.hf.unwrap import unwrapped
+from hf_attn_plugins.hf.models.unwrap import unwrapped
 from hf_attn_plugins.plugins import Plugin, plugin
 
 

@@ -16,10 +16,10 @@ from hf_attn_plugins.bench.peak_memory import PeakMemory
 from hf_attn_plugins.bench.timing import synchronize
 from hf_attn_plugins.hf import predictions
 from hf_attn_plugins.hf.configure import use
-from hf_attn_plugins.hf.evaluating import evaluating
-from hf_attn_plugins.hf.families import own_backend
+from hf_attn_plugins.hf.models.evaluating import evaluating
+from hf_attn_plugins.hf.models.families import own_backend
+from hf_attn_plugins.hf.models.unwrap import language_model
 from hf_attn_plugins.hf.trace import trace
-from hf_attn_plugins.hf.unwrap import language_model
 from hf_attn_plugins.plugins import PLUGINS
 
 

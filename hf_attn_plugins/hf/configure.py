@@ -11,8 +11,8 @@ from torch import nn
 
 from hf_attn_plugins.hf.check import check
 from hf_attn_plugins.hf.compat import implementation_of, set_implementation
-from hf_attn_plugins.hf.configs import configs_of
-from hf_attn_plugins.hf.unwrap import language_model, unwrapped
+from hf_attn_plugins.hf.models.configs import configs_of
+from hf_attn_plugins.hf.models.unwrap import language_model, unwrapped
 from hf_attn_plugins.plugins import PLUGINS, plugin
 
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from hf_attn_plugins.core.compat import swap_forward_hooks
 from hf_attn_plugins.core.decision import Decision
-from hf_attn_plugins.hf import compat, recorder
-from hf_attn_plugins.hf.configs import configs_of
+from hf_attn_plugins.hf import compat
+from hf_attn_plugins.hf.calls import recorder
+from hf_attn_plugins.hf.models.configs import configs_of
 
 TOKENS = 16  # of a run whose length was not asked for
 

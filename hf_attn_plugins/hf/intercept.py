@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from hf_attn_plugins.core.compat import multihead_attention_with
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial
-from hf_attn_plugins.hf.evaluating import evaluating
+from hf_attn_plugins.hf.models.evaluating import evaluating
 from hf_attn_plugins.kernels.attend import attend
 from hf_attn_plugins.plugins import plugin
 from hf_attn_plugins.testing import closeness

@@ -185,8 +185,8 @@ def install(plugin: Plugin, mask_function: Callable[..., Any] | None = None) -> 
     """Register a plugin's attention function and a mask function (the structured one when None) under its name."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    from hf_attn_plugins.hf.interface import attention_function
-    from hf_attn_plugins.hf.mask_function import mask_function as structured
+    from hf_attn_plugins.hf.calls.interface import attention_function
+    from hf_attn_plugins.hf.masks.mask_function import mask_function as structured
 
     # Both under one name: without a mask function Transformers hands over None and padding is lost silently.
     AttentionInterface.register(plugin.name, attention_function(plugin))

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from hf_attn_plugins.core.decision import Decision
-from hf_attn_plugins.hf import recorder
-from hf_attn_plugins.hf.attention_modules import attention_modules
+from hf_attn_plugins.hf.calls import recorder
+from hf_attn_plugins.hf.models.attention_modules import attention_modules
 
 
 class Trace:

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from hf_attn_plugins.bench.hardware import describe
 from hf_attn_plugins.hf.check import check
 from hf_attn_plugins.hf.configure import configure, use
-from hf_attn_plugins.hf.evaluating import evaluating
-from hf_attn_plugins.hf.families import own_backend
-from hf_attn_plugins.hf.texts import prose_tokens
+from hf_attn_plugins.hf.inputs.texts import prose_tokens
+from hf_attn_plugins.hf.models.evaluating import evaluating
+from hf_attn_plugins.hf.models.families import own_backend
+from hf_attn_plugins.hf.models.unwrap import language_model
 from hf_attn_plugins.hf.tuning.heads import exact_losses, losses, order_of, rank_correlation
 from hf_attn_plugins.hf.tuning.measuring import Measuring
 from hf_attn_plugins.hf.tuning.report import Tuned, front_of
 from hf_attn_plugins.hf.tuning.search import ANCHOR, BLOCK, Search
-from hf_attn_plugins.hf.unwrap import language_model
 from hf_attn_plugins.star.options import StarOptions
 
 TUNABLE = "star_attention"

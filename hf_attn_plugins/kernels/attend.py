@@ -80,7 +80,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> None:
     if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
         raise ValueError(
             f"query, key and value must have one float dtype, got {query.dtype}, {key.dtype}, {value.dtype}: "
-            "cast them first (hf_attn_plugins.hf.interface does so under autocast)."
+            "cast them first (hf_attn_plugins.hf.calls.interface does so under autocast)."
         )
     if not query.device == key.device == value.device:
         raise ValueError(

@@ -16,9 +16,9 @@ from hf_attn_plugins.eval.tasks.paths import split_paths
 import hf_attn_plugins as hap
 from hf_attn_plugins import cli
 from hf_attn_plugins.hf.compare import overlap
-from hf_attn_plugins.hf.families import own_backend
-from hf_attn_plugins.hf.load import load, positions
-from hf_attn_plugins.hf.texts import read_text, text_tokens
+from hf_attn_plugins.hf.inputs.load import load, positions
+from hf_attn_plugins.hf.inputs.texts import read_text, text_tokens
+from hf_attn_plugins.hf.models.families import own_backend
 from tests.eval.tiny import model_folder, tokenizer
 from tests.families import build, llama
 

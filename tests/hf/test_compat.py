@@ -80,7 +80,7 @@ def test_queries_that_nothing_tells():
 @pytest.mark.parametrize("how", ["as given", "up to 5.3", "from 5.4"])
 @pytest.mark.parametrize("queries", [5, 2])
 def test_mask_function_takes_both_calls(how, queries):
-    from hf_attn_plugins.hf.mask_function import mask_function
+    from hf_attn_plugins.hf.masks.mask_function import mask_function
 
     given = {
         "up to 5.3": dict(cache_position=torch.arange(5 - queries, 5)),
@@ -356,7 +356,7 @@ def test_plain_masks(monkeypatch):
 def test_a_block_mask_passes_through_unchanged():
     """What `StructuredMask` is for: a mask that is prepared already is returned as it is."""
     from hf_attn_plugins.core.mask import Mask
-    from hf_attn_plugins.hf.structured_mask import Structure, StructuredMask
+    from hf_attn_plugins.hf.masks.structured_mask import Structure, StructuredMask
 
     model = build("llama")
     model.set_attn_implementation("tiled_attention")

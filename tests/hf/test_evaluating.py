@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from hf_attn_plugins.hf.evaluating import evaluating
+from hf_attn_plugins.hf.models.evaluating import evaluating
 
 
 @pytest.mark.parametrize("fails", (False, True))

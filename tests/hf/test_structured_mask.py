@@ -11,8 +11,8 @@ from transformers import masking_utils
 
 import hf_attn_plugins as hap
 from hf_attn_plugins.core.mask import Mask
-from hf_attn_plugins.hf.mask_function import mask_function
-from hf_attn_plugins.hf.structured_mask import Structure, StructuredMask, TracedMask
+from hf_attn_plugins.hf.masks.mask_function import mask_function
+from hf_attn_plugins.hf.masks.structured_mask import Structure, StructuredMask, TracedMask
 
 PADDING = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0]], dtype=torch.bool)
 SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1, 1]])

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import hf_attn_plugins as hap
-from hf_attn_plugins.hf.unwrap import language_model, unwrapped
+from hf_attn_plugins.hf.models.unwrap import language_model, unwrapped
 from tests.families import build
 
 IDS = torch.randint(5, 90, (1, 24), generator=torch.Generator().manual_seed(0))

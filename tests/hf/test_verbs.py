@@ -150,7 +150,7 @@ def test_families_that_never_ask_the_registry_are_refused(name):
 
 def call(model, **extra):
     """One attention call as a model would make it, with extra keywords."""
-    from hf_attn_plugins.hf.interface import attention_function
+    from hf_attn_plugins.hf.calls.interface import attention_function
     from hf_attn_plugins.plugins import plugin
 
     forward = attention_function(plugin("tiled_attention"))
@@ -189,8 +189,8 @@ def test_harmless_keywords_pass():
 def test_masks_of_the_wrong_shape_are_refused():
     model = build("llama")
     from hf_attn_plugins.core.mask import Mask
-    from hf_attn_plugins.hf.interface import attention_function
-    from hf_attn_plugins.hf.structured_mask import Structure, StructuredMask
+    from hf_attn_plugins.hf.calls.interface import attention_function
+    from hf_attn_plugins.hf.masks.structured_mask import Structure, StructuredMask
     from hf_attn_plugins.plugins import plugin
 
     forward = attention_function(plugin("tiled_attention"))
@@ -204,7 +204,7 @@ def test_masks_of_the_wrong_shape_are_refused():
 
 def test_cutting_a_structured_mask():
     from hf_attn_plugins.core.mask import Mask
-    from hf_attn_plugins.hf.structured_mask import Structure, StructuredMask
+    from hf_attn_plugins.hf.masks.structured_mask import Structure, StructuredMask
 
     mask = StructuredMask(Structure(Mask(causal=True), (1, 1, 6, 9)))
     last = mask[:, :, -2:]
@@ -266,7 +266,7 @@ def test_compare_refuses_bad_input():
 @pytest.mark.parametrize("name", hap.PLUGINS)
 @pytest.mark.parametrize("keyword", ["indices", "block_indices", "cache", "a_tensor_of_a_later_release"])
 def test_what_would_change_the_result_is_refused_and_not_dropped(name, keyword):
-    from hf_attn_plugins.hf.interface import attention_function
+    from hf_attn_plugins.hf.calls.interface import attention_function
 
     forward = attention_function(hap.PLUGINS[name])
     module = torch.nn.Module()

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_attn_plugins import register
 from hf_attn_plugins.checkpoint.attach import ATTRIBUTE
-from hf_attn_plugins.hf import load as models
+from hf_attn_plugins.hf.inputs import load as models
 
 pytestmark = pytest.mark.slow
 register()

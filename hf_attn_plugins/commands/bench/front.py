@@ -30,9 +30,9 @@ from hf_attn_plugins.eval.tasks import task
 from hf_attn_plugins.eval.tasks.needles import passkey
 from hf_attn_plugins.eval.tasks.task import Setting
 from hf_attn_plugins.hf.configure import use
-from hf_attn_plugins.hf.load import add_model_arguments, load_for
+from hf_attn_plugins.hf.inputs.load import add_model_arguments, load_for
+from hf_attn_plugins.hf.inputs.texts import prose_tokens
 from hf_attn_plugins.hf.predictions import backbone, divergence, log_probabilities, logits_of, of_tokens
-from hf_attn_plugins.hf.texts import prose_tokens
 from hf_attn_plugins.hf.trace import trace
 from hf_attn_plugins.hf.tune import tune
 from hf_attn_plugins.hf.tuning import heads as key_heads

@@ -25,8 +25,8 @@ from hf_attn_plugins.eval.measure import answer_logits
 from hf_attn_plugins.eval.tasks.needles import Passkey, passkey
 from hf_attn_plugins.hf import predictions
 from hf_attn_plugins.hf.configure import use
-from hf_attn_plugins.hf.load import add_model_arguments, load_for
-from hf_attn_plugins.hf.texts import text_tokens
+from hf_attn_plugins.hf.inputs.load import add_model_arguments, load_for
+from hf_attn_plugins.hf.inputs.texts import text_tokens
 from hf_attn_plugins.star.plan import Plan
 
 Sizes = tuple[int | None, int | None, int | None]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_attn_plugins.hf.call_arguments import seen_by
+from hf_attn_plugins.hf.calls.call_arguments import seen_by
 from hf_attn_plugins.hf.compat import registered_attention
 from hf_attn_plugins.hf.scan.inputs import Inputs
 

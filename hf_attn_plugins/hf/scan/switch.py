@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hf_attn_plugins.hf import compat
-from hf_attn_plugins.hf.configs import configs_of
+from hf_attn_plugins.hf.models.configs import configs_of
 
 
 class implementation:  # a context manager, named as what it sets

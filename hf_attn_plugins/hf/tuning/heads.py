@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.options import Options
 from hf_attn_plugins.core.partial import Partial
-from hf_attn_plugins.hf.attention_modules import attention_modules
 from hf_attn_plugins.hf.configure import use
+from hf_attn_plugins.hf.models.attention_modules import attention_modules
 from hf_attn_plugins.hf.register import registered
 from hf_attn_plugins.plugins import Plugin, plugin
 

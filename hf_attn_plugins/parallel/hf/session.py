@@ -18,10 +18,10 @@ from hf_attn_plugins.core.options import Options
 from hf_attn_plugins.core.partial import Partial
 from hf_attn_plugins.hf.check import check
 from hf_attn_plugins.hf.configure import use
-from hf_attn_plugins.hf.recognise import Place, recognise
+from hf_attn_plugins.hf.masks.recognise import Place, recognise
+from hf_attn_plugins.hf.masks.structured_mask import Structure, StructuredMask
+from hf_attn_plugins.hf.models.unwrap import language_model
 from hf_attn_plugins.hf.register import installed
-from hf_attn_plugins.hf.structured_mask import Structure, StructuredMask
-from hf_attn_plugins.hf.unwrap import language_model
 from hf_attn_plugins.kernels.bound_attend import BoundAttend
 from hf_attn_plugins.parallel.comm.consistency import agree
 from hf_attn_plugins.parallel.comm.group import Group

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_attn_plugins.hf.compat import NAMES, cache_keyword
-from hf_attn_plugins.hf.unwrap import language_model
+from hf_attn_plugins.hf.models.unwrap import language_model
 from hf_attn_plugins.star.hf.cache import as_ids, branch, record_of
 from hf_attn_plugins.star.hf.fingerprint import fingerprint
 from hf_attn_plugins.star.hf.model import dense, frozen_rope, windows

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_attn_plugins.hf.evaluating import evaluating
-from hf_attn_plugins.hf.unwrap import language_model
+from hf_attn_plugins.hf.models.evaluating import evaluating
+from hf_attn_plugins.hf.models.unwrap import language_model
 from hf_attn_plugins.star.hf.cache import Layers, Record, as_ids, cache_of, layers_of, record_of
 from hf_attn_plugins.star.hf.encoder import Encoder
 from hf_attn_plugins.star.hf.fingerprint import fingerprint

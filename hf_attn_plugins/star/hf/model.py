@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_attn_plugins.hf.compat import freeze_rope, is_stateful
-from hf_attn_plugins.hf.families import stored_options
+from hf_attn_plugins.hf.models.families import stored_options
 from hf_attn_plugins.star.options import StarOptions
 from hf_attn_plugins.star.plan import Plan
 

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from hf_attn_plugins.hf import chat as chats
+from hf_attn_plugins.hf.inputs import chat as chats
 from hf_attn_plugins.star.hf.ask import ask
 from hf_attn_plugins.star.hf.encode import encode as encode_context
 

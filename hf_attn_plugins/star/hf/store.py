@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_attn_plugins.core.files import digest
 from hf_attn_plugins.core.staging import put, sweep
-from hf_attn_plugins.hf.unwrap import language_model
+from hf_attn_plugins.hf.models.unwrap import language_model
 from hf_attn_plugins.star.hf.cache import Layers, Record, cache_of, layers_of, record_of
 from hf_attn_plugins.star.hf.fingerprint import fingerprint, tokenizer_fingerprint
 from hf_attn_plugins.star.hf.manifest import CONSTANT, FORMAT, MANIFEST, TOKENS, file_name, read, read_manifest

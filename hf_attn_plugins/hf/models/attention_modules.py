@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_attn_plugins.hf.families import class_source
+from hf_attn_plugins.hf.models.families import class_source
 
 ASKS = ("ALL_ATTENTION_FUNCTIONS", "attention_interface")
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from hf_attn_plugins.hf.compat import implementation_of, set_implementation
-from hf_attn_plugins.hf.families import own_backend
+from hf_attn_plugins.hf.models.families import own_backend
 from hf_attn_plugins.plugins import PLUGINS
 
 DEMO = "smollm2-135m"

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hf_attn_plugins.hf.load import check_length
+from hf_attn_plugins.hf.inputs.load import check_length
 
 
 def text_tokens(tokenizer: Any, length: int, path: str | None = None, limit: int | None = None) -> torch.Tensor:

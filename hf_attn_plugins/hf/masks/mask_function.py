@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_attn_plugins.core.mask import Mask
-from hf_attn_plugins.hf import families
 from hf_attn_plugins.hf.masks import compat
-from hf_attn_plugins.hf.recognise import Place, Recognised, recognise, recognise_traced
-from hf_attn_plugins.hf.structured_mask import Structure, StructuredMask, TracedMask, travelling
+from hf_attn_plugins.hf.masks.recognise import Place, Recognised, recognise, recognise_traced
+from hf_attn_plugins.hf.masks.structured_mask import Structure, StructuredMask, TracedMask, travelling
+from hf_attn_plugins.hf.models import families
 
 
 def mask_function(

@@ -18,8 +18,9 @@ from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.options import Options
 from hf_attn_plugins.core.partial import Partial, with_sinks
 from hf_attn_plugins.core.warn import warn_once
-from hf_attn_plugins.hf import call_arguments, families, recorder
-from hf_attn_plugins.hf.planned_op import planned
+from hf_attn_plugins.hf.calls import call_arguments, recorder
+from hf_attn_plugins.hf.calls.planned_op import planned
+from hf_attn_plugins.hf.models import families
 from hf_attn_plugins.plugins import EXACT, PLUGINS, Plugin, plugin
 
 TILES = "hf_attn_plugins.tiled.decide:decide"

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_attn_plugins.core.mask import Mask, window_of
-from hf_attn_plugins.hf import families
 from hf_attn_plugins.hf.masks import compat
-from hf_attn_plugins.hf.structured_mask import structure_of
+from hf_attn_plugins.hf.masks.structured_mask import structure_of
+from hf_attn_plugins.hf.models import families
 
 REFUSED = {
     "indices": "top-k sparse attention",

@@ -18,7 +18,7 @@ from hf_attn_plugins.core.clean_thread import in_clean_thread
 from hf_attn_plugins.core.decision import CallFacts
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial, lse_dtype
-from hf_attn_plugins.hf import recorder
+from hf_attn_plugins.hf.calls import recorder
 from hf_attn_plugins.plugins import plugin
 
 NO_BOUND = -1

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from hf_attn_plugins.core.mask import Mask, Predicate
-from hf_attn_plugins.hf import families
 from hf_attn_plugins.hf.masks import compat
+from hf_attn_plugins.hf.models import families
 
 MaskFunction = Callable[..., Tensor]
 

@@ -40,7 +40,10 @@ def attending(model: Any, attn: Attention, *, sharded: bool) -> Iterator[Ran]:
 
 @contextlib.contextmanager
 def frozen() -> Iterator[None]:
-    """Keep what is loaded out of the collections before each measurement: looking through it takes a quarter second."""
+    """Keep Python's garbage collector away from what is loaded, for the length of a `with` block.
+
+    The runner collects garbage before each measurement. Looking through a loaded model takes a quarter second.
+    """
     gc.collect()
     gc.freeze()
     try:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 def largest(count: Callable[[int], int], limit: int, low: int, high: int) -> int | None:
     """The largest n in low .. high with count(n) <= limit, for a count that grows with n; None where `low` is too much.
 
-    Guesses by linear interpolation and halves the interval in between: every step rules out at least one n and every
-    second step half of them, so that at most 2 log2(high - low + 1) + 2 values are counted, whatever `count` does.
+    Steps alternate: one guesses by linear interpolation, the next halves the interval. So at most
+    2 log2(high - low + 1) + 2 values are counted, whatever `count` does.
 
     Args:
         count: tokens of a prompt with n units; where it does not grow with n, some fitting n is returned.

@@ -16,7 +16,7 @@ from .normalisation import f1, normalised, normalised_chinese
 
 
 def string_match_all(prediction: str, references: Sequence[str]) -> float:
-    """RULER, all tasks but QA: the share of references that stand in the answer, upper and lower case alike."""
+    """RULER, all tasks but QA: the share of references that stand in the answer, whatever their case."""
     answer = prediction.lower()
     return sum(reference.lower() in answer for reference in references) / max(1, len(references))
 
@@ -83,7 +83,10 @@ def segmented(text: str) -> list[str]:
 
 
 def classification(prediction: str, references: Sequence[str], all_classes: Sequence[str] = ()) -> float:
-    """LongBench: 1 / n where the right class is among the n classes named; parts of its own name do not count."""
+    """LongBench: 1 / n where the answer names n classes and the right one is among them, else 0.
+
+    A class whose name is part of the right one's does not count.
+    """
 
     def score(reference: str) -> float:
         named = [c for c in all_classes if c in prediction and (c == reference or c not in reference)]

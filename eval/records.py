@@ -29,7 +29,8 @@ class Sample:
 
     Attributes:
         sample: "suite/task/length/index", unique in a run.
-        length: tokens asked for, generation budget included where the suite counts it so; tokens: those of the prompt.
+        length: tokens asked for, the generation budget included where the suite counts it so.
+        tokens: tokens of the prompt.
         depth: place of the needle in the context, 0.0 (head) - 1.0 (tail), or None.
         metric: name of the function in `metrics.METRICS` that scores a prediction, "" where nothing is scored.
         digest: sha256 of the prompt's token ids.

@@ -123,7 +123,7 @@ class Runner:
         return wanted if available is None else min(wanted, available)
 
     def _try_first_samples(self) -> None:
-        """Make the first sample of every task and length, so that what cannot work is said before anything runs."""
+        """Make the first sample of every task and length, so that what cannot work is reported at the start."""
         for asked in self.tasks:
             for length in self.settings.lengths:
                 item = asked.item(length, 0)
@@ -244,7 +244,7 @@ class Runner:
             return measure.hidden(self.model, item.ids)
 
     def _warm_up(self, attn: Attention, length: int, item: Item) -> None:
-        """One unrecorded call of every implementation, at full length before it is timed: lazy set-up is no cost."""
+        """One unrecorded call of an implementation, at full length where it will be timed: set-up is not measured."""
         if (attn.label, length) not in self._warm:
             measure.answer(self.model, item.ids[: length or WARM_UP], 2, to_the_end=True)
             self._warm.add((attn.label, length))

@@ -51,7 +51,7 @@ def plan(source: Source, arguments: argparse.Namespace) -> Patch:
 
     config["quantization_config"] = {"quant_method": METHOD, **places.as_dict(), "tables": TABLES}
     text = None if arguments.text is None else arguments.text.read_text(encoding="utf-8")
-    size = sum(table.numel() * table.element_size() for table in tables.values())
+    size = sum(table.nbytes for table in tables.values())
 
     def write(path: Path) -> None:
         from safetensors.torch import save_file

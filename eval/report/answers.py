@@ -56,11 +56,12 @@ class Answers:
         return {"total": math.fsum(self._scored(label, names)), "changed": changed}
 
     def likelihood(self, label: str, names: Iterable[str]) -> Row:
-        """How likely the reference answers are, on the answers that the baseline was measured on too.
+        """How likely the reference answers are, on the samples that were measured under the baseline too.
 
-        answer_nll: nats per token of the reference answers. answer_difference: mean over answers of this attention's
-        nats per token less the baseline's, above 0 where the references are less likely than under the baseline; its
-        interval where there are enough answers.
+        answer_pairs: how many samples these are.
+        answer_nll: nats per token of their reference answers.
+        answer_difference: nats per token less the baseline's, the mean over samples, with its interval where there are
+        enough. Above 0, the references are less likely than under the baseline.
         """
         ours, theirs = self.generations[label], self.generations.get(self.baseline, {})
         both = [name for name in names if _has_nll(ours.get(name)) and _has_nll(theirs.get(name))]
@@ -140,7 +141,10 @@ class Answers:
 
 
 def first_divergence(ours: list[int], theirs: list[int]) -> int | None:
-    """Index of the first token in which two answers differ, the end of the shorter one included; None if in none."""
+    """Index of the first token in which two answers differ; None where they are equal.
+
+    Where one answer is the beginning of the other, it is the length of the shorter one.
+    """
     for index, (a, b) in enumerate(zip(ours, theirs)):
         if a != b:
             return index

@@ -19,8 +19,8 @@ def loss_rows(
 ) -> list[Row]:
     """One row per (task, length, attn).
 
-    `perplexity` is exp(sum of nll / number of tokens) over all texts; `ratio` is that of the texts which the baseline
-    read too, over the baseline's, with a bootstrap interval over texts.
+    `perplexity` is exp(sum of nll / number of tokens) over all texts. `ratio` is the perplexity over the baseline's,
+    both on the texts that the baseline read too; its interval is a bootstrap over texts.
     """
     rows = []
     for (task, length), found in _cells(samples, predictions).items():

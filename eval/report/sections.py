@@ -79,7 +79,7 @@ def trade_charts(metrics: Row, numbers: Numbers) -> list[Chart]:
         made.append(
             _trade(f"{length:,} tokens", here, {attn: up for (at, attn), up in speed.items() if at == length}, numbers)
         )
-    if not rows:  # timed at other lengths than scored: what there is, the average against the longest
+    if not rows:  # no length was both timed and scored: the average score against the speed-up at the longest length
         overall = [row for row in metrics["overall"] if row.get("speed_up") and row["score"] is not None]
         named = [{**row, "mean": row["score"], "low": row["score_low"], "high": row["score_high"]} for row in overall]
         if named:

@@ -1,8 +1,7 @@
 """Texts and question-answer sets named by --haystack: a file, a folder or name that `datasets` loads, or "pydoc".
 
-RULER's own files (PaulGrahamEssays.json, squad.json, hotpotqa.json) give the benchmark's tasks under their own names;
-with anything else the tasks carry the source in their name, because their figures cannot be compared with published
-ones.
+RULER's own files (PaulGrahamEssays.json, squad.json, hotpotqa.json) give the benchmark's tasks under their own names.
+With anything else a task carries the source in its name, because its figures cannot be compared with published ones.
 """
 
 from __future__ import annotations

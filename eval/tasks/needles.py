@@ -64,7 +64,10 @@ def passkey(tokenizer: Any, prose: Sequence[int], length: int, depth: float, see
     needle, answer = ids(tokenizer, NEEDLE.format(**names)), ids(tokenizer, " " + names["number"])
     room = length - len(head) - len(tail) - len(needle)
     if room < 1 or room > len(prose):
-        raise ValueError(f"a passkey prompt of {length} tokens cannot be made from {len(prose)} tokens of text.")
+        raise ValueError(
+            f"a passkey prompt of {length} tokens cannot be made from {len(prose)} tokens of text: {length - room} go "
+            "to question and number. Ask for a longer prompt, or give a longer text."
+        )
     text = list(prose[:room])
     place = _sentence_end(tokenizer, text, round(depth * room))
     return Passkey([*head, *hide(text, [needle], [place]), *tail], answer)

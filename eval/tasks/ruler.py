@@ -1,7 +1,7 @@
 """RULER (arXiv 2404.06654): what its tasks share. Prompt formats, budgets and metrics are the benchmark's own.
 
-A sample is made of haystack units (sentences, needles, words, documents) of which as many are taken as fit, and of the
-first tokens of one unit more, so that prompt and generation budget have exactly the length asked for. The answer prefix
+A sample is made of haystack units: sentences, needles, words or documents. As many are taken as fit, and then the first
+tokens of one unit more, so that prompt and generation budget have exactly the length asked for. The answer prefix
 stands after the header of the assistant's turn.
 """
 

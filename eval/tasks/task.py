@@ -12,10 +12,13 @@ from ..records import PROMPT_TAIL, Sample
 
 @dataclass(frozen=True)
 class Item:
-    """One sample with its prompt's token ids; `arguments` go to the metric, `stop` ends an answer (its first line).
+    """One sample with its prompt's token ids.
 
-    `answer_ids` are the tokens of the reference answer behind the prompt, whose likelihood is measured; none where the
-    sample has no reference.
+    Attributes:
+        arguments: what the metric needs beside answer and references.
+        stop: what ends an answer that has begun, such as a line's end; "" for nothing.
+        answer_ids: the tokens of the reference answer behind the prompt, whose likelihood is measured; none where the
+            sample has no reference.
     """
 
     sample: Sample

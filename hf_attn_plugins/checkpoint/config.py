@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Fields of a config that recipes read, what they may hold, and how that is called.
+# Fields of a config that recipes read, what they may hold, and the words for it in an error.
 FIELDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "hf_attn_plugins": (dict, "an object, plugin names to options,"),
     "quantization_config": (dict, "an object"),

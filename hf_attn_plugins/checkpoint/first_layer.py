@@ -68,8 +68,9 @@ class Gain:
 def audit(model: Any) -> Audit:
     """Find the first layer's projections and try whether their input is a function of the token id alone.
 
-    The structure is read off a trial run of 12 tokens, not off a list of families: which modules see the first norm's
-    output, whether a second embedding is added, and whether each row equals that of its token alone at position 0.
+    The structure is read off a trial run of 12 tokens, not off a list of families. The run tells which modules see the
+    first norm's output, whether a second embedding is added, and whether each row equals that of its token alone at
+    position 0.
     """
     reasons: list[str] = []
 
@@ -169,7 +170,7 @@ def gain(model: nn.Module, places: Places) -> Gain:
     matrices = sum(p.numel() for m in model.modules() if isinstance(m, nn.Linear) for p in m.parameters(recurse=False))
     return Gain(
         bytes_added=embedding.num_embeddings * columns * item,
-        bytes_of_model=sum(p.numel() * p.element_size() for p in model.parameters()),
+        bytes_of_model=sum(p.nbytes for p in model.parameters()),
         bytes_replaced=sum(p.weight.numel() * item for p in projections),
         flops_saved=2 * sum(p.weight.numel() for p in projections),
         flops_of_model=2 * matrices,

@@ -14,7 +14,7 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def interrupted(folder: Path) -> bool:
-    """Whether the last patch of a folder was killed between its first and its last step: `undo` takes it back.
+    """Whether the last patch of a folder was killed between its first and its last step; then `undo` takes it back.
 
     Raises:
         FileNotFoundError, ValueError: as `patches_of`.

@@ -27,7 +27,7 @@ def check_tables(model: nn.Module, places: Places, tables: Mapping[str, Tensor])
     rows = getattr(model.get_submodule(places.embedding), "num_embeddings", None)
     for path in places.projections:
         if path not in tables:
-            raise ValueError(f"there is no table for {path}.")
+            raise ValueError(f"there is no table for {path}: make the tables anew.")
         projection: Any = model.get_submodule(path)
         wanted, dtype = (rows, projection.out_features), projection.weight.dtype
         if tuple(tables[path].shape) != wanted or tables[path].dtype != dtype:

@@ -7,8 +7,8 @@
 | a call that torch.compile traces itself | `undivided` | 1 |
 | any other prompt into an empty cache; training | `divided` | 1 where a kernel takes rectangles, else one per piece |
 
-All of them are exact. In a compiled graph the call of a layer is one operator (`hf/planned_op.py`), which runs this
-file without tracing it; a call is traced only where that operator is not used.
+All of them are exact. In a compiled graph the call of a layer is one operator (`hf/calls/planned_op.py`), which runs
+this file without tracing it; a call is traced only where that operator is not used.
 """
 
 from __future__ import annotations

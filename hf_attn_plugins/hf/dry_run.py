@@ -78,7 +78,7 @@ def _about_meta(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def _named(model: nn.Module, name: str) -> Iterator[None]:
-    """The model's configs with another attention name for a while, whatever check would say."""
+    """The model's configs with another attention name for a while. Nothing is checked: the run is the check."""
     configs = configs_of(model)
     before = [compat.implementation_of(config) for config in configs]
     for config in configs:

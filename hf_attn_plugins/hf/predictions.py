@@ -63,7 +63,7 @@ def logits_at(model: nn.Module, ids: Tensor, output: Any, start: int, end: int) 
 
 
 def logits_of(model: nn.Module, ids: Tensor, output: Any, states: Tensor) -> Tensor:
-    """The same for finished hidden states (B, n, D) of any positions, whose token ids are (B, n)."""
+    """(B, n, V) logits, as `logits_at`, for finished hidden states (B, n, D) and token ids (B, n) of any positions."""
     base = backbone(model)
     part = dataclasses.replace(output, last_hidden_state=states)
     hooked = vars(base).get("forward")  # what Accelerate has put there, where it has

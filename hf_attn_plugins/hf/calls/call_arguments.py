@@ -64,7 +64,10 @@ def refuse_unknown(name: str, module: nn.Module, kwargs: Mapping[str, Any]) -> N
 
 
 def one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Under autocast queries and keys may arrive in float32 and values in bfloat16."""
+    """The three in one dtype: autocast's where it is on, else the query's.
+
+    Under autocast queries and keys may arrive in float32 and values in bfloat16.
+    """
     device = query.device.type
     if not query.is_meta and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

@@ -1,8 +1,8 @@
 """What a mask function of Transformers means: read from its closures, or, while a graph is traced, from a few pairs.
 
 Transformers composes masks from closures without public names (`masking_utils.and_masks`, `or_masks`, overlays). They
-are told apart by their qualified names and read by the names of their cells, in `hf.compat`. torch.compile cannot look
-into closures; there the maker's arguments and the pairs next to the diagonal tell the same.
+are told apart by their qualified names and read by the names of their cells, in `hf.masks.compat`. torch.compile cannot
+look into closures; there the maker's arguments and the pairs next to the diagonal tell the same.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _union(function: MaskFunction, functions: Sequence[MaskFunction], place: Pla
 def recognise_traced(
     function: MaskFunction, place: Place, *, is_causal: bool, local_size: int | None, skippable: bool, config: Any
 ) -> Recognised:
-    """The same while torch.compile traces, where closures are closed.
+    """The same while torch.compile traces, which cannot look into closures.
 
     A maker of Transformers composes a causal (or full) mask with a window or chunks of `local_size`, with packed
     sequences, and with blocks that see each other both ways. Packed sequences and chunks show in the pairs (t, t - 1),

@@ -1,10 +1,9 @@
 """Masks as they travel through a model: a small structure that becomes a T x S tensor only where a model asks for one.
 
 `StructuredMask` is a tensor of shape (B, 1, Q, K) to everyone who looks: it passes wherever Transformers asks whether a
-mask is a tensor, and code that computes with the mask gets what the family's own backend would have got: booleans for
-`sdpa`, floats to add for families that have `eager` only. Our
-attention function reads its structure instead. While torch.compile or torch.export trace, `TracedMask` travels, since
-a tensor subclass would end up in the graph.
+mask is a tensor. Code that computes with the mask gets what the family's own backend would have got: booleans for
+`sdpa`, floats to add for families that have `eager` only. Our attention function reads the structure instead. While
+torch.compile or torch.export trace, `TracedMask` travels, since a tensor subclass would end up in the graph.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+
+from hf_attn_plugins.core.compat import transform_is_on
 
 
 def circumstance(ids: Tensor, modules: Sequence[Any]) -> str | None:
@@ -18,7 +19,7 @@ def circumstance(ids: Tensor, modules: Sequence[Any]) -> str | None:
         modules: the embedding, the norm if any, and the projections.
     """
     parameters = [p for module in modules for p in (*module.parameters(recurse=False), *_weights(module))]
-    if transformed() or torch.jit.is_tracing():
+    if transform_is_on() or torch.jit.is_tracing():
         return "the call is transformed or traced (torch.func, vmap, forward-mode gradients, jit)"
     if any(type(p) not in (nn.Parameter, Tensor) for p in parameters) or type(ids) is not Tensor:
         return "the first layer's weights are no plain tensors (quantised, distributed or fake ones)"
@@ -31,16 +32,6 @@ def circumstance(ids: Tensor, modules: Sequence[Any]) -> str | None:
     if ids.is_cuda and torch.cuda.is_current_stream_capturing():
         return "a CUDA graph is being captured"
     return None
-
-
-def transformed() -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation is on.
-
-    `peek_interpreter_stack` and `_current_level` are private names of PyTorch; where they are gone, no transform can be
-    seen, and tensors of transforms are refused by their type or fail in the comparison of bits.
-    """
-    peek = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
-    return (peek is not None and peek() is not None) or getattr(forward_ad, "_current_level", -1) >= 0
 
 
 def _weights(module: Any) -> list[Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.functional import multi_head_attention_forward
 
 _TORCH = ("torch", "2.13")  # and the version that everything here was tested with
@@ -95,6 +96,16 @@ def version_of(parameter: nn.Parameter) -> int:
     if parameter.is_inference():
         return -1
     return needed(parameter, "_version", "notice that weights have changed", *_TORCH)
+
+
+def transform_is_on() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is on.
+
+    Asks `torch._C._functorch.peek_interpreter_stack` and `forward_ad._current_level`. Where they are gone, no transform
+    can be seen, and tensors of transforms are refused by their type or fail in the comparison of bits.
+    """
+    peek = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
+    return (peek is not None and peek() is not None) or getattr(forward_ad, "_current_level", -1) >= 0
 
 
 def cpu_has(feature: str) -> bool:

@@ -68,8 +68,9 @@ def arguments(name: str) -> list[str]:
     return [argument.name for argument in getattr(torch.ops.aten, name).default._schema.arguments]
 
 
-def test_cuda_operators_take_what_we_hand_them():
+def test_operators_take_what_we_hand_them():
     """The schemas stand in every build of PyTorch; without a GPU they are all that can be looked at."""
+    assert arguments(NAMES[0]) == ["query", "key", "value", "dropout_p", "is_causal", "attn_mask", "scale"]
     forward = ["query", "key", "value", "dropout_p", "is_causal", "return_debug_mask"]
     assert arguments(NAMES[2])[:6] == forward and "scale" in arguments(NAMES[2])
     backward = [
@@ -165,6 +166,24 @@ def test_version_counts_writes():
     without = SimpleNamespace(is_inference=lambda: False)
     with pytest.raises(NotImplementedError, match=sentence("_version", "notice that weights have changed")):
         compat.version_of(without)
+
+
+def test_transforms_are_seen(monkeypatch):
+    seen = []
+
+    def function(x):
+        seen.append(compat.transform_is_on())
+        return x.sin()
+
+    x = torch.ones(3)
+    function(x), torch.func.vmap(function)(x), torch.func.jvp(function, (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        function(x)
+    function(x)
+    assert seen == [False, True, True, True, False]
+    monkeypatch.delattr(torch._C._functorch, "peek_interpreter_stack")
+    monkeypatch.delattr(torch.autograd.forward_ad, "_current_level")
+    assert compat.transform_is_on() is False
 
 
 def test_cpu_features(monkeypatch):

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_attn_plugins.core.compat import fused_operator, rng_state_of_flash
 from hf_attn_plugins.core.partial import lse_dtype
-
-_OPS = torch.ops.aten
 
 
 def flash_cpu(
@@ -21,10 +20,8 @@ def flash_cpu(
     A causal mask is square: T == S. Without gradient; D == Dv.
     """
     query, key, value = elements_side_by_side(query, key, value)
-    # The binding in `torch` is the same operator as that in `torch.ops`, some microseconds closer.
-    return torch._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale
-    )
+    operator = fused_operator("_scaled_dot_product_flash_attention_for_cpu")
+    return operator(query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale)
 
 
 def elements_side_by_side(*tensors: Tensor) -> list[Tensor]:
@@ -54,7 +51,8 @@ class FlashCPU(torch.autograd.Function):
         is_causal, scale = ctx.options
         width = value.shape[-1]
         grad_out, query, key, value, out = _lse_as_column(grads, query, key, value, out)
-        d_query, d_key, d_value = _OPS._scaled_dot_product_flash_attention_for_cpu_backward(
+        operator = fused_operator("_scaled_dot_product_flash_attention_for_cpu_backward")
+        d_query, d_key, d_value = operator(
             grad_out, query, key, value, out, lse, 0.0, is_causal, attn_mask=bias, scale=scale
         )
         return d_query[..., :width], d_key[..., :width], d_value[..., :width], None, None, None
@@ -94,14 +92,12 @@ class FlashCUDA(torch.autograd.Function):
         key, value = (x.repeat_interleave(ctx.group_size, 1) if ctx.group_size > 1 else x for x in (key, value))
         ctx.half = query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0
         if ctx.half:
-            out, lse, *rest = _OPS._scaled_dot_product_flash_attention(
-                query, key, value, 0.0, is_causal, False, scale=scale
-            )
-            ctx.rest = rest[:6]
+            operator = fused_operator("_scaled_dot_product_flash_attention")
+            out, lse, *rest = operator(query, key, value, 0.0, is_causal, False, scale=scale)
+            ctx.rest = rng_state_of_flash(rest)
         else:
-            out, lse, *ctx.rest = _OPS._scaled_dot_product_efficient_attention(
-                query, key, value, None, True, 0.0, is_causal, scale=scale
-            )
+            operator = fused_operator("_scaled_dot_product_efficient_attention")
+            out, lse, *ctx.rest = operator(query, key, value, None, True, 0.0, is_causal, scale=scale)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.options = (is_causal, scale)
         return out, lse[..., : query.shape[2]].to(lse_dtype(query))
@@ -114,7 +110,8 @@ class FlashCUDA(torch.autograd.Function):
         grad_out, query, key, value, out = _lse_as_column(grads, query, key, value, out)
         if ctx.half:
             cum_q, cum_k, max_q, max_k, seed, offset = ctx.rest
-            d_query, d_key, d_value = _OPS._scaled_dot_product_flash_attention_backward(
+            operator = fused_operator("_scaled_dot_product_flash_attention_backward")
+            d_query, d_key, d_value = operator(
                 grad_out,
                 query,
                 key,
@@ -133,7 +130,8 @@ class FlashCUDA(torch.autograd.Function):
             )
         else:
             seed, offset = ctx.rest
-            d_query, d_key, d_value, _ = _OPS._scaled_dot_product_efficient_attention_backward(
+            operator = fused_operator("_scaled_dot_product_efficient_attention_backward")
+            d_query, d_key, d_value, _ = operator(
                 grad_out,
                 query,
                 key,

@@ -24,6 +24,9 @@ from .task import Setting
 PYDOC = "pydoc"  # the language reference that Python itself carries
 RULERS_OWN = {"PaulGrahamEssays", "squad", "hotpotqa"}
 LONGEST = 60  # words of a sentence; tables and code have no full stops
+LONGEST_WORD = 400  # characters
+STOPS = "。！？｡"
+WORD = re.compile(rf"[^\s{STOPS}]{{1,{LONGEST_WORD}}}[{STOPS}]?|[{STOPS}]")
 
 
 @dataclass(frozen=True)
@@ -173,11 +176,14 @@ def _essay(name: str, text: str, source: str) -> Essay:
 
 
 def _sentences(text: str) -> Iterator[str]:
-    """Sentences of at most `LONGEST` words, one space between words, one at a time: the text is never copied whole."""
+    """Sentences of at most `LONGEST` words, one space between words, one at a time: the text is never copied whole.
+
+    Scripts that put no spaces between words are cut at their full stops, and at `LONGEST_WORD` characters without one.
+    """
     words: list[str] = []
-    for found in re.finditer(r"\S+", text):
+    for found in WORD.finditer(text):
         words.append(found.group())
-        if words[-1][-1] in ".!?" or len(words) == LONGEST:
+        if words[-1][-1] in ".!?" + STOPS or len(words) == LONGEST or len(words[-1]) >= LONGEST_WORD:
             yield " ".join(words)
             words = []
     if words:

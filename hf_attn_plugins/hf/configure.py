@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from hf_attn_plugins.hf.check import check
 from hf_attn_plugins.hf.compat import implementation_of, set_implementation
+from hf_attn_plugins.hf.known_good import refuse_unless_good
 from hf_attn_plugins.hf.models.configs import configs_of
 from hf_attn_plugins.hf.models.unwrap import language_model, unwrapped
 from hf_attn_plugins.plugins import PLUGINS, plugin
@@ -60,7 +60,7 @@ def use(model: nn.Module, name: str, **options: Any) -> Iterator[nn.Module]:
     before = [(c, implementation_of(c), copy.deepcopy(getattr(c, "hf_attn_plugins", None))) for c in configs]
     try:
         if name in PLUGINS:
-            check(inner, name).raise_if_refused()
+            refuse_unless_good(inner, name)
             configure(inner, name, **options)
         elif options:
             raise ValueError(f"options {sorted(options)} were given for {name!r}, which is no plugin.")

@@ -180,6 +180,13 @@ def test_one_long_line_is_read_as_far_as_it_is_needed(tmp_path):
     assert max(len(s.split()) for s in haystacks.Essay("x", "word " * 200).sentences(3)) == haystacks.LONGEST
 
 
+def test_scripts_without_spaces_have_sentences():
+    text = "今天很冷。你去哪里？回家！Fine\nday."
+    assert haystacks.Essay("x", text).sentences(4) == ["今天很冷。", "你去哪里？", "回家！", "Fine day."]
+    endless = haystacks.Essay("x", "字" * 1_000_000)
+    assert [len(s) for s in endless.sentences(3)] == [haystacks.LONGEST_WORD] * 3
+
+
 def test_existing_paths_win_over_commas(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a,b").mkdir()

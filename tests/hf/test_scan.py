@@ -12,6 +12,7 @@ import transformers as hf
 
 from hf_attn_plugins.hf.scan import oracle, pool, report, runs, shrink, sizes, trial, weights
 from hf_attn_plugins.hf.scan.families import KINDS, Family, families
+from tests.older import OLDER
 
 SAMPLE = (
     "afmoe",
@@ -71,7 +72,7 @@ def test_a_shrunken_config_keeps_its_relations(in_place: bool) -> None:
 
 
 def test_shrunken_tokens_fit_the_vocabulary_and_stay_distinct() -> None:
-    small = shrink.shrunk(hf.Qwen2VLConfig())
+    small = shrink.shrunk(hf.Qwen2VLConfig(), in_place=True)  # before 5.4 this class takes no text config that is built
     special = [small.image_token_id, small.video_token_id, small.vision_start_token_id]
     assert len(set(special)) == 3 and all(0 <= each < small.text_config.vocab_size for each in special)
 
@@ -151,6 +152,8 @@ def test_a_sample_agrees(name: str) -> None:
     if name not in known():
         pytest.skip("not in this Transformers")
     found = pool.scan([known()[name]], trial.trial, seconds=60)[name]
+    if not found["built"] and OLDER:
+        pytest.skip(f"Transformers {hf.__version__} takes no such config: {found['why']}")
     assert found["built"] and found.get("inputs"), found.get("why")
     assert not report.failures({name: found})
 

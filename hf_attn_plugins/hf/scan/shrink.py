@@ -106,7 +106,7 @@ def _in_place(config: Any, tokens: Tokens, seen: set[int]) -> None:
 def _with_sections(config: Any, values: dict[str, Any]) -> dict[str, Any]:
     """The fields, with the sections of a multi-axis RoPE, where the model would fall back on those of its full size."""
     rope = values.get("rope_parameters")
-    if isinstance(rope, dict) and "mrope_section" in getattr(config, "ignore_keys_at_rope_validation", ()):
+    if isinstance(rope, dict) and "mrope_section" in (getattr(config, "ignore_keys_at_rope_validation", None) or ()):
         return {**values, "rope_parameters": {"mrope_section": [2, 3, 3], **rope}}
     return values
 

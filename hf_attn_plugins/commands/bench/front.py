@@ -160,8 +160,12 @@ class Front:
         """What `hap.tune` chooses for a speed, on texts that no row is measured on."""
         model, _ = self.model()
         first = self.arguments.texts * length
-        found = tune(model, length=length, min_speedup=target, text=self.prose(first, 4 * length), baseline=BASELINE)
-        self.done["tuned"].setdefault(str(length), {})[f"{target:g}"] = found.as_dict()
+        text = self.prose(first, 4 * length)
+        try:
+            found = tune(model, length=length, min_speedup=target, text=text, baseline=BASELINE).as_dict()
+        except ValueError as out_of_reach:
+            found = {"refused": str(out_of_reach)}
+        self.done["tuned"].setdefault(str(length), {})[f"{target:g}"] = found
 
     def agreement(self, length: int, index: int, rows: list[Row]) -> None:
         """KL over all positions and over the last ones, and both losses, against the dense run of the same text.

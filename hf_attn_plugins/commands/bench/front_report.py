@@ -59,7 +59,20 @@ def table(done: dict[str, Any], length: str, rows: list[dict[str, Any]]) -> list
     counts = {part: len(done[part].get(length, {}).get(names[0], [])) for part in ("agreement", "passkeys", "needles")}
     counts["rounds"] = len(done["speed"].get(length, {}).get("sdpa", []))
     said = ", ".join(f"{count} {part.replace('agreement', 'texts')}" for part, count in counts.items())
-    return [*lines, "", f"{length} tokens: {said}.", ""]
+    lines += ["", f"{length} tokens: {said}.", ""]
+    for target, tuned in sorted(done["tuned"].get(length, {}).items()):
+        lines += [f"Tuned for {target}x: {_found(tuned)}", ""]
+    return lines
+
+
+def _found(tuned: dict[str, Any]) -> str:
+    """What `hap.tune` said, on its own texts."""
+    if "refused" in tuned:
+        return f"refused: {tuned['refused']}"
+    options = {name: value for name, value in tuned["options"].items() if name != "dense_heads"}
+    heads = sum(map(len, tuned["options"].get("dense_heads") or ()))
+    kl = ", ".join(f"{each:.4f}" for each in tuned["kl"])
+    return f"{options}, {heads} dense heads; KL {kl} on texts that its search did not see."
 
 
 def ratios(done: dict[str, Any], length: str, name: str) -> list[float]:

@@ -43,7 +43,8 @@ def rows_for(length: int, done: dict[str, Any]) -> list[Row]:
             name = f"near {halo}, 1/{part} of the heads dense"
             found.append(Row(name, "star_attention", {**near(halo), "dense_heads": heads}, "dense heads"))
     for target, tuned in sorted(done["tuned"].get(str(length), {}).items()):
-        found.append(Row(f"tuned for {target}x", "star_attention", tuned["options"], "tuned"))
+        if "options" in tuned:
+            found.append(Row(f"tuned for {target}x", "star_attention", tuned["options"], "tuned"))
     for part in WINDOWS:
         window = length // part
         found.append(Row(f"sliding window {window}", "sliding_window", {"window": window}, "windows"))

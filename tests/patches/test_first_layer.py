@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import io
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -29,6 +27,7 @@ from hf_attn_plugins.checkpoint import verify as verify_module
 from hf_attn_plugins.checkpoint.attach import ATTRIBUTE, attach, detach
 from hf_attn_plugins.checkpoint.loader import METHOD, TABLES
 from hf_attn_plugins.testing import assert_close_to_reference
+from tests import forks
 
 from .families import FAMILIES, SIZES, checkpoint, fingerprint, model_of
 
@@ -109,7 +108,8 @@ def test_plain_loading_in_a_fresh_process(tmp_path):
         f"del known[{METHOD!r}]  # as if this package were not there\n"
         f"m = AutoModelForCausalLM.from_pretrained({str(target)!r}); print(hasattr(m, {ATTRIBUTE!r}))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = forks.run(code)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["True", "False"]
     assert METHOD in done.stderr  # Transformers' own warning of a method it does not know
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import time
+from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ import transformers as hf
 
 from hf_attn_plugins.hf.scan import oracle, pool, report, runs, shrink, sizes, trial, weights
 from hf_attn_plugins.hf.scan.families import KINDS, Family, families
+from hf_attn_plugins.hf.scan.inputs import Inputs
 from tests.older import OLDER
 
 SAMPLE = (
@@ -145,6 +149,36 @@ def test_the_page_counts_and_names_failures() -> None:
 def _passes(name: str, compiled: tuple[str, ...] = ()) -> None:
     found = pool.scan([known()[name]], functools.partial(trial.trial, compiled=compiled), seconds=120)
     assert not report.failures(found), report.failures(found)
+
+
+def _compiled_under(default: float, plugin: float, forward_off: float = 0.0) -> tuple[dict, dict]:
+    """What the scan makes of a plugin's graph with logits `plugin`, the default's graph having `default`."""
+    truth = {"logits": torch.ones(2, 3, 4)}
+    model = torch.nn.Linear(1, 1)
+    model.config = hf.PreTrainedConfig(attn_implementation="sdpa")
+    base = trial.Base(model, "sdpa", Inputs({}), "plain", {"forward": truth}, {"forward": 1e-3}, {})
+    mine = runs.difference(truth, {"logits": truth["logits"] * plugin})
+    compiled = {"off": mine.relative, "where": mine.where, "values": {"logits": truth["logits"] * plugin}}
+    steps = {"forward": {"off": forward_off}, "compiled": compiled}
+    with mock.patch.object(trial, "implementation", _nothing):
+        trial._as_the_default_compiles(steps, base, lambda: {"logits": truth["logits"] * default})
+    return steps, base.failed
+
+
+@contextlib.contextmanager
+def _nothing(*_: object) -> Iterator[None]:
+    yield
+
+
+def test_a_graph_is_judged_by_the_defaults_graph_where_that_differs_from_eager() -> None:
+    steps, failed = _compiled_under(default=1.0, plugin=2.0)
+    assert steps["compiled"]["off"] == pytest.approx(1.0) and not failed, "the plugin alone is off"
+    steps, failed = _compiled_under(default=2.0, plugin=2.0)
+    assert steps["compiled"]["off"] == 0 and "off by 1" in failed["compiled"]
+    steps, failed = _compiled_under(default=2.0, plugin=3.0)
+    assert steps["compiled"]["off"] > 0.1, "both are off, and not alike"
+    steps, _ = _compiled_under(default=2.0, plugin=3.0, forward_off=0.5)
+    assert "compiled" not in steps, "star's own numbers"
 
 
 @pytest.mark.parametrize("name", SAMPLE)

@@ -18,15 +18,15 @@ class StarOptions(Options):
 
     Attributes:
         block_size: tokens of a block, or None to cut a prompt by its length (dense below `star.plan.DENSE_BELOW`).
-        anchor_size: leading tokens that every block attends to, 0 .. block_size + halo_size, or None for a fraction of
-            the block.
+        anchor_size: leading tokens that every block attends to, 0 .. block_size + halo_size. None: a few beside a halo,
+            else a quarter of the block.
         query_size: last tokens of the prompt, which attend to everything, 0 or more, or None for the default.
         halo_size: tokens just before a block that the block attends to as well, 0 or more. None: by length where no
             block size is given, else 0, which is the paper's plan.
-        preset: "paper" for sizes by length without near tokens, as in the paper; None for the best that was measured.
         dense_heads: for every layer the indices of its key heads that see everything, with their queries: a list of
             lists, or None for none. A layer beyond the list has none.
         kernel: a kernel by name (see `kernels.KERNELS`), or None to choose by device, dtype and shape.
+        preset: "paper" for sizes by length without near tokens, as in the paper; None for the best that was measured.
     """
 
     by_layer = ("dense_heads",)
@@ -35,9 +35,9 @@ class StarOptions(Options):
     anchor_size: int | None = None
     query_size: int | None = None
     halo_size: int | None = None
-    preset: str | None = None
     dense_heads: tuple[tuple[int, ...], ...] | None = None
     kernel: str | None = None
+    preset: str | None = None
 
     def __post_init__(self) -> None:
         self._between(1, MOST_TOKENS, "block_size")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import statistics
 
 import pytest
 import torch
@@ -126,27 +127,31 @@ def test_a_smaller_kl_takes_more_pairs(llama):
 
 
 class Clock(Measuring):
-    """Seconds by a made-up model, and a KL that falls with the share."""
+    """Seconds that bend with the share, 3 % of noise between rounds, and a KL that falls with the share."""
 
     def __init__(self, a, b):
-        self.a, self.b, self.dense_seconds = a, b, 1.0
+        self.a, self.b, self.noise = a, b, 0
 
     def point(self, options, texts=(0,)):
         plan = StarOptions(**{**options, "dense_heads": None}).plan_of(8192)
         sparse = plan.attended_pairs() / plan.causal_pairs()
         heads = sum(map(len, options.get("dense_heads") or ()))
         share = sparse + (1 - sparse) * heads / 90
-        return Point(dict(options), share, (1 - share,), self.a + self.b * share)
+        return Point(dict(options), share, (1 - share,), 0.0)
 
     def interleaved(self, options, rounds):
-        return [1 / (1.06 * self.point(options).seconds)] * rounds  # slower than the search believes
+        share = self.point(options).share
+        self.noise += 1
+        seconds = self.a + self.b * share + 0.05 * share * (1 - share)
+        return [1 / (seconds * (1 + 0.03 * (-1) ** (self.noise + index))) for index in range(rounds)]
 
 
 @pytest.mark.parametrize("speedup", [2.0, 2.5, 3.0])
-def test_a_speed_is_met_although_the_first_guess_is_off(speedup):
+@pytest.mark.parametrize("rounds", [1, 3, 4])
+def test_a_speed_is_met_although_the_first_guess_is_off(speedup, rounds):
     order = [(layer, head) for layer in range(30) for head in range(3)]
-    best, ratios = Search(Clock(0.25, 0.28), order, 90, 8192, lambda what: None).at_speed(speedup, 3)
-    assert 1 <= ratios[0] / speedup <= 1.05
+    best, ratios = Search(Clock(0.25, 0.28), order, 90, 8192, lambda what: None).at_speed(speedup, rounds)
+    assert 1 <= statistics.median(ratios) / speedup <= 1.08
     assert best.share > 0.1
 
 
@@ -154,10 +159,10 @@ def test_speeds_out_of_reach_say_what_is_in_reach():
     def search():
         return Search(Clock(0.25, 0.28), [(0, 0)], 90, 8192, lambda what: None)
 
-    with pytest.raises(ValueError, match=r"free attention would give 4\.00x"):
-        search().at_speed(5.0, 1)
+    with pytest.raises(ValueError, match=r"the sparsest plan that is tried gives 3\.\d\dx"):
+        search().at_speed(5.0, 2)
     with pytest.raises(ValueError, match=r"tiled_attention, which is exact.*1\.89x"):
-        search().at_speed(1.5, 1)
+        search().at_speed(1.5, 2)
     with pytest.raises(ValueError, match=r"sparsest plan"):
         search().at_share(0.01)
 

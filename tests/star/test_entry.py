@@ -331,7 +331,7 @@ def test_keys_of_a_halo_are_views(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_sizes_in_tensors_are_those_of_the_planner(sizes: tuple) -> None:
-    options = StarOptions(*sizes)
+    options = StarOptions(*sizes[:4], preset=sizes[4] if len(sizes) > 4 else None)
     lengths = [0, 1, 2, 100, DENSE_BELOW - 1, DENSE_BELOW, DENSE_BELOW + 1, 4096, 6000]
     rows = max(lengths)
     padding = torch.arange(rows)[None] >= rows - torch.tensor(lengths)[:, None]

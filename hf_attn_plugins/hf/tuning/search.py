@@ -163,52 +163,46 @@ class Search:
                 low = middle
         return found
 
-    def slope(self) -> tuple[float, float]:
-        """(a, b) of seconds = a + b * share, by the dense plan and the sparsest one."""
-        dense = next(point for point in self.points if point.share > 0.999)
-        sparse = min(self.points, key=lambda point: point.share)
-        b = max(1e-9, (dense.seconds - sparse.seconds) / max(1e-9, dense.share - sparse.share))
-        return dense.seconds - b * dense.share, b
-
     def at_speed(self, speedup: float, rounds: int) -> tuple[Point, list[float]]:
         """The point with the least KL at a speed against the baseline, and that speed round by round.
+
+        Time is taken to grow evenly with the share between two plans that were timed, first the dense and the sparsest
+        one. Where the choice misses the speed, it takes the place of one of the two, and the share moves.
 
         Raises:
             ValueError: exact attention is as fast, or no plan is.
         """
-        self.tick("dense plan")
-        self.points.append(self.measuring.point({"block_size": self.length, "anchor_size": 0}))
-        self.measured(self.halos()[0], 0)
-        a, b = self.slope()
-        budget = (self.measuring.dense_seconds / speedup - a) / b
-        if budget >= 1:
+        dense = self.measuring.point({"block_size": self.length, "anchor_size": 0})
+        sparsest = self.measured(self.halos()[0], 0)
+        self.points.append(dense)
+        timed = [(each, self._timed(each, rounds)) for each in (sparsest, dense)]
+        fastest, exact = (statistics.median(ratios) for _, ratios in timed)
+        if exact >= speedup:
             raise ValueError(
                 f"min_speedup={speedup}: tiled_attention, which is exact, is as fast at {self.length} tokens "
-                f"({self.measuring.dense_seconds / (a + b):.2f}x): use it, or ask for more."
+                f"({exact:.2f}x): use it, or ask for more."
             )
-        least = self.sparse_share(self.halos()[0])
-        if budget < least:
+        if fastest < speedup:
             raise ValueError(
-                f"min_speedup={speedup}: the sparsest plan that is tried gives about "
-                f"{self.measuring.dense_seconds / (a + b * least):.2f}x at {self.length} tokens, free attention would "
-                f"give {self.measuring.dense_seconds / max(1e-9, a):.2f}x: ask for less, or tune for longer prompts."
+                f"min_speedup={speedup}: the sparsest plan that is tried gives {fastest:.2f}x at {self.length} tokens: "
+                "ask for less, or tune for longer prompts."
             )
-        best = self.at_share(budget)
-        for _ in range(CORRECTIONS):
-            self.tick("timing against the baseline")
-            ratios = self.measuring.interleaved(best.options, rounds)
-            reached = statistics.median(ratios)
-            if 0 <= reached / speedup - 1 <= 2 * NEAR:
+        best: Point | None = None
+        for _ in range(1 + CORRECTIONS):
+            share = _between(timed, speedup * (1 + NEAR))
+            chosen = self.at_share(share) if best is None else self._moved(best, share)
+            if chosen is None or any(chosen.options == each.options for each, _ in timed):
                 break
-            seconds = self.measuring.dense_seconds
-            share = best.share + (seconds / (speedup * (1 + NEAR)) - seconds / reached) / b
-            moved = self._moved(best, min(0.99, share))
-            if moved is None or moved.options == best.options:
+            best = chosen
+            timed.append((best, self._timed(best, rounds)))
+            if 0 <= statistics.median(timed[-1][1]) / speedup - 1 <= 2 * NEAR:
                 break
-            best = moved
-        else:
-            ratios = self.measuring.interleaved(best.options, rounds)
-        return best, ratios
+        met = [each for each in timed if statistics.median(each[1]) >= speedup]
+        return min(met, key=lambda each: each[0].mean_kl)
+
+    def _timed(self, point: Point, rounds: int) -> list[float]:
+        self.tick("timing against the baseline")
+        return self.measuring.interleaved(point.options, rounds)
 
     def _moved(self, point: Point, share: float) -> Point | None:
         """The same sizes at another share: fewer or more dense heads, then another halo."""
@@ -220,3 +214,12 @@ class Search:
         while not self.order and self.sparse_share(halo + self.step, block, anchor) <= share:
             halo += self.step
         return None if heads is None else self.measured(halo, heads, block, anchor)
+
+
+def _between(timed: list[tuple[Point, list[float]]], speedup: float) -> float:
+    """The share at which a speed is expected: between the slowest plan that has it and the fastest that has not."""
+    line = sorted((point.share, 1 / statistics.median(ratios)) for point, ratios in timed)
+    enough = [each for each in line if each[1] <= 1 / speedup] or line[:1]
+    short = [each for each in line if each[1] > 1 / speedup and each[0] > enough[-1][0]] or line[-1:]
+    (low, fast), (high, slow) = enough[-1], short[0]
+    return low + (high - low) * min(1.0, max(0.0, (1 / speedup - fast) / max(1e-9, slow - fast)))

@@ -76,7 +76,7 @@ def mask_function(
         skippable=not floats and _skippable(read, padding, q_length, kv_length, allow_is_causal_skip, rest),
     )
     mask = travelling(structure, device, dtype if floats else torch.bool)
-    if isinstance(mask, TracedMask) and config is not None and families.asks_for_block_masks(type(config).__module__):
+    if isinstance(mask, TracedMask) and config is not None and families.asks_for_type_of_mask(type(config).__module__):
         return mask.tensor()
     return mask
 

@@ -72,10 +72,14 @@ def makes_blocks(config_module: str) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def asks_for_block_masks(config_module: str) -> bool:
-    """Whether the models of a config's module ask if a mask is a BlockMask, and then leave it out, as Doge does."""
+def asks_for_type_of_mask(config_module: str) -> bool:
+    """Whether the models of a config's module look at the type of their mask.
+
+    Doge leaves a BlockMask out, DeepSeek-V4 widens a Tensor only.
+    """
     source = _modeling_source(config_module)
-    return source is not None and re.search(r"isinstance\(\w+, BlockMask\)", source) is not None
+    asked = r"isinstance\((attention|causal)_mask, (BlockMask|(torch\.)?Tensor)\)"
+    return source is not None and re.search(asked, source) is not None
 
 
 @functools.cache

@@ -193,7 +193,9 @@ class Front:
                     nlls.append(-of_tokens(found[: len(targets)], targets))
         losses = [float(torch.cat(each[:-1]).mean()) for each in nll]
         for row, share, kls, loss in zip(rows, shares[1:], kl[1:], losses[1:], strict=True):
-            whole = torch.cat(kls[:-1])
+            whole, window = torch.cat(kls[:-1]), row.options.get("window")
+            if window is not None:  # the baselines' windows are no plan that a trace could count
+                share = (2 * length - window + 1) * window / (length * (length + 1))
             self.add("agreement", length, row, index, {
                 "kl": float(whole.mean()),
                 "kl_median": float(whole.median()),

@@ -17,10 +17,9 @@ from hf_attn_plugins.star.plan import (
     NEAR_ANCHOR,
     NEAR_BLOCK,
     PAPER,
-    PAPER_BLOCKS,
-    PAPER_STEP,
     Plan,
     default_halo,
+    paper_block,
 )
 
 
@@ -118,8 +117,7 @@ def row_sizes(mask: Mask, rows: int, options: StarOptions) -> Sizes:
     if options.block_size is not None:
         block = torch.full_like(length, options.block_size)
     else:
-        share = -(-context.clamp_min(1) // PAPER_BLOCKS)
-        cut = -(-share // PAPER_STEP) * PAPER_STEP if paper else torch.full_like(length, NEAR_BLOCK)
+        cut = paper_block(context.clamp_min(1)) if paper else torch.full_like(length, NEAR_BLOCK)
         block = torch.where(long, cut, length.clamp_min(1)).maximum((options.anchor_size or 1) - halo)
     if options.anchor_size is not None:
         anchor = torch.full_like(length, options.anchor_size)

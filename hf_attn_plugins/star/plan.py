@@ -166,7 +166,7 @@ def plan_for(
     if block_size is None:
         block_size = max(1, length)
         if length >= DENSE_BELOW:
-            block_size = paper_block(length - query) if paper else NEAR_BLOCK
+            block_size = paper_block(max(1, length - query)) if paper else NEAR_BLOCK
         block_size = max(block_size, (anchor_size or 0) - halo_size)
     if anchor_size is None:
         anchor_size = min(NEAR_ANCHOR, block_size + halo_size) if halo_size else block_size // ANCHOR_SHARE
@@ -179,7 +179,7 @@ def default_halo(length: Any) -> Any:
     return length * part // whole // HALO_STEP * HALO_STEP
 
 
-def paper_block(context: int) -> int:
-    """Tokens of a block by the preset "paper"."""
-    share = -(-max(1, context) // PAPER_BLOCKS)
+def paper_block(context: Any) -> Any:
+    """Tokens of a block by the preset "paper"; `context` is a number of tokens from 1 on, or a tensor of them."""
+    share = -(-context // PAPER_BLOCKS)
     return -(-share // PAPER_STEP) * PAPER_STEP

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_attn_plugins.bench.hardware import describe
 from hf_attn_plugins.hf.check import check
-from hf_attn_plugins.hf.configure import configure, use
+from hf_attn_plugins.hf.configure import use
 from hf_attn_plugins.hf.inputs.texts import prose_tokens
 from hf_attn_plugins.hf.models.evaluating import evaluating
 from hf_attn_plugins.hf.models.families import own_backend
@@ -18,7 +18,7 @@ from hf_attn_plugins.hf.models.unwrap import language_model
 from hf_attn_plugins.hf.tuning.heads import exact_losses, losses, order_of, rank_correlation
 from hf_attn_plugins.hf.tuning.measuring import Measuring
 from hf_attn_plugins.hf.tuning.report import Tuned, front_of
-from hf_attn_plugins.hf.tuning.search import ANCHOR, BLOCK, Search
+from hf_attn_plugins.hf.tuning.search import Search, first_sizes
 from hf_attn_plugins.star.options import StarOptions
 
 TUNABLE = "star_attention"
@@ -101,8 +101,8 @@ def tune(
         total = 1
         if heads:
             tick("order of heads")
-            block = min(BLOCK, max(16, length // 32))
-            probed = StarOptions(block, min(ANCHOR, block // 2), None, max(block, length // 16))
+            block, anchor = first_sizes(length)
+            probed = StarOptions(block, anchor, None, max(block, length // 16))
             found = losses(inner, measuring.run, name, probed)
             order, total = order_of(found), sum(map(len, found.values()))
             if exact_heads:
@@ -117,7 +117,7 @@ def tune(
         tick("texts that the search did not see")
         unseen = measuring.point(best.options, range(1, len(pieces)))
     stored = StarOptions(**best.options).as_dict()
-    configure(inner, name, **{**dict.fromkeys(StarOptions.names()), **stored})
+    measuring.set(stored)
     return Tuned(
         name, stored, length, target, unseen.kl, unseen.share, baseline, tuple(ratios), front_of(search.points),
         agreement, describe(pieces[0].device),

@@ -114,6 +114,13 @@ def test_a_share_is_kept_and_the_options_are_stored(family, tmp_path):
     assert found.line.startswith('hap.configure(model, "star_attention", block_size=')
 
 
+def test_a_kernel_that_a_user_named_stays_and_older_sizes_go(llama):
+    model = copy.deepcopy(llama)
+    hap.configure(model, "star_attention", kernel="aten", preset="paper", query_size=5)
+    found = hap.tune(model, length=LENGTH, max_share=0.75, text=IDS, rounds=1)
+    assert model.config.hf_attn_plugins["star_attention"] == {**found.options, "kernel": "aten"}
+
+
 def test_a_smaller_kl_takes_more_pairs(llama):
     tried = hap.tune(copy.deepcopy(llama), length=LENGTH, max_share=0.75, text=IDS, rounds=1).front
     kls = [kl for _, kl, _ in tried]
@@ -137,7 +144,7 @@ class Clock(Measuring):
         sparse = plan.attended_pairs() / plan.causal_pairs()
         heads = sum(map(len, options.get("dense_heads") or ()))
         share = sparse + (1 - sparse) * heads / 90
-        return Point(dict(options), share, (1 - share,), 0.0)
+        return Point(dict(options), share, (1 - share,))
 
     def interleaved(self, options, rounds):
         share = self.point(options).share

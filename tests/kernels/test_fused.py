@@ -14,7 +14,7 @@ import torch
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.kernels import attend
 from hf_attn_plugins.kernels.cpu_fused import build, call
-from hf_attn_plugins.kernels.cpu_fused.build import unavailable
+from hf_attn_plugins.kernels.cpu_fused.build import library, unavailable
 from hf_attn_plugins.testing import assert_close_to_reference, dense_attention, sharp_inputs, visibility
 from tests import forks
 from tests.kernels.test_attend import MASKS, as_mask
@@ -280,7 +280,7 @@ def compiler(tmp_path):
     script = tmp_path / "compiler"
     script.write_text(
         '#!/bin/sh\n[ "$1" = --version ] && exit 0\nwhile [ "$1" != -o ]; do shift; done\n'
-        f"exec cp '{build.library()._name}' \"$2\"\n"
+        f"exec cp '{library()._name}' \"$2\"\n"
     )
     script.chmod(0o755)
     return str(script)

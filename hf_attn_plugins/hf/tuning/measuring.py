@@ -15,7 +15,9 @@ from hf_attn_plugins.hf.configure import configure, use
 from hf_attn_plugins.hf.predictions import CHUNK, backbone, divergence, log_probabilities, logits_of
 from hf_attn_plugins.hf.trace import trace
 from hf_attn_plugins.hf.tuning.heads import sampled
+from hf_attn_plugins.star.options import StarOptions
 
+TUNED = tuple(name for name in StarOptions.names() if name != "kernel")  # a kernel that a user named stays
 POSITIONS = 1024  # of a text at which predictions are compared, evenly spread over all of it
 
 
@@ -27,13 +29,11 @@ class Point:
         options: those of the plugin.
         share: attended over causal pairs, mean over layers and heads.
         kl: mean KL(dense || this) in nats of each text, over positions of the whole text.
-        seconds: of the fastest prefill seen.
     """
 
     options: dict[str, Any]
     share: float
     kl: tuple[float, ...]
-    seconds: float
 
     @property
     def mean_kl(self) -> float:
@@ -51,8 +51,6 @@ class Measuring:
         self.model, self.name, self.baseline, self.texts = model, name, baseline, list(texts)
         self.base = backbone(model)
         self.index = sampled(self.texts[0].shape[1], POSITIONS)
-        self.defaults = dict.fromkeys(("block_size", "anchor_size", "query_size", "halo_size", "dense_heads"))
-        self.dense_seconds = float("inf")
         self.wanted: list[Tensor] = []
 
     def run(self, text: int = 0) -> Any:
@@ -68,27 +66,29 @@ class Measuring:
         with use(self.model, self.baseline):
             self.base(self.texts[0][:, :256], use_cache=False)  # lazy set-up is not attention's cost
             for text in range(len(self.texts)):
-                output, seconds = self.run(text)
-                self.dense_seconds = min(self.dense_seconds, seconds)
+                output, _ = self.run(text)
                 self.wanted.append(output.last_hidden_state[:, self.index].clone())
+
+    def set(self, options: Mapping[str, Any]) -> None:
+        """Store options in the model; those of `TUNED` that are not given become their defaults."""
+        configure(self.model, self.name, **{**dict.fromkeys(TUNED), **options})
 
     def point(self, options: Mapping[str, Any], texts: Sequence[int] = (0,)) -> Point:
         """Measure options on some of the texts."""
-        configure(self.model, self.name, **{**self.defaults, **options})
-        kl, fastest, share = [], float("inf"), 1.0
+        self.set(options)
+        kl, share = [], 1.0
         for text in texts:
             with trace(self.model) as seen:
-                output, seconds = self.run(text)
-            fastest, share = min(fastest, seconds), seen.share if seen.share is not None else 1.0
+                output, _ = self.run(text)
+            share = seen.share if seen.share is not None else 1.0
             kl.append(self._kl(text, output))
-        return Point(dict(options), share, tuple(kl), fastest)
+        return Point(dict(options), share, tuple(kl))
 
     def _kl(self, text: int, output: Any) -> float:
         total = 0.0
-        for part in self.index.split(CHUNK):
-            places = slice(int((self.index < part[0]).sum()), int((self.index <= part[-1]).sum()))
+        for part, states in zip(self.index.split(CHUNK), self.wanted[text].split(CHUNK, 1), strict=True):
             ids = self.texts[text][:, part]
-            wanted = logits_of(self.model, ids, output, self.wanted[text][:, places])
+            wanted = logits_of(self.model, ids, output, states)
             got = logits_of(self.model, ids, output, output.last_hidden_state[:, part])
             total += float(divergence(log_probabilities(wanted), log_probabilities(got)).sum())
         return total / (len(self.index) * self.texts[text].shape[0])
@@ -96,7 +96,7 @@ class Measuring:
     def interleaved(self, options: Mapping[str, Any], rounds: int) -> list[float]:
         """Seconds of the baseline over seconds with `options`, one ratio a round: both run in every round."""
         ratios = []
-        configure(self.model, self.name, **{**self.defaults, **options})
+        self.set(options)
         for _ in range(rounds):
             _, sparse = self.run()
             with use(self.model, self.baseline):

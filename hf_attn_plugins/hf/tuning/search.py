@@ -22,6 +22,12 @@ ALMOST_DENSE = 0.95  # a share beyond which tiled_attention, which is exact, is 
 NEAR = 0.02  # a speed this close to the one that was asked for is met
 
 
+def first_sizes(length: int) -> tuple[int, int]:
+    """(block, anchor) in tokens that a search over prompts of `length` tokens begins with."""
+    block = min(BLOCK, max(16, length // 32))
+    return block, min(ANCHOR, block // 2)
+
+
 @dataclass
 class Search:
     """One search over the options of star.
@@ -44,12 +50,12 @@ class Search:
     @property
     def block(self) -> int:
         """Tokens of a block to begin with."""
-        return min(BLOCK, max(16, self.length // 32))
+        return first_sizes(self.length)[0]
 
     @property
     def anchor(self) -> int:
         """Tokens of the anchor to begin with."""
-        return min(ANCHOR, self.block // 2)
+        return first_sizes(self.length)[1]
 
     @property
     def step(self) -> int:
@@ -110,8 +116,8 @@ class Search:
         nearby = [round(halo * factor / self.step) * self.step for factor in (0.7, 1.4)]
         best = min([best, *self._mixes(share, [(h, block, anchor) for h in nearby if h])], key=lambda p: p.mean_kl)
         halo = best.options["halo_size"]
-        others = [(halo, block, anchor // 4), (halo, block, 4 * anchor), (halo, block // 2, anchor)]
-        others += [(halo, 2 * block, anchor)]
+        others = [(halo, block, a) for a in (anchor // 4, 4 * anchor)]
+        others += [(halo, b, anchor) for b in (block // 2, 2 * block)]
         return min([best, *self._mixes(share, others)], key=lambda point: point.mean_kl)
 
     def _mixes(self, share: float, sizes: list[tuple[int, int, int]]) -> list[Point]:

@@ -148,7 +148,7 @@ BAD = {
     "unknown method": (("plan", "ring"), "choose one of cqs, star, tiled"),
     "unknown option": (("list", "--jsn"), "unrecognized"),
     "no such model": (("compare", "nowhere"), "no model folder 'nowhere'"),
-    "no such model to check": (("check", "./nowhere"), "no such folder"),
+    "no such model to check": (("check", "./nowhere"), "no model folder './nowhere'"),
     "unknown plugin": (("compare", "MODEL", "--attn", "tilled"), "choose one of tiled_attention"),
     "unknown plugin to check": (("check", "MODEL", "--attn", "tilled"), "choose one of tiled_attention"),
     "unknown plugin option": (("compare", "MODEL", "--option", "blocks=3", "--length", "50"), "no option blocks"),

@@ -14,19 +14,6 @@ from .samples import sample_data
 from .summary import summarise_folder
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that hf-attn eval wrote")
-    parser.add_argument(
-        "--out", metavar="DIR", help="where leaderboard.md and .html go; the runs' common folder by default"
-    )
-    parser.add_argument(
-        "--allow-different",
-        action="store_true",
-        help="join runs of different models, tasks or lengths all the same; the leaderboard then says what differs",
-    )
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Write and print."""
     if len(arguments.runs) == 1:

@@ -39,13 +39,13 @@ def brief(metrics: Row) -> Table:
         ("answer\nnats", lambda row: _signed_answer(row, metrics)),
         ("KL,\nnats", lambda row: figures.nats(row["kl"])),
         ("ppl\nratio", lambda row: figures.fine_ratio(row["perplexity_ratio"])),
-        ("prefill", lambda row: figures.ratio(row.get("speed_up"))),
+        ("prefill", lambda row: figures.ratio(row.get("speed_up")) + _noise(row)),
         ("peak\nmemory", lambda row: figures.ratio(row.get("memory_ratio"))),
         ("errors", lambda row: str(row["errors"] or figures.NOTHING)),
     ]
     note = (
         "Differences are paired: in points with 95 % intervals, counts below ten; answer: nats by which a token "
-        "of the reference is less likely; prefill: times as fast; memory: of the baseline's."
+        "of the reference is less likely; prefill: times as fast, ~ within noise; memory: of the baseline's."
     )
     return _table(f"Against {metrics['baseline']}", columns, metrics["overall"], note)
 
@@ -65,8 +65,8 @@ def headline(metrics: Row) -> Table:
         ("KL, nats", lambda row: figures.nats(row["kl"])),
         ("perplexity", lambda row: figures.perplexity(row["perplexity"])),
         ("perplexity ratio", lambda row: figures.fine_ratio(row["perplexity_ratio"])),
-        (f"prefill speed-up{at}", lambda row: figures.ratio(row.get("speed_up"))),
-        ("decode speed-up", lambda row: figures.ratio(row.get("decode_speed_up"))),
+        (f"prefill speed-up{at}", figures.speed),
+        ("decode speed-up", lambda row: figures.speed(row, "decode_speed_up")),
         ("peak memory", figures.memory),
         ("errors", lambda row: str(row["errors"] or figures.NOTHING)),
         ("what ran", lambda row: "; ".join(row.get("plans") or ()) or figures.NOTHING),
@@ -122,10 +122,10 @@ def details(metrics: Row) -> list[Table]:
         ("attention", lambda row: row["attn"]),
         ("n", lambda row: str(row["n"])),
         ("prefill", lambda row: figures.seconds(row["prefill"])),
-        ("speed-up", lambda row: figures.ratio(row["speed_up"])),
+        ("speed-up", figures.speed),
         ("first token", lambda row: figures.seconds(row["first_token"])),
         ("decode, per token", lambda row: figures.seconds(row["decode_per_token"])),
-        ("decode speed-up", lambda row: figures.ratio(row["decode_speed_up"])),
+        ("decode speed-up", lambda row: figures.speed(row, "decode_speed_up")),
         ("peak memory", figures.memory),
     ]
     tokens = {(row["task"], row["length"], row["attn"]): row for row in metrics["generation"]}
@@ -226,6 +226,11 @@ def _signed_answer(row: Row, metrics: Row) -> str:
     """Without its interval, and without a word for the baseline: the terminal is narrow."""
     text = _answer_difference(row, metrics)
     return figures.NOTHING if text == BASELINE else text.split(" [")[0]
+
+
+def _noise(row: Row) -> str:
+    """The mark ~ where the rounds do not tell which is faster."""
+    return " ~" if row.get("speed_up_low") is not None and figures.within_noise(row) and row["speed_up"] != 1 else ""
 
 
 def _number(value: float | None) -> str:

@@ -35,7 +35,7 @@ def test_the_patched_folder_selects_the_plugin(tmp_path, family, sharded):
     assert fingerprint(source) == before
     after = fingerprint(target)
     assert {name for name in after if after[name] != before.get(name)} == {
-        "config.json", RECORD, KEPT, f"{KEPT}/1", f"{KEPT}/1/config.json"
+        "config.json", "README.md", RECORD, KEPT, f"{KEPT}/1", f"{KEPT}/1/config.json"
     }  # fmt: skip
     old, new = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source, target))
     assert new.config._attn_implementation == "tiled_attention" != old.config._attn_implementation

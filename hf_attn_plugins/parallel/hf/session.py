@@ -255,7 +255,7 @@ def _session(model: nn.Module, group: Group, method: Method, settings: dict[str,
     agree(group, {**settings, "model": fingerprint(model, whole=True), **versions, "size": group.size}, what="set-up")
     check_model(model)
     method = method.settle(text_config(model).to_dict(), group)
-    session = Session(model, group, method, settings["method"])
+    session = Session(model, group, method, settings.get("method", type(method).__name__))
     row = Plugin(session.name, "one session of context_parallel", True, "", session.attention, Layer)
     with installed(row, session.mask):
         try:

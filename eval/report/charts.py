@@ -128,8 +128,8 @@ def heat_map(
             drawn += f'<rect class="none" {box}/>'
             continue
         value, text = cells[row, column]
-        strength = 0.06 + 0.9 * value
-        shade = " strong" if strength > 0.72 else " middle" if strength > 0.58 else ""  # where its text must change
+        strength = 0.06 + 0.6 * value  # light enough for dark text in print and in light mode
+        shade = " strong" if strength > 0.5 else ""  # where the text must change in dark mode
         drawn += (
             f'<rect class="heat" {box} fill-opacity="{strength:.2f}"/><text class="value{shade}" '
             f'x="{x + wide / 2:.1f}" y="{y + high / 2 + 4:.1f}">{escape(text)}</text>'

@@ -7,7 +7,7 @@
   const form = document.querySelector(".filters");
   if (!form || !data.samples) return;
 
-  const names = data.names ?? data.attentions;
+  const shorts = data.names ?? data.attentions;
   const list = document.getElementById("list");
   const swatches = [...document.getElementById("swatches").content.children];
   const samples = data.samples.map(prepare);
@@ -110,7 +110,7 @@
   function answer(group, sample) {
     const one = group[0];
     const names = group.map(({ attention }) =>
-      element("span", "name", swatches[attention].cloneNode(true), element("span", "", names[attention])));
+      element("span", "name", swatches[attention].cloneNode(true), element("span", "", shorts[attention])));
     const head = element("h4", "", element("span", "names", ...names));
     if (one.score !== null) head.append(element("span", "score", `${Number((100 * one.score).toFixed(1))} %`));
     const body = one.error !== null ? element("p", "failed", one.error) : element("p", "text", ...pieces(one, sample));
@@ -160,7 +160,7 @@
   const distinct = (name) => [...new Set(samples.map((sample) => sample[name]))];
   fill("task", distinct("task").sort().map((task) => [task, task]));
   fill("length", distinct("length").sort((a, b) => a - b).map((n) => [n, n.toLocaleString("en")]));
-  fill("attention", names.map((name, index) => [index, name]));
+  fill("attention", shorts.map((name, index) => [index, name]));
   form.addEventListener("input", filter);
   form.addEventListener("submit", (event) => event.preventDefault());
   form.addEventListener("reset", () => setTimeout(filter)); // the values are back only after this event

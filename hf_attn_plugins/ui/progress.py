@@ -14,6 +14,8 @@ Progress = Callable[[str, int, int], None]
 def terminal(shown: bool = True, *, transient: bool = True) -> Iterator[Progress]:
     """A function (what, done, total) that moves a bar on stderr, with the time so far and the time that is left.
 
+    Where stderr is no terminal there is no bar.
+
     Args:
         shown: False gives a function that does nothing.
         transient: whether the bar goes away at the end.
@@ -33,7 +35,8 @@ def terminal(shown: bool = True, *, transient: bool = True) -> Iterator[Progress
 
     columns: list[Any] = [TextColumn("{task.description:<28}"), BarColumn(), TaskProgressColumn()]
     columns += [TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left")]
-    with Progress(*columns, console=Console(stderr=True), transient=transient) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=transient, disable=not console.is_terminal) as bar:
         line = bar.add_task("starting", total=None)
         yield lambda what, done, total: bar.update(line, description=what, completed=done, total=total)
 

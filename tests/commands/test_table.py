@@ -95,7 +95,10 @@ def loads_nothing(monkeypatch):
     [
         (["--option", "blocks=3"], "no option blocks"),
         (["--option", "kernel=magic"], "magic"),
-        (["--attn", "tiled_attention,star_attention", "--option", "kernel=aten"], "--option belongs to a single --attn"),
+        (
+            ["--attn", "tiled_attention,star_attention", "--option", "kernel=aten"],
+            "--option belongs to a single --attn",
+        ),
         (["--baseline", "sdpaa"], "no attention 'sdpaa'"),
         (["--length", "1"], "at least 2"),
         (["--length", "12,many"], "whole numbers"),
@@ -118,9 +121,8 @@ def test_options_of_tune_are_checked_before_anything_is_loaded(capsys, loads_not
 
 
 def test_the_alias_names_the_model_in_every_command(capsys, tmp_path, monkeypatch):
-    from tests.eval.tiny import model_folder
-
     from hf_attn_plugins.hf.inputs import load
+    from tests.eval.tiny import model_folder
 
     folder = model_folder(tmp_path / "model")
     monkeypatch.setattr(load, "demo_folder", lambda: folder)

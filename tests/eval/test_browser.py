@@ -172,7 +172,9 @@ def test_print_is_light_and_without_controls(browser, path):
 def test_a_print_of_at_most_five_pages_has_its_tables_open(browser, tmp_path):
     whole = report(fabricated.full(tmp_path / "whole"))  # 22 charts, 105 rows
     page = Page(browser).open(whole, media="print")
-    page.run("addEventListener('beforeprint', () => (window.open_ = document.querySelectorAll('.folded[open]').length))")
+    page.run(
+        "addEventListener('beforeprint', () => (window.open_ = document.querySelectorAll('.folded[open]').length))"
+    )
     page.run("addEventListener('afterprint', () => (window.after = document.querySelectorAll('.folded[open]').length))")
     for width, height in ((8.5, 11), (8.27, 11.69)):
         options = {"printBackground": True, "paperWidth": width, "paperHeight": height}
@@ -196,10 +198,10 @@ def test_a_phone_compares_attentions_side_by_side(browser, path):
     assert page.run(shown, ".turned") == [True] and page.run(shown, ".headline") == [False]
     heads = page.texts(".turned thead th")
     assert heads[:4] == ["", "sdpa", "tiled", "cqs"]
-    rows = {cells[0]: cells for cells in (
-        page.run("return [...document.querySelectorAll('.turned tbody tr')].map((r) => [...r.children].map((c) => c.textContent))")
-    )}  # fmt: skip
-    assert rows["score, %"][1] != "" and all(len(cells) == len(heads) for cells in rows.values())
+    cells = """return [...document.querySelectorAll('.turned tbody tr')]
+        .map((row) => [...row.children].map((cell) => cell.textContent))"""
+    rows = {found[0]: found for found in page.run(cells)}
+    assert rows["score, %"][1] != "" and all(len(found) == len(heads) for found in rows.values())
     top = "return document.querySelector('.turned tbody tr:nth-child(2) td:nth-child(%d)').getBoundingClientRect().top"
     assert page.run(top % 2) == page.run(top % 3), "one measure of two attentions stands on one line"
     page.open(path, width=1280)

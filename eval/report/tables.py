@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import figures
+from .verdict import verdicts
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -167,8 +168,10 @@ def facts(config: Row, environment: Row) -> list[tuple[str, str]]:
 
 
 def markdown(title: str, config: Row, environment: Row, metrics: Row, errors: Sequence[str] = ()) -> str:
-    """report.md: what was run, the headline, every table, the first errors."""
+    """report.md: what was run, the verdicts, the headline, every table, the first errors."""
     page = [f"# {title}", "", *(f"- {name}: {_plain(text)}" for name, text in facts(config, environment))]
+    said = [f"- **{_plain(one.attn)}**: {_plain(one.text)}." for one in verdicts(metrics)]
+    page += ["", "## Verdicts", "", *said] if said else []
     for table in (headline(metrics), *details(metrics)):
         page += ["", f"## {table.title}", "", *markdown_lines(table)]
         page += ["", table.note] if table.note else []

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from hf_attn_plugins.checkpoint.card import CARD
 from hf_attn_plugins.checkpoint.config import as_json, naming
 from hf_attn_plugins.checkpoint.record import KEPT, RECORD, Patch, interrupted, patches_of
 from hf_attn_plugins.checkpoint.source import CONFIG, Source, need_space, open_source
@@ -102,7 +103,7 @@ def refuse_in_place(source: Source) -> None:
 
 
 def undo(folder: Path) -> dict[str, Any]:
-    """Take back the last patch of a folder, bit for bit; returns its record.
+    """Take back the last patch of a folder, bit for bit; returns its record. A model card that was edited since stays.
 
     Raises:
         ValueError: nothing was patched there, or a file has changed since; nothing has been touched then.
@@ -121,6 +122,9 @@ def undo(folder: Path) -> dict[str, Any]:
         for name, file in entry["files"].items():
             now = digest(folder / name) if (folder / name).is_file() else None
             if now == file["before"]:
+                continue
+            if now != file["after"] and name == CARD:
+                logger.warning("%s was edited since it was patched: it stays as it is.", folder / name)
                 continue
             if now != file["after"]:
                 raise ValueError(

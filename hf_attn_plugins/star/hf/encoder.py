@@ -71,9 +71,8 @@ class Encoder:
         plan, size = self.plan, self.plan.block_size
         block = self.done // size * size
         end = block + max(batch_blocks, RUN_TOKENS // size) * size
-        if (
-            end > plan.dense_end and not self.heads_differ
-        ):  # these rows need a mask: rows * (reach + rows) pairs at most
+        if end > plan.dense_end and not self.heads_differ:
+            # These rows need a mask, of rows * (reach + rows) pairs at most.
             reach = min(plan.anchor_size + plan.halo_size, plan.length)
             rows = (math.isqrt(reach**2 + 4 * MOST_PAIRS) - reach) // 2 if takes_mask_tensors(self.whole_model) else 0
             end = min(end, max(plan.dense_end, block + size, block + rows // size * size))

@@ -18,19 +18,10 @@ MANIFEST = "star.json"
 FORMAT = 1
 TOKENS = re.compile(r"tokens-[0-9]{9,}-[0-9]{9,}\.safetensors")
 DIGEST = re.compile(r"[0-9a-f]{64}")
-CONSTANT = (
-    "model",
-    "batch",
-    "block_size",
-    "anchor_size",
-    "max_length",
-    "halo_size",
-    "dense_heads",
-)  # the same in every file
-SINCE_THEN: dict[str, Any] = {
-    "halo_size": 0,
-    "dense_heads": None,
-}  # fields that older folders lack, and what they mean there
+# The same in every file.
+CONSTANT = ("model", "batch", "block_size", "anchor_size", "max_length", "halo_size", "dense_heads")
+# Fields that older folders lack, and what they mean there.
+SINCE_THEN: dict[str, Any] = {"halo_size": 0, "dense_heads": None}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

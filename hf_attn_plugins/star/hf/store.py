@@ -141,8 +141,8 @@ def load(folder: str | Path, model: nn.Module, *, tokenizer: Any = None) -> Any:
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
         raise ValueError(f"{folder} is damaged: it holds token ids outside of the vocabulary 0 .. {vocabulary - 1}.")
     device = embedding.weight.device
-    sizes = (manifest[name] for name in ("block_size", "anchor_size", "max_length", "model", "halo_size"))
-    record = Record(ids, *sizes, heads_of(manifest["dense_heads"]))
+    sizes = {name: manifest[name] for name in ("block_size", "anchor_size", "max_length", "model", "halo_size")}
+    record = Record(ids, **sizes, dense_heads=heads_of(manifest["dense_heads"]))
     return cache_of([(key.to(device), value.to(device)) for key, value in layers], record)
 
 

@@ -101,10 +101,11 @@ class StarCache(Shown, DynamicCache):
             return f"StarCache being encoded: {size}"
         plan, rows = self.star.plan, self.star.context_ids.shape[0]
         tokens = f"{self.star.length} tokens" + (f" x {rows} rows" if rows > 1 else "")
+        heads = sum(map(len, self.star.dense_heads or ()))
         later = max(0, (layers[0].keys.shape[-2] if layers else 0) - self.star.length)
         return (
             f"StarCache: {tokens} in {plan.num_blocks} blocks of {plan.block_size}, anchor {len(plan.anchor)}, "
-            f"halo {plan.halo_size}; {later} tokens behind them; {size}"
+            f"halo {plan.halo_size}{f', {heads} dense heads' if heads else ''}; {later} tokens behind them; {size}"
         )
 
     __repr__ = __str__

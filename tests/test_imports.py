@@ -52,7 +52,7 @@ FLOORS = (
     ("hf_attn_plugins.kernels.segment_labels", "hf_attn_plugins.kernels.rectangle_tables"),
     ("hf_attn_plugins.plugins",),
     ("hf_attn_plugins.testing",),
-    ("hf_attn_plugins.core", "hf_attn_plugins._version"),
+    ("hf_attn_plugins.core", "hf_attn_plugins.ui", "hf_attn_plugins._version"),
 )  # fmt: skip
 # Only here may Transformers be imported: folders by name.
 KNOW_TRANSFORMERS = {"hf", "commands", "checkpoint", "eval", "patches"}

@@ -15,6 +15,7 @@ from hf_attn_plugins.core.options import Options
 from hf_attn_plugins.hf import saved_choice
 from hf_attn_plugins.hf.import_hooks import forget, is_waiting, when_imported
 from hf_attn_plugins.plugins import PLUGINS, Plugin, resolve
+from hf_attn_plugins.plugins import plugin as find
 
 MODELING = "transformers.modeling_utils"
 CONFIGS = "transformers.configuration_utils"
@@ -68,13 +69,17 @@ def unregister(name: str | None = None) -> None:
     Raises:
         ValueError: there is no plugin of this name.
     """
-    if name is not None and name not in PLUGINS:
-        raise ValueError(f"{name!r} is no plugin of hf_attn_plugins: choose one of {', '.join(PLUGINS)}.")
+    if name is not None:
+        find(name)
     if name is None:
         for module, _ in REGISTRATIONS:
             forget(module)
         if CONFIGS in sys.modules:
             saved_choice.forget()
+        if MODELING in sys.modules:
+            from hf_attn_plugins.hf.models import loading
+
+            loading.forget()
     for each in list(PLUGINS) if name is None else [name]:
         if MODELING in sys.modules:
             remove(each)
@@ -174,11 +179,13 @@ def register_attention() -> None:
     import transformers
 
     from hf_attn_plugins.hf.compat import refuse_old
+    from hf_attn_plugins.hf.models import loading
 
     refuse_old(transformers.__version__)  # first: older versions lack what is imported next
     for plugin in PLUGINS.values():
         if plugin.name not in _WITHDRAWN:
             install(plugin)
+    loading.watch()
 
 
 def install(plugin: Plugin, mask_function: Callable[..., Any] | None = None) -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from hf_attn_plugins.bench import gpu_timing
+from hf_attn_plugins.commands.bench import arguments, gpu_tune
 from hf_attn_plugins.commands.bench import gpu as bench_gpu
-from hf_attn_plugins.commands.bench import gpu_tune
 from hf_attn_plugins.commands.bench.gpu import Case
 from hf_attn_plugins.kernels.triton.tuning import HALF, Config, configuration, nearest
 from tests.kernels.triton_cases import needs_interpreter
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 def parse(*words):
     parser = argparse.ArgumentParser()
-    bench_gpu.add_arguments(parser)
+    arguments.gpu(parser)
     return parser.parse_args(words)
 
 

@@ -17,9 +17,9 @@ pytestmark = pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")
 
 COMMAND = (
     "import argparse\n"
-    "from hf_attn_plugins.commands.bench import triton as triton_bench\n"
+    "from hf_attn_plugins.commands.bench import arguments, triton as triton_bench\n"
     "parser = argparse.ArgumentParser()\n"
-    "triton_bench.add_arguments(parser)\n"
+    "arguments.triton(parser)\n"
     "raise SystemExit(triton_bench.run(parser.parse_args()))\n"
 )
 

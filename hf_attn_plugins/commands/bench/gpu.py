@@ -6,7 +6,6 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -38,16 +37,6 @@ class Case(NamedTuple):
         batch = max(1, TOKENS // self.length)
         pairs = batch * (HIDDEN // self.head_dim) * self.length**2 / (2 if self.causal else 1)
         return 4.0 * pairs * self.head_dim * (3.5 if self.what == "backward" else 1.0)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2**n for n in range(10, 18)], help="tokens")
-    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128], help="elements per head")
-    parser.add_argument("--minutes", type=float, default=7.5, help="no case starts after this time (default: 7.5)")
-    parser.add_argument("--repeats", type=int, default=15, help="rounds; the median counts (default: 15)")
-    parser.add_argument("--tune", type=Path, help="also time candidate tile sizes, and write the best to this file")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for gpu.md and gpu.json")
 
 
 def run(arguments: argparse.Namespace) -> int:

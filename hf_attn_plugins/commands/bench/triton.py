@@ -29,19 +29,6 @@ launch of a call with {tokens} tokens, {heads} query and {kv_heads} key heads, b
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
-    parser.add_argument("--static", action="store_true", help="compile ahead of time and read the binaries (no GPU)")
-    parser.add_argument("--targets", nargs="+", default=["sm80", "sm90", "sm100", "gfx942"], help="architectures")
-    parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp16", "fp32"])
-    parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128, 256], help="elements per head, 1 to 256")
-    parser.add_argument("--masks", nargs="+", choices=["causal", "full"], default=["causal", "full"])
-    parser.add_argument("--kernels", nargs="+", help="some of: forward delta dq dkdv decode merge (default: all)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("benchmarks/results"), help="folder for triton_static.md and .json"
-    )
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Compile, print row by row, write the table.
 

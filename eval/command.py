@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +15,7 @@ from hf_attn_plugins.ui.progress import terminal
 from . import baselines
 from .configuration import Configuration, configuration
 from .environment import command_line, environment, now, processes
+from .network import network
 from .records import RunFolder
 from .report.command import finish, show
 
@@ -35,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     settings = configuration(arguments.config, flags)
     folder = RunFolder(settings.out)
     resumed = _check_folder(folder, settings)
-    with _network(settings.online), processes(settings.device) as group:
+    with network(settings.online), processes(settings.device) as group:
         from .runner import Runner
 
         model, tokenizer = load(
@@ -98,19 +96,3 @@ def _finish(folder: RunFolder) -> int:
         count = f"{len(errors)} answers" if len(errors) > 1 else "1 answer"
         print(f"{count} failed, as recorded in {folder.path}: --retry-errors asks again.", file=sys.stderr)
     return 1 if errors else 0
-
-
-@contextlib.contextmanager
-def _network(online: bool) -> Iterator[None]:
-    """Hub and data sets are read from their caches only, unless asked otherwise: set before they are imported."""
-    names = () if online else ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -172,7 +172,9 @@ def test_print_is_light_and_without_controls(browser, path):
 def test_a_print_of_at_most_five_pages_has_its_tables_open(browser, tmp_path):
     whole = report(fabricated.full(tmp_path / "whole"))  # 22 charts, 105 rows
     page = Page(browser).open(whole, media="print")
-    page.run("addEventListener('beforeprint', () => (window.open_ = document.querySelectorAll('.folded[open]').length))")
+    page.run(
+        "addEventListener('beforeprint', () => (window.open_ = document.querySelectorAll('.folded[open]').length))"
+    )
     page.run("addEventListener('afterprint', () => (window.after = document.querySelectorAll('.folded[open]').length))")
     for width, height in ((8.5, 11), (8.27, 11.69)):
         options = {"printBackground": True, "paperWidth": width, "paperHeight": height}

@@ -60,7 +60,7 @@ def test_from_the_command_line(tmp_path, capsys):
     star = "star_attention:block_size=16,halo_size=8"
     assert cli.main([*words, "--attn", f"tiled_attention,{star}", "--out", str(out)]) == 0
     page = out.read_text()
-    assert star in page and "blocks of 16, halo 8, 4 first tokens" in page and page.count('class="text"') == 2
+    assert star in page and "blocks of 16, halo 8, 24 first tokens" in page and page.count('class="text"') == 2
     assert "written to" in capsys.readouterr().out
     for wrong, message in (
         (["--length", "1"], "at least 2 tokens"),

@@ -66,6 +66,7 @@ class Report:
 def render(report: Report) -> str:
     """The whole page."""
     parts = {
+        "kicker": "Long-context evaluation",
         "title": escape(report.title),
         "style": (HERE / "page.css").read_text(encoding="utf-8"),
         "script": (HERE / "page.js").read_text(encoding="utf-8"),
@@ -75,6 +76,11 @@ def render(report: Report) -> str:
         if report.samples
         else embedded({}),
     }
+    return filled(parts)
+
+
+def filled(parts: Mapping[str, str]) -> str:
+    """page.html with HTML in the places of `parts`: kicker, title, style, about, body, data, script."""
     template = (HERE / "page.html").read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)  # one pass: values are never read again
 

@@ -73,6 +73,10 @@ def commands() -> Table:
         "compare": Entry(
             "hf_attn_plugins.commands.compare", "agreement, speed and memory of plugins against another backend"
         ),
+        "look": Entry(
+            "hf_attn_plugins.commands.look",
+            "how far a model's heads look in a text, and where its predictions change, as a page",
+        ),
         "tune": Entry(
             "hf_attn_plugins.commands.tune",
             "sizes and dense heads of star_attention for a model, by speed, KL or share of the pairs",

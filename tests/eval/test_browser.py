@@ -312,3 +312,37 @@ def test_predictions_stay_text(browser, tmp_path):
     assert browser.title == "run" and page.log()[1] == []
     assert page.texts("article .answer p") == [fabricated.HOSTILE, f"ValueError: {fabricated.HOSTILE}"]
     assert page.texts("article .task") == ["<b>vt</b>"]
+
+
+def test_the_page_of_look_fits_and_asks_for_nothing(browser, tmp_path):
+    """`hf-attn look` shares the report's style: wide, on a phone, dark, printed."""
+    import torch
+
+    from hf_attn_plugins.commands import look_page
+    from hf_attn_plugins.hf.look.by_token import Changes
+    from hf_attn_plugins.hf.look.reach import WINDOWS, HeadReach
+    from hf_attn_plugins.star.plan import Plan
+
+    heads = [HeadReach(i, j, (0.5,) * len(WINDOWS), 0.2, 0.1 * j, not j) for i in range(30) for j in range(8)]
+    first = torch.arange(400)
+    found = Changes(torch.rand(400, dtype=torch.float64), first, first * (first % 9 > 0), "star: blocks 4", 0.5)
+    path = tmp_path / "look.html"
+    text = look_page.page(
+        {"model": "tiny", "tokens": "400"}, [" word"] * 400, heads, Plan(400, 64, 16, 10, 32), {"star": found}, {}
+    )
+    path.write_text(text, encoding="utf-8")
+    page = Page(browser)
+    for width, scheme, media in (
+        (1280, "light", "screen"),
+        (390, "light", "screen"),
+        (1280, "dark", "screen"),
+        (800, "light", "print"),
+    ):
+        page.open(path, width=width, scheme=scheme, media=media)
+        assert page.texts("section > h2") == ["In short", "Where heads look", "Where predictions change"]
+        assert page.run("return document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+        assert page.run("return document.querySelectorAll('.grids td').length") == 240 * len(
+            page.texts(".grids figcaption")
+        )
+        asked, complaints = page.log()
+        assert asked == [path.as_uri()] and not complaints

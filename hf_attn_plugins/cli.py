@@ -60,6 +60,10 @@ def commands() -> Table:
             "tables and page of an evaluation; several as one leaderboard",
         ),
         "patch": ("hf_attn_plugins.patches.command", "change a checkpoint by a recipe, show what was done, undo it"),
+        "export-kernel": (
+            "hf_attn_plugins.commands.export_kernel",
+            "the exact kernels as a repository for the `kernels` package, to name as OWNER/NAME",
+        ),
         "scan": ("hf_attn_plugins.commands.scan", "every family of Transformers, tiny, under every plugin, as a table"),
         "run": (
             "hf_attn_plugins.commands.run",
@@ -120,7 +124,7 @@ def _overview(path: list[str], table: Table) -> str:
     lines = [f"usage: {' '.join(path)} COMMAND ...", ""]
     for name, entry in table.items():
         what = entry[1] if isinstance(entry, tuple) else " | ".join(entry)
-        lines.append(f"  {name:<9} {what}")
+        lines.append(f"  {name:<13} {what}")
     return "\n".join(lines)
 
 

@@ -16,9 +16,11 @@ tags:
 ---
 """
 _USE = {
-    "forward": """`flash_attn_forward` takes Transformers' whole attention call: padding, sliding windows, sinks, softcap, grouped heads.
+    "forward": """`flash_attn_forward` takes Transformers' whole attention call: padding, sliding windows,
+sinks, softcap, grouped heads.
 In continuous batching it needs a repository with "flash" in its name.""",
-    "varlen": """`flash_attn_varlen_func` and `flash_attn_func` have flash-attention's signatures: padding is cut out before the call.
+    "varlen": """`flash_attn_varlen_func` and `flash_attn_func` have flash-attention's signatures: padding is cut out
+before the call.
 With "flash" in the repository's name, continuous batching uses sequence lengths instead of a mask.""",
 }
 _COLUMNS = (

@@ -77,7 +77,7 @@ def export(
 def _front(interface: str) -> str:
     names = INTERFACES[interface]
     return (
-        f'"""Exact attention of {PACKAGE} {__version__}, without Transformers; written by `hf-attn export-kernel`."""\n\n'
+        f'"""Exact attention of {PACKAGE} {__version__}; written by `hf-attn export-kernel`."""\n\n'
         f"from .{ENTRY} import {', '.join(names)}\n\n__version__ = {__version__!r}\n__all__ = {list(names)!r}\n"
     )
 

@@ -94,9 +94,9 @@ def flash_attn_varlen_func(
 
     `max_seqlen_q`, `max_seqlen_k` and `deterministic` are accepted and not needed. Sinks `s_aux` (Hq,) as in FA 3.
     """
-    packed = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     found = attend_varlen(
-        *packed, cu_seqlens_q, cu_seqlens_k, is_causal=causal, window=_window(window_size, causal),
+        query, key, value, cu_seqlens_q, cu_seqlens_k, is_causal=causal, window=_window(window_size, causal),
         scale=softmax_scale, softcap=softcap or None, dropout=dropout_p,
     )  # fmt: skip
     found = with_sinks(found, None if s_aux is None else s_aux.float())
@@ -115,10 +115,13 @@ def flash_attn_func(
     deterministic: bool = False,
     s_aux: Tensor | None = None,
 ) -> Tensor:
-    """flash-attention's function of that name: (B, T, Hq, D) and (B, S, Hkv, D) -> (B, T, Hq, Dv); causal bottom right."""
-    whole = (x.transpose(1, 2) for x in (q, k, v))
+    """flash-attention's function of that name: (B, T, Hq, D) and (B, S, Hkv, D) -> (B, T, Hq, Dv).
+
+    Causal is aligned to the bottom right.
+    """
+    query, key, value = (x.transpose(1, 2) for x in (q, k, v))
     found = attend(
-        *whole, is_causal=causal, window=_window(window_size, causal), scale=softmax_scale,
+        query, key, value, is_causal=causal, window=_window(window_size, causal), scale=softmax_scale,
         softcap=softcap or None, dropout=dropout_p,
     )  # fmt: skip
     return with_sinks(found, None if s_aux is None else s_aux.float()).out.transpose(1, 2).contiguous()

@@ -59,10 +59,10 @@ def logits(model, **inputs):
 
 
 # GPT-OSS lists the names with "flash" that it takes; Transformers replaces any other by one of them.
-@pytest.mark.parametrize(
-    ("family", "kind"),
-    [(f, k) for f in ("llama", "gemma3", "gpt_oss") for k in NAMES if (f, k) != ("gpt_oss", "varlen")],
-)
+CASES = [(f, kind) for f in ("llama", "gemma3", "gpt_oss") for kind in NAMES if (f, kind) != ("gpt_oss", "varlen")]
+
+
+@pytest.mark.parametrize(("family", "kind"), CASES)
 def test_from_pretrained_equals_the_models_own_attention(family, kind, by_name, tmp_path):
     model = build(family)
     model.save_pretrained(tmp_path)

@@ -85,6 +85,14 @@ def test_streams_give_their_tokens_one_by_one_and_no_mask_is_allocated():
         assert manager.batch_processor.inputs_and_outputs.attention_mask is None
 
 
+def test_intercept_works_there_with_transformers_mask():
+    model = build("llama")
+    given = prompts(9, 20)
+    wanted = one_by_one(model, given)
+    with hap.intercept(model):
+        assert batched(model, given) == wanted
+
+
 def test_blocks_nest_and_an_error_puts_everything_back():
     model = build("llama")
     with pytest.raises(RuntimeError, match="mine"), hap.continuous_batching(model):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hf_attn_plugins.hf.check import check
     from hf_attn_plugins.hf.compare import compare, compare_all
     from hf_attn_plugins.hf.configure import configure, use
+    from hf_attn_plugins.hf.continuous import continuous_batching
     from hf_attn_plugins.hf.intercept import intercept
     from hf_attn_plugins.hf.trace import trace
     from hf_attn_plugins.hf.tune import tune
@@ -30,6 +31,7 @@ __all__ = [
     "compare_all",
     "configure",
     "context_parallel",
+    "continuous_batching",
     "cqs",
     "indexed",
     "intercept",
@@ -53,6 +55,7 @@ _VERBS = {
     "compare_all": "hf.compare",
     "configure": "hf.configure",
     "context_parallel": "parallel.hf.session",
+    "continuous_batching": "hf.continuous",
     "intercept": "hf.intercept",
     "trace": "hf.trace",
     "tune": "hf.tune",

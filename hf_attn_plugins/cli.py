@@ -80,7 +80,7 @@ def _overview(path: list[str], table: Table) -> str:
     lines = [f"usage: {' '.join(path)} COMMAND ...", ""]
     for name, entry in table.items():
         what = entry.what if isinstance(entry, Entry) else " | ".join(entry)
-        lines.append(f"  {name:<11} {what}")
+        lines.append(f"  {name:<13} {what}")
     if len(path) == 1:
         lines += ["", "hf-attn COMMAND --help says more; hf-attn --version names the versions."]
     return "\n".join(lines)

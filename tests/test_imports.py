@@ -40,6 +40,8 @@ FLOORS = (
     ("hf_attn_plugins.parallel.comm",),
     ("hf_attn_plugins.tiled", "hf_attn_plugins.star", "hf_attn_plugins.cqs", "hf_attn_plugins.indexed"),
     ("hf_attn_plugins.bench",),
+    ("hf_attn_plugins.hub",),
+    ("hf_attn_plugins.kernels.hub_entry",),
     ("hf_attn_plugins.kernels.varlen",),
     ("hf_attn_plugins.kernels.attend_rectangles", "hf_attn_plugins.kernels.attend_blocks"),
     ("hf_attn_plugins.kernels.bound_attend",),

@@ -103,6 +103,10 @@ def commands() -> Table:
             "change a checkpoint by a recipe, show what was done, undo it",
             go_on="nothing is half done; run the same command again",
         ),
+        "export-kernel": Entry(
+            "hf_attn_plugins.commands.export_kernel",
+            "the exact kernels as a repository for the `kernels` package, to name as OWNER/NAME",
+        ),
         "scan": Entry(
             "hf_attn_plugins.commands.scan",
             "every family of Transformers, tiny, under every plugin, as a table",

@@ -12,17 +12,19 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from hf_attn_plugins.core.options import Options
-from hf_attn_plugins.hf import saved_choice
+from hf_attn_plugins.hf import batching_hint, saved_choice
 from hf_attn_plugins.hf.import_hooks import forget, is_waiting, when_imported
 from hf_attn_plugins.plugins import PLUGINS, Plugin, resolve
 from hf_attn_plugins.plugins import plugin as find
 
 MODELING = "transformers.modeling_utils"
 CONFIGS = "transformers.configuration_utils"
+BATCHING = "transformers.generation.continuous_batching.continuous_api"
 # Once the module on the left has been imported, the function on the right is called.
 REGISTRATIONS = (
     (MODELING, "hf_attn_plugins.hf.register:register_attention"),
     (CONFIGS, "hf_attn_plugins.hf.saved_choice:keep"),
+    (BATCHING, "hf_attn_plugins.hf.batching_hint:add_hint"),
     ("transformers.pipelines", "hf_attn_plugins.star.hf.pipeline:register_pipeline"),
     ("transformers.models.auto.configuration_auto", "hf_attn_plugins.indexed.hf.config:register"),
     ("transformers.models.auto.modeling_auto", "hf_attn_plugins.indexed.hf.model:register"),
@@ -80,6 +82,8 @@ def unregister(name: str | None = None) -> None:
             from hf_attn_plugins.hf.models import loading
 
             loading.forget()
+        if BATCHING in sys.modules:
+            batching_hint.forget()
     for each in list(PLUGINS) if name is None else [name]:
         if MODELING in sys.modules:
             remove(each)

@@ -314,8 +314,8 @@ def test_tuned_files_take_precedence(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("arch", "row"),
-    [("sm80", "sm80"), ("sm86", "sm80"), ("sm89", "sm80"), ("sm90", "sm90"), ("sm100", "sm100"), ("sm103", "sm100"),
-     ("sm120", "sm80"), ("gfx90a", "gfx942"), ("gfx950", "gfx942")],
+    [("sm80", "sm80"), ("sm86", "sm86"), ("sm89", "sm86"), ("sm90", "sm90"), ("sm100", "sm100"), ("sm103", "sm100"),
+     ("sm120", "sm86"), ("gfx90a", "gfx942"), ("gfx950", "gfx942")],
 )  # fmt: skip
 def test_unknown_architectures_take_the_nearest_row(arch, row):
     assert nearest(arch) == row

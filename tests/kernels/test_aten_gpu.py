@@ -11,6 +11,8 @@ import torch
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.kernels import attend
 from hf_attn_plugins.kernels.aten import gpu
+from hf_attn_plugins.star.entry import attention
+from hf_attn_plugins.star.options import StarOptions
 from hf_attn_plugins.testing import assert_close_to_reference, dense_attention, sharp_inputs, visibility
 
 aten = importlib.import_module("hf_attn_plugins.kernels.aten.attend")
@@ -221,6 +223,23 @@ def test_heads_that_share_keys_are_read_once_where_the_operator_can(doubles, mon
     monkeypatch.setattr(torch.version, "hip", "6.4")
     attend(*sharp_inputs(1, 6, 2, 40, 40, 16), is_causal=True, kernel="aten")
     assert shapes == [2, 6]
+
+
+@pytest.mark.parametrize("length", [96, 200])
+def test_stars_blocks_are_one_batched_call(doubles, monkeypatch, length):
+    """Dense rows, all later blocks together, and the query: the number of calls does not depend on that of blocks."""
+    monkeypatch.setattr(gpu, "operator_for", lambda *call: "flash")
+    inputs = sharp_inputs(2, 4, 2, length, length, 16)
+
+    def star(kernel):
+        options = StarOptions(block_size=8, anchor_size=4, query_size=8, kernel=kernel)
+        return attention(*inputs, Mask(causal=True), scale=0.25, softcap=None, dropout=0.0, options=options)
+
+    expected = star("reference")
+    part = star("aten")
+    torch.testing.assert_close(part.out, expected.out, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(part.lse, expected.lse, atol=1e-5, rtol=1e-5)
+    assert doubles.called == ["flash"] * 5  # blocks and the query are a full part and a causal one each
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])

@@ -91,7 +91,9 @@ HALF: dict[str, dict[int, Config | dict[str, Config]]] = {
 SINGLE: dict[str, dict[int, Config | dict[str, Config]]] = {
     "forward": {
         64: Config(64, 32, 4, 2),
-        128: _split(*[Config(64, 32, 8, 2)] * 4, Config(32, 32, 8, 1)),
+        128: _split(
+            Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 1)
+        ),
         256: Config(32, 16, 8, 1),
     },
     "dq": {64: Config(32, 32, 4, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},

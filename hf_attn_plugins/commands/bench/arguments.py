@@ -56,9 +56,11 @@ def gpu(parser: argparse.ArgumentParser) -> None:
     """The options of `hf-attn bench gpu`."""
     parser.add_argument("--lengths", type=int, nargs="+", default=[2**n for n in range(10, 18)], help="tokens")
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128], help="elements per head")
-    parser.add_argument("--minutes", type=float, default=7.5, help="no case starts after this time (default: 7.5)")
+    parser.add_argument("--minutes", type=float, default=7.5, help="no step starts after this time (default: 7.5)")
     parser.add_argument("--repeats", type=int, default=15, help="rounds; the median counts (default: 15)")
-    parser.add_argument("--tune", type=Path, help="also time candidate tile sizes, and write the best to this file")
+    parser.add_argument("--tune", type=Path, help="first time candidate tile sizes, and write the best to this file")
+    parser.add_argument("--save", action="store_true", help="let the timings decide which kernels run on this machine")
+    parser.add_argument("--anew", action="store_true", help="start again where an interrupted run would be continued")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for gpu.md and gpu.json")
 
 
@@ -164,7 +166,8 @@ def tiled(parser: argparse.ArgumentParser) -> None:
 def triton(parser: argparse.ArgumentParser) -> None:
     """The options of `hf-attn bench triton`."""
     parser.add_argument("--static", action="store_true", help="compile ahead of time and read the binaries (no GPU)")
-    parser.add_argument("--targets", nargs="+", default=["sm80", "sm90", "sm100", "gfx942"], help="architectures")
+    targets = ["sm80", "sm90", "sm100", "sm120", "gfx942", "gfx950"]
+    parser.add_argument("--targets", nargs="+", default=targets, help="architectures")
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp16", "fp32"])
     parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128, 256], help="elements per head, 1 to 256")
     parser.add_argument("--masks", nargs="+", choices=["causal", "full"], default=["causal", "full"])

@@ -19,7 +19,7 @@ Compiled ahead of time by `hf-attn bench triton --static`; no GPU was used and n
 launch of a call with {tokens} tokens, {heads} query and {kv_heads} key heads, batch 1 (decode: one row).
 
 * registers: per thread; spilled: bytes of stack per thread; shared: bytes per block (limits: sm80 {sm80}, sm90 {sm90},
-  sm100 {sm100}, gfx942 {gfx942}).
+  sm100 {sm100}, sm120 {sm120}, gfx942 {gfx942}, gfx950 {gfx950}).
 * rows x keys: tile sizes, warps and stages of the tuning table; with TMA, the same forward loading keys and values by
   TMA descriptors, which that table leaves off until a GPU has timed both.
 * matrix: matrix instructions in the binary, by name. resident: blocks that fit on one multiprocessor (NVIDIA only).

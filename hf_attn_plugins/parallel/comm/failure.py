@@ -37,11 +37,11 @@ class RankError(RuntimeError):
 
 
 class Watch:
-    """Writes this rank's record; reads the records of the other ranks after an error."""
+    """Writes this rank's record; reads the records of the group's other ranks after an error."""
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, rank: int, size: int, index: int = 0) -> None:
         self.rank, self.size = rank, size
-        self._store = dist.PrefixStore(f"hf_attn_plugins/{next(_SESSIONS)}", default_store())
+        self._store = dist.PrefixStore(f"hf_attn_plugins/{next(_SESSIONS)}/{index}", default_store())
         self._lock, self._end = threading.Lock(), threading.Event()
         self._record: dict[str, Any] = {"done": 0, "in": None, "beat": 0, "left": False, "error": None, "victim": False}
         self._write()

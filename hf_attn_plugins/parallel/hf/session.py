@@ -69,9 +69,10 @@ class Session:
         method: the attention method on these ranks.
     """
 
-    def __init__(self, model: nn.Module, group: Group, method: Method) -> None:
-        self.group, self.method = group, method
+    def __init__(self, model: nn.Module, group: Group, method: Method, averaged: bool = False) -> None:
+        self.group, self.method, self.averaged = group, method, averaged
         self.forward = Forward(model, group, method)
+        self.forward.grad_scale = float(group.size) if averaged else 1.0
         self.name = f"context_parallel_{next(_NUMBERS)}"
 
     @property
@@ -97,7 +98,7 @@ class Session:
     def columns(self) -> Tensor | None:
         """(B, T) long: the columns of the prompt that this rank computed in its last forward; -1 for padding.
 
-        In training the model returns the logits of these columns only.
+        In training the model returns the logits of these columns only; each column is on one rank.
         """
         return self.forward.columns
 
@@ -106,9 +107,37 @@ class Session:
 
         Call it on every rank, after the last backward pass of an optimizer step and before clipping. The loss of a
         sharded forward is the loss over all tokens, but its gradient on a rank comes from that rank's tokens only.
-        After the sum, all ranks have the same gradients.
+        After the sum, all ranks of the group have the same gradients.
+
+        Raises:
+            ValueError: the session was opened with `averaged=True`.
         """
+        if self.averaged:
+            raise ValueError(
+                "sum_gradients() after averaged=True would add up what DDP, FSDP or Trainer averages: leave one of them."
+            )
         sum_gradients(self.forward.model, self.group)
+
+    def same_batches(self, loader: Any) -> Any:
+        """A data loader that Accelerate or Trainer prepared, changed so that all ranks of a group get the same batches.
+
+        Prepared loaders give every process of the launch batches of its own. With groups of all ranks, every rank then
+        gets every batch; else group g of n gets the batches that process g of n would get.
+
+        Raises:
+            ValueError: a loader that Accelerate has not prepared for several processes, or one whose batches are dealt
+                by the main process (`dispatch_batches`, iterable data sets).
+        """
+        shard = getattr(loader, "batch_sampler", None)
+        if self.group.size * self.group.count == 1:
+            return loader
+        if not hasattr(shard, "num_processes") or not hasattr(shard, "process_index"):
+            raise ValueError(
+                f"same_batches() got a {type(loader).__name__} without a batch sampler that Accelerate has divided: "
+                "prepare a loader over a map-style data set, without dispatch_batches."
+            )
+        shard.num_processes, shard.process_index = self.group.count, self.group.index
+        return loader
 
     @property
     def loads(self) -> list[int]:
@@ -156,6 +185,11 @@ class Session:
         step = mask.step if isinstance(mask, StepMask) else self.forward.step
         if step is None:
             raise RuntimeError("attention was called outside of the model's own forward: call the model itself.")
+        if dropout and step.layout is not None:
+            raise NotImplementedError(
+                f"attention dropout of {dropout} draws other masks on several ranks than in one process: set "
+                "config.attention_dropout=0 to train inside context_parallel."
+            )
         kernel = BoundAttend(scale, softcap, dropout, getattr(self.method, "kernel", None))
         run = later if step.layout is None else self.method.for_layer(options.index).attention
         self.forward.merged_rows += len(query) * (query.shape[2] if step.layout is None else step.layout.merged)
@@ -194,7 +228,15 @@ class Session:
 
 
 @contextlib.contextmanager
-def context_parallel(model: nn.Module, name: str, *, timeout: float = 60.0, **options: Any) -> Iterator[Session]:
+def context_parallel(
+    model: nn.Module,
+    name: str,
+    *,
+    timeout: float = 60.0,
+    ranks: int | None = None,
+    averaged: bool = False,
+    **options: Any,
+) -> Iterator[Session]:
     """Run a model's long prompts on all processes of this launch; each process stores a part of the keys and values.
 
     Every rank opens it with the same model and options, and calls `model(...)` or `model.generate(...)` with the same
@@ -204,11 +246,17 @@ def context_parallel(model: nn.Module, name: str, *, timeout: float = 60.0, **op
         model: a causal decoder on this process's device, the same weights everywhere.
         name: "cqs_attention", "star_attention" or "tiled_attention".
         timeout: seconds that a rank waits in one exchange before it raises an error that names the missing rank.
+        ranks: processes that share a prompt; None for all. Example: with 2, a launch of 4 has the groups 0 1 and 2 3,
+            each with a prompt of its own (data parallel).
+        averaged: in training, whether DDP, FSDP2 or Trainer averages the gradients over the whole launch. The loss's
+            gradient is then multiplied by `ranks`, so that the average is the gradient of the mean loss of the groups.
         **options: the options of the plugin; in addition, for star_attention `anchor` ("auto", "recompute" or
-            "broadcast"), and for cqs_attention `rounds` (see `parallel.cqs.CQS`).
+            "broadcast"), for tiled_attention `exchange` ("auto", "gather" or "heads"), and for cqs_attention `rounds`
+            (see `parallel.cqs.CQS`).
 
-    Training works with cqs_attention. In training mode `model(**batch, labels=labels).loss` is the loss over all
-    tokens; call `session.sum_gradients()` between `loss.backward()` and the optimizer's step.
+    In training mode `model(**batch, labels=labels).loss` is the loss over all tokens of the group's batch. Call
+    `session.sum_gradients()` between `loss.backward()` and the optimizer's step, or pass `averaged=True`. Loss and
+    gradients are those of one process. Dropout is refused.
 
     Yields:
         The `Session`.
@@ -220,14 +268,19 @@ def context_parallel(model: nn.Module, name: str, *, timeout: float = 60.0, **op
     """
     method, model = method_for(name, **options), language_model(model)
     check(model, name).raise_if_refused()
-    group = Group.join(timeout)
+    if _is_sharded(model) and not averaged:
+        raise ValueError(
+            f"the weights of {type(model).__name__} are sharded by FSDP2, which averages gradients: pass averaged=True."
+        )
+    group = Group.join(timeout, ranks)
     error: BaseException | None = None
     try:
         if group.size == 1:
             with use(model, name, **_plugin_options(name, options)):
-                yield Session(model, group, method)
+                yield Session(model, group, method, averaged)
         else:
-            with _session(model, group, method, {"method": name, "options": options}) as session:
+            settings = {"method": name, "options": options, "averaged": averaged}
+            with _session(model, group, method, settings, averaged) as session:
                 yield session
     except BaseException as raised:
         error = raised
@@ -237,17 +290,20 @@ def context_parallel(model: nn.Module, name: str, *, timeout: float = 60.0, **op
 
 
 @contextlib.contextmanager
-def _session(model: nn.Module, group: Group, method: Method, settings: dict[str, Any]) -> Iterator[Session]:
+def _session(
+    model: nn.Module, group: Group, method: Method, settings: dict[str, Any], averaged: bool = False
+) -> Iterator[Session]:
     versions = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "hf_attn_plugins": _version.__version__,
     }
     _check_device(model, group)
-    agree(group, {**settings, "model": fingerprint(model, whole=True), **versions, "size": group.size}, what="set-up")
+    weights = "sharded" if _is_sharded(model) else fingerprint(model, whole=True)  # shards differ from rank to rank
+    agree(group, {**settings, "model": weights, **versions, "size": group.size}, what="set-up")
     check_model(model)
     method = method.settle(text_config(model).to_dict(), group)
-    session = Session(model, group, method)
+    session = Session(model, group, method, averaged)
     row = Plugin(session.name, "one session of context_parallel", True, "", session.attention, Layer)
     with installed(row, session.mask):
         try:
@@ -256,6 +312,11 @@ def _session(model: nn.Module, group: Group, method: Method, settings: dict[str,
                 yield session
         finally:
             session.forward.detach()
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether this process stores parts of the weights only (DTensor)."""
+    return any(hasattr(parameter, "to_local") for parameter in model.parameters())
 
 
 def _check_device(model: nn.Module, group: Group) -> None:

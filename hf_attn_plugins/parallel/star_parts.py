@@ -166,7 +166,13 @@ class StarParts:
         kept = row.query[max(0, self.kept.start - first) : max(0, self.kept.stop - first)]
         stored = [Run(row.own, before), Run(kept, kept.start + query.shift + moved)]
         sees = ((anchor, context), (own, context), (query, stored))
-        found = [placed(part, rows, keys) for part in plan for rows, runs in sees for keys in runs]
+        found = [
+            placed(part, rows, keys)
+            for part in plan
+            for rows, runs in sees
+            if part.row_begin < rows.tokens.stop and rows.tokens.start < part.row_end
+            for keys in runs
+        ]
         return [rectangle for rectangle in found if not rectangle.is_empty]
 
 

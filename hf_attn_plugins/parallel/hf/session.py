@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 
 from hf_attn_plugins import _version
 from hf_attn_plugins.core.mask import Mask
-from hf_attn_plugins.core.options import Options
 from hf_attn_plugins.core.partial import Partial
 from hf_attn_plugins.hf.check import check
 from hf_attn_plugins.hf.configure import use
@@ -28,37 +26,15 @@ from hf_attn_plugins.parallel.comm.group import Group
 from hf_attn_plugins.parallel.comm.traffic import Traffic
 from hf_attn_plugins.parallel.decode import later
 from hf_attn_plugins.parallel.hf.forward import Forward
-from hf_attn_plugins.parallel.hf.training import sum_gradients
-from hf_attn_plugins.parallel.method import Method, Step, method_for
+from hf_attn_plugins.parallel.hf.layer_call import Layer, StepMask
+from hf_attn_plugins.parallel.hf.training import same_batches, sum_gradients
+from hf_attn_plugins.parallel.hf.weights import check_device, is_sharded
+from hf_attn_plugins.parallel.method import Method, method_for
 from hf_attn_plugins.plugins import Plugin, plugin
 from hf_attn_plugins.star.hf.fingerprint import fingerprint
 from hf_attn_plugins.star.hf.model import check_model, text_config
 
 _NUMBERS = itertools.count()
-
-
-@dataclass(frozen=True, eq=False)
-class StepMask(Mask):
-    """A mask that carries the `Step` of the forward in which it was built.
-
-    Gradient checkpointing runs a layer a second time during the backward pass, when `Forward.step` is already None or
-    belongs to a later forward. The mask is the one argument that such a layer is given again unchanged, so the layer
-    finds its step in the mask.
-    """
-
-    step: Step | None = None
-
-
-@dataclass(frozen=True)
-class Layer(Options):
-    """The options that a session registers: which layer a call comes from, for methods with options by layer."""
-
-    by_layer = ("index",)
-
-    index: int | None = None
-
-    def for_layer(self, index: int | None) -> Layer:
-        return Layer(index)
 
 
 class Session:
@@ -119,25 +95,8 @@ class Session:
         sum_gradients(self.forward.model, self.group)
 
     def same_batches(self, loader: Any) -> Any:
-        """A data loader that Accelerate or Trainer prepared, changed so that all ranks of a group get the same batches.
-
-        Prepared loaders give every process of the launch batches of its own. With groups of all ranks, every rank then
-        gets every batch; else group g of n gets the batches that process g of n would get.
-
-        Raises:
-            ValueError: a loader that Accelerate has not prepared for several processes, or one whose batches are dealt
-                by the main process (`dispatch_batches`, iterable data sets).
-        """
-        shard = getattr(loader, "batch_sampler", None)
-        if self.group.size * self.group.count == 1:
-            return loader
-        if not hasattr(shard, "num_processes") or not hasattr(shard, "process_index"):
-            raise ValueError(
-                f"same_batches() got a {type(loader).__name__} without a batch sampler that Accelerate has divided: "
-                "prepare a loader over a map-style data set, without dispatch_batches."
-            )
-        shard.num_processes, shard.process_index = self.group.count, self.group.index
-        return loader
+        """A loader that Accelerate or Trainer prepared, changed: all ranks of a group get the same batches."""
+        return same_batches(loader, self.group)
 
     @property
     def loads(self) -> list[int]:
@@ -268,7 +227,7 @@ def context_parallel(
     """
     method, model = method_for(name, **options), language_model(model)
     check(model, name).raise_if_refused()
-    if _is_sharded(model) and not averaged:
+    if is_sharded(model) and not averaged:
         raise ValueError(
             f"the weights of {type(model).__name__} are sharded by FSDP2, which averages gradients: pass averaged=True."
         )
@@ -298,8 +257,8 @@ def _session(
         "transformers": transformers.__version__,
         "hf_attn_plugins": _version.__version__,
     }
-    _check_device(model, group)
-    weights = "sharded" if _is_sharded(model) else fingerprint(model, whole=True)  # shards differ from rank to rank
+    check_device(model, group)
+    weights = "sharded" if is_sharded(model) else fingerprint(model, whole=True)  # shards differ from rank to rank
     agree(group, {**settings, "model": weights, **versions, "size": group.size}, what="set-up")
     check_model(model)
     method = method.settle(text_config(model).to_dict(), group)
@@ -312,20 +271,6 @@ def _session(
                 yield session
         finally:
             session.forward.detach()
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    """Whether this process stores parts of the weights only (DTensor)."""
-    return any(hasattr(parameter, "to_local") for parameter in model.parameters())
-
-
-def _check_device(model: nn.Module, group: Group) -> None:
-    here = {parameter.device.type for parameter in model.parameters()}
-    if group.device.type not in here and group.device.type != "mps":
-        raise ValueError(
-            f"Accelerate gives rank {group.rank} the device {group.device} and its model is on "
-            f"{', '.join(sorted(here))}: move it there first, model.to(accelerate.PartialState().device)."
-        )
 
 
 def _plugin_options(name: str, options: dict[str, Any]) -> dict[str, Any]:

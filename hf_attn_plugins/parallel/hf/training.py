@@ -101,6 +101,28 @@ def _drops(name: str, value: Any) -> bool:
     return is_rate and "classifier" not in name and "summary" not in name
 
 
+def same_batches(loader: Any, group: Group) -> Any:
+    """A data loader that Accelerate or Trainer prepared, changed so that all ranks of a group get the same batches.
+
+    Prepared loaders give every process of the launch batches of its own. With groups of all ranks, every rank then gets
+    every batch; else group g of n gets the batches that process g of n would get.
+
+    Raises:
+        ValueError: a loader that Accelerate has not prepared for several processes, or one whose batches are dealt by
+            the main process (`dispatch_batches`, iterable data sets).
+    """
+    shard = getattr(loader, "batch_sampler", None)
+    if group.size * group.count == 1:
+        return loader
+    if not hasattr(shard, "num_processes") or not hasattr(shard, "process_index"):
+        raise ValueError(
+            f"same_batches() got a {type(loader).__name__} without a batch sampler that Accelerate has divided: "
+            "prepare a loader over a map-style data set, without dispatch_batches."
+        )
+    shard.num_processes, shard.process_index = group.count, group.index
+    return loader
+
+
 def sum_gradients(model: nn.Module, group: Group) -> None:
     """Replace each parameter's gradient by its sum over all ranks; a parameter that has none on any rank keeps none."""
     if group.size == 1:

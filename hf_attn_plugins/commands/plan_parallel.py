@@ -94,11 +94,11 @@ def notes(arguments: argparse.Namespace, weights: int) -> str:
     return f"""\
 One prompt of {arguments.length:,} tokens on {arguments.ranks} ranks, forward; every layer counted as full attention.
 GB moved: all layers, bytes that the busiest rank sends or receives, whichever are more. link s: these bytes at
-{arguments.link:g} GB/s, nothing overlapped, latency left out. GB held: queries, keys, values and results of one layer on
-a rank, received ones included. cache GB: keys and values of all layers that a rank keeps. pairs: of dense causal
-attention in one process, on the busiest rank. rows: tokens through projections and MLP, of the prompt's. decode KB: bytes
-received per generated token. Each rank also holds the weights: {weights / 1e9:.4g} GB, embeddings, head and inactive
-experts left out. Figures are counted from the plans that run, except for the formula of ring attention."""
+{arguments.link:g} GB/s, nothing overlapped, latency left out. GB held: queries, keys, values and results of one layer
+on a rank, received ones included. cache GB: keys and values of all layers that a rank keeps. pairs: of dense causal
+attention in one process, on the busiest rank. rows: tokens through projections and MLP, of the prompt's. decode KB:
+bytes received per generated token. Each rank also holds the weights: {weights / 1e9:.4g} GB, embeddings, head and
+inactive experts left out. Figures are counted from the plans that run, except for the formula of ring attention."""
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
@@ -113,6 +113,8 @@ def _table(rows: list[dict[str, Any]]) -> str:
     widths = [max(len(line[i]) for line in full) for i in range(len(COLUMNS))]
     widths[0] = max(len(line[0]) for line in cells)
     return "\n".join(
-        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths)))
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))
+        )
         for line in cells
     )

@@ -114,7 +114,7 @@ BENCH = {
         {"block_size": 8, "query_size": 10, "halo_size": 70, "anchor_size": 30, "anchor": "recompute"},
     ],
     "cqs_attention": [{}, {"workers": 13, "rounds": 3}],
-    "tiled_attention": [{}],
+    "tiled_attention": [{}, {"exchange": "gather"}, {"exchange": "heads"}],
 }
 
 

@@ -14,7 +14,6 @@ from tests.parallel.cases import one_process
 from tests.parallel.cqs_cases import error_of
 from tests.parallel.models import build, prompt
 
-
 _TO = torch.Tensor.to
 
 
@@ -49,7 +48,9 @@ def train(
                 parameter.requires_grad_("q_proj" in label or "v_proj" in label)
     if checkpointing:
         found.gradient_checkpointing_enable({"use_reentrant": False})
-    batches = [_batch(length, padding, side, seed, packed, name == "star_attention") for seed in range(steps * accumulate)]
+    batches = [
+        _batch(length, padding, side, seed, packed, name == "star_attention") for seed in range(steps * accumulate)
+    ]
     extra = {} if items is None else {"num_items_in_batch": items}
     losses, gradients = [], []
     with hap.context_parallel(found, name, timeout=30, **(options or {})) as cp:
@@ -89,9 +90,7 @@ def train(
     return {**report, "errors": errors, "moved": moved, "losses": losses}
 
 
-def _batch(
-    length: int, padding: int, side: str, seed: int, packed: bool = False, star: bool = False
-) -> dict[str, Any]:
+def _batch(length: int, padding: int, side: str, seed: int, packed: bool = False, star: bool = False) -> dict[str, Any]:
     batch: dict[str, Any] = prompt(length, 2, padding, side, seed)
     labels = torch.where(batch["attention_mask"].bool(), batch["input_ids"], -100)
     labels[0, 3:7] = -100

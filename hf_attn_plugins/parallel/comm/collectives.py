@@ -65,7 +65,13 @@ class Swap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, group: Any, what: str, counts: list[int], taken: list[list[Spec]], anchor: Tensor, *tensors: Tensor
+        ctx: Any,
+        group: Any,
+        what: str,
+        counts: list[int],
+        taken: Sequence[Sequence[Spec]],
+        anchor: Tensor,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         """The tensors that arrive, rank by rank, and an empty one."""
         ctx.group, ctx.what, ctx.taken, ctx.anchor = group, what, [len(each) for each in taken], anchor.shape
@@ -109,7 +115,7 @@ def tie(tensor: Tensor, *others: Tensor) -> Tensor:
 
 
 def swap(
-    group: Any, given: Sequence[Sequence[Tensor]], taken: list[list[Spec]], anchor: Tensor, *, what: str
+    group: Any, given: Sequence[Sequence[Tensor]], taken: Sequence[Sequence[Spec]], anchor: Tensor, *, what: str
 ) -> tuple[list[list[Tensor]], Tensor]:
     """One all-to-all of lists of tensors of any shapes and dtypes; differentiable.
 

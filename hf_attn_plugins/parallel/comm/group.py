@@ -80,7 +80,9 @@ class Group:
         rank, launched, device = place()
         size = launched if ranks is None else ranks
         if size < 1 or launched % size:
-            raise ValueError(f"ranks={ranks}: groups of equal size are needed, and the launch has {launched} processes.")
+            raise ValueError(
+                f"ranks={ranks}: groups of equal size are needed, and the launch has {launched} processes."
+            )
         index, count = rank // size, launched // size
         if size == 1:
             return cls(0, 1, device, timeout, None, index, count)

@@ -33,8 +33,8 @@ def place() -> Place:
     _check_environment()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1"):
         raise NotImplementedError(
-            "context_parallel does not run under DeepSpeed, whose engine divides gradients itself: launch with FSDP2 or "
-            "DDP (accelerate launch without --use_deepspeed)."
+            "context_parallel does not run under DeepSpeed, whose engine divides gradients itself: launch with FSDP2 "
+            "or DDP (accelerate launch without --use_deepspeed)."
         )
     where = f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{os.environ.get('MASTER_PORT', '29500')}"
     try:

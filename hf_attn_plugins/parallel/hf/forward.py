@@ -127,7 +127,9 @@ class Forward:
         positions = positions.expand(len(inputs), -1)
         texts = None
         if mask is None and first == 0:
-            texts = self._texts(positions, getattr(self.decoder.config, "use_cache", False) if wanted is None else wanted)
+            texts = self._texts(
+                positions, getattr(self.decoder.config, "use_cache", False) if wanted is None else wanted
+            )
         if follows_length(self.model):  # ranks have different positions, and must use the same rotary frequencies
             self._rope = frozen_rope(self.model, int(positions.max()) + 1)
             self._rope.__enter__()
@@ -194,7 +196,9 @@ class Forward:
         if not bool(starts.any()):
             return None
         if with_cache or not self.method.packs:
-            instead = "with a cache: pass use_cache=False" if with_cache else "for this method: give every text its own row"
+            instead = (
+                "with a cache: pass use_cache=False" if with_cache else "for this method: give every text its own row"
+            )
             raise NotImplementedError(
                 "position_ids that start anew mean packed texts, which context_parallel does not cut into shards "
                 f"{instead}."

@@ -90,7 +90,7 @@ class Session:
         """
         if self.averaged:
             raise ValueError(
-                "sum_gradients() after averaged=True would add up what DDP, FSDP or Trainer averages: leave one of them."
+                "sum_gradients() after averaged=True would add up what DDP, FSDP or Trainer averages: use one of them."
             )
         sum_gradients(self.forward.model, self.group)
 

@@ -111,7 +111,7 @@ def same_batches(loader: Any, group: Group) -> Any:
         ValueError: a loader that Accelerate has not prepared for several processes, or one whose batches are dealt by
             the main process (`dispatch_batches`, iterable data sets).
     """
-    shard = getattr(loader, "batch_sampler", None)
+    shard: Any = getattr(loader, "batch_sampler", None)
     if group.size * group.count == 1:
         return loader
     if not hasattr(shard, "num_processes") or not hasattr(shard, "process_index"):

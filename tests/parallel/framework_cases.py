@@ -128,6 +128,21 @@ def refused(rank: int, size: int) -> dict[str, str]:
     return found
 
 
+def offloaded(rank: int, size: int, name: str) -> dict[str, Any]:
+    """Tokens of a model whose weights are loaded layer by layer, and of the model itself; and training, refused."""
+    from accelerate import cpu_offload
+
+    model, inputs = build("llama"), prompt(23, 2, padding=4)
+    arguments = dict(max_new_tokens=4, do_sample=False)
+    away = cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
+    with hap.context_parallel(away, name, timeout=30):
+        found = away.generate(**inputs, **arguments)
+        away.train()
+        message = _message(lambda: away(**inputs, labels=inputs["input_ids"]))
+    with one_process(model, name, {}):
+        return {"found": found.tolist(), "wanted": model.generate(**inputs, **arguments).tolist(), "train": message}
+
+
 def _message(call: Any) -> str:
     try:
         call()

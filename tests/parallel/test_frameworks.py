@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from hf_attn_plugins.parallel.comm.group import Group
+from hf_attn_plugins.parallel.hf.weights import refuse_placement
 from tests.parallel import framework_cases
+from tests.parallel.models import build
 from tests.parallel.processes import Ranks
 from tests.parallel.processes import ranks as started
 
@@ -52,6 +55,26 @@ def test_what_does_not_run_is_said(four: Ranks) -> None:
         assert "ranks=0" in found["none"]
         assert "does not run under DeepSpeed" in found["deepspeed"]
         assert "sharded by FSDP2, which averages gradients: pass averaged=True" in found["fsdp"]
+
+
+@pytest.mark.parametrize("name", ("tiled_attention", "star_attention", "cqs_attention"))
+def test_offloaded_weights_generate_and_do_not_train(four: Ranks, name: str) -> None:
+    for found in four.run(framework_cases.offloaded, limit=400, name=name):
+        assert found["found"] == found["wanted"]
+        assert "offloaded weights keep no gradients" in found["train"]
+
+
+def test_models_on_several_devices_of_a_rank_are_refused() -> None:
+    model = build("llama")
+    places = {"model": 0, "lm_head": 1, "norm": "cpu"}
+    cases = {
+        "hf_device_map": (places, "spread over cuda:0, cuda:1 in one rank"),
+        "_tp_size": (2, "tensor parallel plan"),
+    }
+    for field, (value, words) in cases.items():
+        patched = mock.patch.object(model, field, value, create=True)
+        with patched, pytest.raises(NotImplementedError, match=words):
+            refuse_placement(model, False)
 
 
 def test_one_process_has_no_groups() -> None:

@@ -21,6 +21,7 @@ from hf_attn_plugins.parallel.comm.consistency import agree, digest, same_random
 from hf_attn_plugins.parallel.comm.group import Group
 from hf_attn_plugins.parallel.hf.cache import ShardedCache
 from hf_attn_plugins.parallel.hf.training import ShardedLoss, refuse_dropout
+from hf_attn_plugins.parallel.hf.weights import is_offloaded
 from hf_attn_plugins.parallel.method import Layout, Method, Step
 from hf_attn_plugins.star.hf.model import decoder, follows_length, frozen_rope
 
@@ -148,6 +149,10 @@ class Forward:
         if texts is not None and layout is None:
             raise NotImplementedError(f"packed texts of {self._count} tokens are too short to be cut into shards.")
         if self._trains:
+            if is_offloaded(self.model):
+                raise NotImplementedError(
+                    "offloaded weights keep no gradients: train with the model on its device, or sharded by FSDP2."
+                )
             if self.model.training:
                 refuse_dropout(self.model)
             if self._loss is not None and not self.method.computes_padding:

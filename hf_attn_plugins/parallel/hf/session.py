@@ -28,7 +28,7 @@ from hf_attn_plugins.parallel.decode import later
 from hf_attn_plugins.parallel.hf.forward import Forward
 from hf_attn_plugins.parallel.hf.layer_call import Layer, StepMask
 from hf_attn_plugins.parallel.hf.training import same_batches, sum_gradients
-from hf_attn_plugins.parallel.hf.weights import check_device, is_sharded
+from hf_attn_plugins.parallel.hf.weights import check_device, is_sharded, refuse_placement
 from hf_attn_plugins.parallel.method import Method, method_for
 from hf_attn_plugins.plugins import Plugin, plugin
 from hf_attn_plugins.star.hf.fingerprint import fingerprint
@@ -227,10 +227,7 @@ def context_parallel(
     """
     method, model = method_for(name, **options), language_model(model)
     check(model, name).raise_if_refused()
-    if is_sharded(model) and not averaged:
-        raise ValueError(
-            f"the weights of {type(model).__name__} are sharded by FSDP2, which averages gradients: pass averaged=True."
-        )
+    refuse_placement(model, averaged)
     group = Group.join(timeout, ranks)
     error: BaseException | None = None
     try:

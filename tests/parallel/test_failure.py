@@ -9,6 +9,7 @@ import socket
 
 import pytest
 
+from hf_attn_plugins.parallel.comm.failure import Watch
 from hf_attn_plugins.parallel.comm.group import Group
 from hf_attn_plugins.parallel.comm.launch import place
 from tests.parallel import breaking
@@ -135,7 +136,10 @@ def test_an_exchange_that_ends_while_it_is_looked_at_keeps_its_error():
         group._wait(Work(RuntimeError("Connection closed by peer")))
 
 
-class Quiet:
+class Quiet(Watch):
+    def __init__(self) -> None:
+        pass
+
     def somebody_failed(self) -> bool:
         return False
 

@@ -8,6 +8,7 @@ growing beat and has completed fewer exchanges. The beat of a rank whose process
 from __future__ import annotations
 
 import contextlib
+import datetime
 import itertools
 import json
 import threading
@@ -77,6 +78,25 @@ class Watch:
     def somebody_failed(self) -> bool:
         """Whether some rank has recorded an error that another rank did not cause."""
         return self._store.check(["failed"])
+
+    def wait_for(self, work: Any, timeout: float, look: float) -> None:
+        """Wait for a backend's exchange, `look` seconds at a time, until some rank has recorded an error.
+
+        Raises:
+            RuntimeError: the backend's error, or its "not yet" after `timeout` seconds.
+        """
+        end = time.monotonic() + timeout
+        while True:
+            left = end - time.monotonic()
+            try:
+                work.wait(datetime.timedelta(seconds=max(0.01, min(look, left))))
+                return
+            except RuntimeError:  # the backend raises one type both for "not yet" and for "failed"
+                if work.is_completed():
+                    work.wait()  # completed in the meantime, or raises the backend's own error
+                    return
+                if left <= 0 or self.somebody_failed():
+                    raise
 
     def diagnose(self, what: str, timeout: float, error: BaseException) -> RankError:
         """The error of an exchange `what` that failed here, naming the rank at fault."""

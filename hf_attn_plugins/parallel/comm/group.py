@@ -10,7 +10,6 @@ import contextlib
 import datetime
 import gc
 import pickle
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -278,15 +277,4 @@ class Group:
             work.wait()
             return
         assert self._watch is not None
-        end = time.monotonic() + self.timeout
-        while True:
-            left = end - time.monotonic()
-            try:
-                work.wait(datetime.timedelta(seconds=max(0.01, min(LOOK, left))))
-                return
-            except RuntimeError:  # the backend raises one type both for "not yet" and for "failed"
-                if work.is_completed():
-                    work.wait()  # completed in the meantime, or raises the backend's own error
-                    return
-                if left <= 0 or self._watch.somebody_failed():
-                    raise
+        self._watch.wait_for(work, self.timeout, LOOK)

@@ -85,6 +85,12 @@ def commands() -> Table:
             row.short: Entry(row.command, f"print the plan of {row.name} and its costs, or draw it")
             for row in rows
             if row.command
+        }
+        | {
+            "parallel": Entry(
+                "hf_attn_plugins.commands.plan_parallel",
+                "what each method moves and holds on several ranks, for a model, a length and a link",
+            )
         },
         "bench": dict(sorted(bench.items())),
         "eval": Entry(

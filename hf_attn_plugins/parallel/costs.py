@@ -10,7 +10,7 @@ from hf_attn_plugins.cqs.cost import CallShape
 from hf_attn_plugins.parallel.method import Cost, method_for
 
 # Names in `Traffic` of the exchanges that attention over a sharded prompt makes.
-EXCHANGES = ("cqs groups", "cqs results", "keys and values", "merge", "anchor", "halo")
+EXCHANGES = ("cqs groups", "cqs results", "keys and values", "heads", "heads back", "merge", "anchor", "halo")
 
 
 def costs(

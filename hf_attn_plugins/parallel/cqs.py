@@ -36,6 +36,8 @@ class CQS(CQSOptions):
     rounds: int = 1
 
     trains = True
+    packs = True
+    computes_padding = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,8 +68,9 @@ class CQS(CQSOptions):
                 window[0],
             )  # fmt: skip
         real = None if padding is None else padding.to(query.device)
+        mask = Mask(causal=True, window=window, key_padding=real, query_segments=step.texts, key_segments=step.texts)
         return attention(
-            query, key, value, plan, group, mask=Mask(causal=True, window=window, key_padding=real),
+            query, key, value, plan, group, mask=mask,
             scale=kernel.scale, softcap=kernel.softcap, dropout=kernel.dropout, kernel=kernel.name,
         )  # fmt: skip
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_attn_plugins.core.tensor_bytes import from_bytes, num_bytes, to_bytes
 from hf_attn_plugins.cqs.tokens import TOKENS
 from hf_attn_plugins.cqs.worker_share import Range
+from hf_attn_plugins.parallel.comm.collectives import exchange
 from hf_attn_plugins.parallel.cqs_plan import RankPlan
 
 if TYPE_CHECKING:
@@ -91,22 +91,4 @@ class CallPlan(NamedTuple):
         Returns:
             for each rank, the tensors that it sent; [[]] in a group of one.
         """
-        if self.group.size == 1:
-            return [[]]
-        messages = [packed(tensors, self.group.device) for tensors in given]
-        sizes = [[sum(num_bytes(*each) for each in tensors)] for tensors in taken]
-        arrived = self.group.all_to_all(messages, sizes, what=what)
-        return [unpacked(message, tensors) for message, tensors in zip(arrived, taken, strict=True)]
-
-
-def packed(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """The bytes of all tensors in one flat uint8 tensor; an empty one on `device` if there are none."""
-    if not tensors:
-        return torch.empty(0, dtype=torch.uint8, device=device)
-    return torch.cat([to_bytes(x) for x in tensors])
-
-
-def unpacked(message: Tensor, expected: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> list[Tensor]:
-    """The inverse of `packed`, for tensors of the `expected` (shape, dtype)."""
-    parts = message.split([num_bytes(*each) for each in expected])
-    return [from_bytes(part, dtype, shape) for part, (shape, dtype) in zip(parts, expected, strict=True)]
+        return [[]] if self.group.size == 1 else exchange(self.group, given, taken, what)

@@ -8,6 +8,7 @@ Source: CQS-Attention, IEEE Access 13 (2025) 35527; the exchange between ranks t
 
 from __future__ import annotations
 
+import bisect
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,7 +85,11 @@ class RankPlan:
 
     def owner(self, group: Range) -> int:
         """The rank in whose shard a non-empty token group lies."""
-        return next(rank for rank, (begin, end) in enumerate(self.shards) if begin <= group[0] and group[1] <= end)
+        return bisect.bisect_left(self._ends, group[1])
+
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        return [end for _, end in self.shards]
 
     @functools.cached_property
     def rounds(self) -> tuple[tuple[Round, ...], ...]:
@@ -199,6 +204,7 @@ def rank_plan(
     return RankPlan(plan(num_tokens, count, interest_set), num_ranks, is_causal, rounds, reach if is_causal else None)
 
 
+@functools.lru_cache(maxsize=64)
 def choose_workers(num_tokens: int, num_ranks: int) -> int:
     """The number of workers W if the user names none: R, 2 R or 3 R.
 

@@ -1,8 +1,9 @@
-"""Dense attention with sharded keys: all ranks have equal causal work, and gather the keys of one layer at a time.
+"""Dense attention over sharded tokens: all ranks have equal causal work, and exchange keys or heads in every layer.
 
-Gathering keys and values moves 2 x Hkv x D elements per token. Sending queries to the keys and partial results back
-would move Hq x (2 D + 1) elements per token, which is more because Hq >= Hkv. The gathered keys of a layer are freed
-after that layer; the cache keeps the shard only.
+"gather": every rank gathers the keys and values of one layer, 2 x Hkv x D elements per token. Sending queries to the
+keys and partial results back would move Hq x (2 D + 1) elements per token, which is more because Hq >= Hkv. The
+gathered keys of a layer are freed after that layer; the cache keeps the shard only. "heads": every rank gets all tokens
+of some heads (`heads.attention`), which moves less with many ranks or many key heads.
 """
 
 from __future__ import annotations
@@ -18,17 +19,35 @@ from hf_attn_plugins.core.mask import Mask, Window
 from hf_attn_plugins.core.partial import Partial
 from hf_attn_plugins.cqs.cost import CallShape
 from hf_attn_plugins.kernels.bound_attend import BoundAttend
+from hf_attn_plugins.parallel import heads
+from hf_attn_plugins.parallel.comm.collectives import tie
 from hf_attn_plugins.parallel.comm.group import Group
 from hf_attn_plugins.parallel.method import Cost, Layout, Step, triangle
 from hf_attn_plugins.parallel.partition import mirrored
 from hf_attn_plugins.tiled.options import TiledOptions
 
+EXCHANGES = ("auto", "gather", "heads")
+
 
 @dataclass(frozen=True)
 class Dense(TiledOptions):
-    """`tiled_attention` on several ranks: exact, forward only."""
+    """`tiled_attention` on several ranks: exact, forward and backward.
 
-    trains = False
+    Attributes:
+        exchange: what the ranks exchange in every layer: "gather" keys and values, or "heads" for tokens. "auto": the
+            form in which the busiest rank sends and receives fewer bytes.
+    """
+
+    exchange: str = "auto"
+
+    trains = True
+    packs = True
+    computes_padding = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.exchange not in EXCHANGES:
+            raise ValueError(f"exchange={self.exchange!r} is unknown: choose one of {', '.join(EXCHANGES)}.")
 
     def deal(self, real: Tensor, rank: int, size: int) -> Layout | None:
         """See `Method.deal`: two runs of tokens per rank (`partition.mirrored`)."""
@@ -41,47 +60,75 @@ class Dense(TiledOptions):
         slots = torch.arange(len(columns))
         return Layout(columns.expand(len(real), -1), slots, slots, loads, extra=(dealt, real))
 
+    def form(self, shape: CallShape, loads: list[int]) -> str:
+        """ "gather" or "heads": `exchange`, or for "auto" the form that moves fewer bytes on the busiest rank."""
+        if self.exchange != "auto":
+            return self.exchange
+        dealt = max(sum(heads.moved(shape, loads, rank)) for rank in range(len(loads)))
+        return "heads" if dealt < 2 * _gathered(shape, loads) else "gather"
+
     def attention(
         self, query: Tensor, key: Tensor, value: Tensor, window: Window, step: Step, kernel: BoundAttend, group: Group
     ) -> Partial:
-        """Gather this layer's keys and values, then attend run by run."""
+        """Exchange heads and attend once, or gather this layer's keys and values and attend run by run."""
         assert step.layout is not None
         dealt, real = step.layout.extra
-        keys, values = (self._whole(x, dealt, step.layout.loads, group) for x in (key, value))
         padding = None if bool(real.all()) else real.to(query.device)
+        batch, num_heads, _, head_dim = query.shape
+        shape = CallShape(num_heads, key.shape[1], head_dim, value.shape[3], query.element_size(), batch)
+        if group.size > 1 and self.form(shape, step.layout.loads) == "heads":
+            mask = Mask(
+                causal=True, window=window, offset=0, key_padding=padding,
+                query_segments=step.texts, key_segments=step.texts,
+            )  # fmt: skip
+            return heads.attention(query, key, value, dealt, group, lambda q, k, v: kernel(q, k, v, mask))
+        loads = step.layout.loads
+        keys, values = (
+            heads.in_order(group.all_gather(x, loads, 2, what="keys and values"), dealt) for x in (key, value)
+        )
         parts, start = [], 0
         for run in dealt[group.rank]:
             rows = query[:, :, start : start + len(run)]
-            mask = Mask(causal=True, window=window, offset=run.start, key_padding=padding)
+            own = None if step.texts is None else step.texts[:, run.start : run.stop]
+            mask = Mask(
+                causal=True, window=window, offset=run.start, key_padding=padding,
+                query_segments=own, key_segments=step.texts,
+            )  # fmt: skip
             parts.append(kernel(rows, keys, values, mask))
             start += len(run)
-        return Partial.cat(parts)
+        part = Partial.cat(parts)
+        return Partial(tie(part.out, keys, values), part.lse)
 
     def settle(self, config: Mapping[str, Any], group: Group) -> Dense:
         """Return self: no field depends on the model."""
         return self
 
     def cost(self, layout: Layout, rank: int, shape: CallShape) -> Cost:
-        """Every shard is sent padded to the length of the longest one."""
+        """Gathered shards are sent padded to the length of the longest one; heads as `heads.moved` counts them."""
         runs, size, load = layout.extra[0][rank], len(layout.loads), layout.loads[rank]
-        num_tokens = layout.extra[1].shape[1]
-        moved = (size - 1) * max(layout.loads) * shape.key_bytes
+        num_tokens, token_bytes = layout.extra[1].shape[1], shape.query_bytes + shape.result_bytes
+        sent = received = _gathered(shape, layout.loads)
+        pairs = sum(triangle(run.stop) - triangle(run.start) for run in runs)
+        held = load * token_bytes + (load * (size > 1) + num_tokens) * shape.key_bytes
+        if size > 1 and self.form(shape, layout.loads) == "heads":
+            sent, received = heads.moved(shape, layout.loads, rank)
+            share = heads.deal_heads(shape.heads, shape.kv_heads, size)[rank]
+            pairs = triangle(num_tokens) * len(share.query) // shape.heads
+            keys = len(share.key) if share.is_grouped else len(share.query)
+            held = load * (token_bytes + shape.key_bytes) + num_tokens * (
+                len(share.query) * token_bytes // shape.heads + keys * shape.key_bytes // shape.kv_heads
+            )
         return Cost(
-            sent=moved,
-            received=moved,
-            held=load * (shape.query_bytes + shape.result_bytes) + (load * (size > 1) + num_tokens) * shape.key_bytes,
-            pairs=sum(triangle(run.stop) - triangle(run.start) for run in runs),
+            sent=sent,
+            received=received,
+            held=held,
+            pairs=pairs,
             rows=load,
             cache=load * shape.key_bytes,
             decode=(size - 1) * shape.result_bytes,
         )
 
-    @staticmethod
-    def _whole(own: Tensor, dealt: list[list[range]], loads: list[int], group: Group) -> Tensor:
-        """The keys or values of all ranks, (B, H, L, D), in the order of the columns."""
-        shards = group.all_gather(own, loads, 2, what="keys and values")
-        runs = []
-        for shard, ranges in zip(shards, dealt, strict=True):
-            pieces = shard.split([len(run) for run in ranges], 2)
-            runs += list(zip((run.start for run in ranges), pieces, strict=True))
-        return torch.cat([piece for _, piece in sorted(runs, key=lambda pair: pair[0])], 2)
+
+def _gathered(shape: CallShape, loads: list[int]) -> int:
+    """Bytes that a rank sends, and receives, when all ranks gather the keys and values of one layer."""
+    return (len(loads) - 1) * max(loads) * shape.key_bytes

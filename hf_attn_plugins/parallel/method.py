@@ -54,6 +54,8 @@ class Step:
             included; -1 for padding. None for a sharded prompt.
         gaps: whether `columns` or `keys` contains -1.
         fresh: the rows of this forward whose keys this rank stores. Their keys are the last ones in `keys`.
+        texts: (B, L) long on the model's device, the number of the text that each column of a sharded prompt belongs
+            to; a row sees keys of its own text only. None if every batch row is one text.
     """
 
     first: int
@@ -62,6 +64,7 @@ class Step:
     keys: Tensor | None
     gaps: bool
     fresh: range = range(0)
+    texts: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -91,11 +94,14 @@ class Method(Protocol):
     """A method on several ranks: `context_parallel(model, name)` uses `star.Star`, `cqs.CQS` or `dense.Dense`.
 
     Attributes:
-        trains: whether the exchanges carry gradients. If so, every layout is one run of columns per rank, in the order
-            of the ranks, and each rank stores the columns that it computes.
+        trains: whether the exchanges carry gradients.
+        packs: whether a batch row may hold several texts (`Step.texts`).
+        computes_padding: whether some rank computes each column of padding, so that its label counts as in one process.
     """
 
     trains: bool
+    packs: bool
+    computes_padding: bool
 
     def deal(self, real: Tensor, rank: int, size: int) -> Layout | None:
         """The layout of a prompt; None if the prompt is too short to be divided, so that every rank computes all of it.

@@ -24,6 +24,7 @@ from hf_attn_plugins.core.warn import warn_once
 from hf_attn_plugins.cqs.cost import CallShape
 from hf_attn_plugins.kernels.attend_rectangles import attend_rectangles
 from hf_attn_plugins.kernels.bound_attend import BoundAttend
+from hf_attn_plugins.parallel.comm.collectives import tie
 from hf_attn_plugins.parallel.comm.group import Group
 from hf_attn_plugins.parallel.link import Wire, cheaper_anchor
 from hf_attn_plugins.parallel.method import Cost, Layout, Step
@@ -52,7 +53,9 @@ class Star(StarOptions):
     shape: ModelShape | None = None
     wire: Wire | None = None
 
-    trains = False
+    trains = True
+    packs = False
+    computes_padding = False
 
     @classmethod
     def names(cls) -> list[str]:
@@ -169,8 +172,9 @@ class Star(StarOptions):
 
         def over(reach: Reach) -> Attention:
             def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Partial:
-                keys, values = keys_of(key, value, parts, reach, group)
-                return attend_rectangles(query, keys, values, reach.rectangles, mask=mask, **kernel.options)
+                keys, values, tokens = keys_of(key, value, parts, reach, group)
+                part = attend_rectangles(query, keys, values, reach.rectangles, mask=mask, **kernel.options)
+                return Partial(tie(part.out, query, key, value, *tokens), part.lse)
 
             return attend
 

@@ -166,7 +166,13 @@ class StarParts:
         kept = row.query[max(0, self.kept.start - first) : max(0, self.kept.stop - first)]
         stored = [Run(row.own, before), Run(kept, kept.start + query.shift + moved)]
         sees = ((anchor, context), (own, context), (query, stored))
-        found = [placed(part, rows, keys) for part in plan for rows, runs in sees for keys in runs]
+        found = [
+            placed(part, rows, keys)
+            for part in plan
+            for rows, runs in sees
+            if part.row_begin < rows.tokens.stop and rows.tokens.start < part.row_end
+            for keys in runs
+        ]
         return [rectangle for rectangle in found if not rectangle.is_empty]
 
 
@@ -210,12 +216,13 @@ def span(row: Tensor) -> tuple[int, int]:
     Raises:
         NotImplementedError: padding between real tokens.
     """
-    columns = row.nonzero()[:, 0].tolist()
-    if not columns:
+    columns = row.nonzero()[:, 0]
+    if not len(columns):
         return 0, 0
-    if columns[-1] - columns[0] + 1 != len(columns):
+    first, last = int(columns[0]), int(columns[-1])
+    if last - first + 1 != len(columns):
         raise NotImplementedError(
             "star_attention on several ranks takes prompts with padding on one side or both, not between tokens: "
             "leave it out, or use tiled_attention."
         )
-    return columns[0], columns[-1] + 1
+    return first, last + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import time
@@ -58,6 +59,38 @@ def broken(rank: int, size: int, *, who: int, what: str, forward: int, timeout: 
     finally:
         handle.remove()
     return {"error": None}
+
+
+def broken_training(
+    rank: int, size: int, *, who: int, what: str, exchange: int, timeout: float, name: str
+) -> dict[str, Any]:
+    """Train two steps, with `what` happening on rank `who` just before its exchange number `exchange`."""
+    quick()
+    model, done = copy.deepcopy(build("llama")).train(), [0]
+    options = OPTIONS if name == "star_attention" else {}
+    batch = prompt(length=23, batch=1)
+    began = time.monotonic()
+    try:
+        with hap.context_parallel(model, name, timeout=timeout, **options) as session:
+            real = session.group._exchange
+
+            def sabotaged(*arguments: Any) -> Any:
+                done[0] += 1
+                if rank == who and done[0] == exchange:
+                    _act(what)
+                return real(*arguments)
+
+            session.group._exchange = sabotaged
+            for _ in range(2):
+                model(**batch, labels=batch["input_ids"]).loss.backward()
+                session.sum_gradients()
+    except (RankError, torch.OutOfMemoryError) as error:
+        return {
+            "error": f"{type(error).__name__}: {error}",
+            "rank": getattr(error, "rank", None),
+            "seconds": time.monotonic() - began,
+        }
+    return {"error": None, "exchanges": done[0]}
 
 
 def differ(rank: int, size: int, *, how: str) -> dict[str, Any]:

@@ -100,10 +100,10 @@ class Ranks:
                 found.append(("died", process.exitcode))
         return found
 
-    def run(self, function: Any, **arguments: Any) -> list[Any]:
+    def run(self, function: Any, limit: float = 60.0, **arguments: Any) -> list[Any]:
         """The value of `function(rank, size, **arguments)` on every rank; fails where one raised."""
         self.start(function, **arguments)
-        results = self.results()
+        results = self.results(limit)
         for rank, (kind, value) in enumerate(results):
             assert kind == "done", f"rank {rank} {kind}: {value}"
         return [value for _, value in results]

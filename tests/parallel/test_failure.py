@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import socket
 
 import pytest
 
+from hf_attn_plugins.parallel.comm.failure import Watch
 from hf_attn_plugins.parallel.comm.group import Group
 from hf_attn_plugins.parallel.comm.launch import place
 from tests.parallel import breaking
 from tests.parallel.processes import environment, ranks
 
 PREFILL, DECODING = 0, 3
+MOST_EXCHANGES = 24
 
 
 def run_broken(size: int, **how) -> list[tuple[str, dict]]:
@@ -52,6 +55,30 @@ def test_out_of_memory_is_reported_by_all(who):
         assert kind == "done" and "OutOfMemoryError: tried to allocate 2.00 GiB" in found["error"], found
         if rank != who:
             assert found["rank"] == who and f"rank {who} failed" in found["error"] and found["seconds"] < 25
+
+
+def points(seed: int) -> list[tuple[str, str, int, int]]:
+    """(method, what happens, rank, exchange) at random; two steps of training have more than `MOST_EXCHANGES`."""
+    chance = random.Random(seed)
+    methods, kinds = ("tiled_attention", "star_attention", "cqs_attention"), ("kill", "hang", "memory")
+    return [
+        (methods[i % 3], kinds[i // 3 % 3], chance.randrange(3), chance.randrange(1, MOST_EXCHANGES)) for i in range(20)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+@pytest.mark.parametrize(("name", "what", "who", "exchange"), points(18))
+def test_a_failure_anywhere_in_training_is_named(name, what, who, exchange):
+    with ranks(3) as group:
+        timeout = 5 if what == "hang" else 60
+        group.start(breaking.broken_training, who=who, what=what, exchange=exchange, timeout=timeout, name=name)
+        results = group.results(120, skip=who if what == "hang" else None)
+    for rank in {0, 1, 2} - {who}:
+        kind, found = results[rank]
+        assert kind == "done" and found["error"] is not None and found["rank"] == who, (rank, found)
+        assert "\n" not in found["error"]
+    assert not multiprocessing.active_children(), "no process stays behind"
 
 
 @pytest.mark.multi_process
@@ -109,7 +136,10 @@ def test_an_exchange_that_ends_while_it_is_looked_at_keeps_its_error():
         group._wait(Work(RuntimeError("Connection closed by peer")))
 
 
-class Quiet:
+class Quiet(Watch):
+    def __init__(self) -> None:
+        pass
+
     def somebody_failed(self) -> bool:
         return False
 

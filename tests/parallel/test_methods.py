@@ -155,10 +155,11 @@ def test_star_with_near_tokens_and_dense_heads(real, size, window, block, anchor
     compare(method, real, size, window, (2,))
 
 
-@given(padded(), SIZE, WINDOW, THEN)
+@given(padded(), SIZE, WINDOW, THEN, st.sampled_from(("gather", "heads")))
 @SETTINGS
-def test_dense(real, size, window, then):
-    compare(Dense(), real, size, window, tuple(then))
+def test_dense(real, size, window, then, exchange):
+    """Keys gathered; heads exchanged, 4 of them over up to 5 ranks."""
+    compare(Dense(exchange=exchange), real, size, window, tuple(then))
 
 
 def test_the_query_sees_the_last_keys_of_every_shard():

@@ -121,7 +121,7 @@ def parallel(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=2, help="layers of the random Llama that is measured")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--block-size", type=int, help="tokens of Star's blocks; default: an eighth of the prompt")
-    parser.add_argument("--halo-size", type=int, help="tokens just before a block that Star's blocks see as well")
+    parser.add_argument("--halo-size", type=int, help="tokens just before a block in the row with near tokens; a block")
     parser.add_argument("--workers", type=int, help="workers of CQS; default: chosen for each number of ranks")
     parser.add_argument("--rounds", type=int, default=1, help="exchanges per layer of CQS")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds that one measured launch may take")

@@ -13,7 +13,7 @@ from typing import Any
 from hf_attn_plugins.bench.timing import write_table
 from hf_attn_plugins.cqs.cost import CallShape
 from hf_attn_plugins.parallel.costs import Cost, costs
-from hf_attn_plugins.plugins import PLUGINS, plugin, resolve
+from hf_attn_plugins.parallel.forms import Form, ring
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 NAME, TITLE = "parallel", "Several ranks: what each method sends, holds and computes"
@@ -32,51 +32,50 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {given}: at least 1 is needed.")
     if any(arguments.heads % kv_heads for kv_heads in arguments.kv_heads):
         raise ValueError(f"--heads {arguments.heads} is no multiple of each of --kv-heads {arguments.kv_heads}.")
-    cases = [(kv_heads, name) for kv_heads in arguments.kv_heads for name in methods()]
+    cases = [(kv_heads, form) for kv_heads in arguments.kv_heads for form in forms(arguments)]
     rows = []
     for ranks in sorted(set(arguments.ranks)):
-        counts = [counted(arguments, name, ranks, kv_heads) for kv_heads, name in cases]  # refuses what does not fit
+        counts = [counted(arguments, form, ranks, kv_heads) for kv_heads, form in cases]  # refuses what does not fit
         reports = measured(arguments, cases, ranks) if ranks <= arguments.measure_up_to else [None] * len(cases)
-        for (kv_heads, name), row, report in zip(cases, counts, reports, strict=True):
-            row |= _comparison(plan_costs(arguments, name, ranks, kv_heads), report, arguments.layers)
+        for (kv_heads, form), row, report in zip(cases, counts, reports, strict=True):
+            row |= _comparison(plan_costs(arguments, form, ranks, kv_heads), report, arguments.layers)
             print("  ".join(f"{k} {_cell(v)}" for k, v in row.items()), flush=True)
             rows.append(row)
     rows.sort(key=lambda row: [f"{arguments.heads}:{n}" for n in arguments.kv_heads].index(row["heads"]))
     print("written to", write_table(arguments.out, NAME, TITLE, rows, notes(arguments)))
 
 
-def methods() -> list[str]:
-    """The plugins that run on several ranks, in the order of the plugin table."""
-    return [row.name for row in PLUGINS.values() if row.ranks]
+def forms(arguments: argparse.Namespace) -> list[Form]:
+    """The rows for one number of ranks and heads, with the options of the command line that each method has."""
+    block = arguments.block_size or max(1, arguments.length // 8)
+    star = {"block_size": block, "anchor": "recompute"}
+    cqs = {"workers": arguments.workers, "rounds": arguments.rounds}
+    return [
+        Form("tiled", "tiled_attention", True, {"exchange": "gather"}),
+        Form("tiled, heads", "tiled_attention", True, {"exchange": "heads"}),
+        Form("ring", None, True),
+        Form("star", "star_attention", False, star),
+        Form("star, near", "star_attention", False, {**star, "halo_size": arguments.halo_size or block}),
+        Form("cqs", "cqs_attention", True, cqs),
+    ]
 
 
-def options_of(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
-    """The options of the command line that the method has."""
-    given = {
-        "block_size": arguments.block_size or max(1, arguments.length // 8),
-        "halo_size": arguments.halo_size,
-        "anchor": "recompute",
-        "workers": arguments.workers,
-        "rounds": arguments.rounds,
-    }
-    names = resolve(plugin(name).ranks).names()
-    return {option: value for option, value in given.items() if option in names}
-
-
-def plan_costs(arguments: argparse.Namespace, name: str, ranks: int, kv_heads: int) -> list[Cost]:
+def plan_costs(arguments: argparse.Namespace, form: Form, ranks: int, kv_heads: int) -> list[Cost]:
     """The cost of one layer, for each rank."""
     size = SIZES[arguments.dtype]
     shape = CallShape(arguments.heads, kv_heads, arguments.head_dim, arguments.head_dim, size)
-    return costs(name, arguments.length, ranks, shape, **options_of(arguments, name))
+    if form.name is None:
+        return ring(arguments.length, ranks, shape)
+    return costs(form.name, arguments.length, ranks, shape, **form.options)
 
 
-def counted(arguments: argparse.Namespace, name: str, ranks: int, kv_heads: int) -> dict[str, Any]:
+def counted(arguments: argparse.Namespace, form: Form, ranks: int, kv_heads: int) -> dict[str, Any]:
     """The figures of a row, counted from the plan; each is the largest of all ranks."""
-    per_rank = plan_costs(arguments, name, ranks, kv_heads)
+    per_rank = plan_costs(arguments, form, ranks, kv_heads)
     most = {field: max(getattr(cost, field) for cost in per_rank) for field in vars(per_rank[0])}
     dense = arguments.length * (arguments.length + 1) // 2
     return {
-        "method": plugin(name).short,
+        "method": form.label,
         "heads": f"{arguments.heads}:{kv_heads}",
         "ranks": ranks,
         "received KiB": most["received"] // 2**10,
@@ -103,10 +102,12 @@ def _comparison(planned: list[Cost], reports: list[dict[str, Any]] | None, layer
     }
 
 
-def measured(arguments: argparse.Namespace, cases: list[tuple[int, str]], ranks: int) -> list[list[dict[str, Any]]]:
-    """The reports of all ranks of one launch, for each case (key heads, method); see `parallel_rank`."""
+def measured(
+    arguments: argparse.Namespace, cases: list[tuple[int, Form]], ranks: int
+) -> list[list[dict[str, Any]] | None]:
+    """The reports of all ranks of one launch, for each case (key heads, form); None for a formula."""
     sizes = {field: getattr(arguments, field) for field in ("length", "heads", "head_dim", "layers", "dtype")}
-    requests = [{**sizes, "kv_heads": n, "name": name, "options": options_of(arguments, name)} for n, name in cases]
+    requests = [{**sizes, "kv_heads": n, "name": form.name, "options": form.options} for n, form in cases if form.name]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "cases.json")
         path.write_text(json.dumps(requests), encoding="utf-8")
@@ -119,7 +120,8 @@ def measured(arguments: argparse.Namespace, cases: list[tuple[int, str]], ranks:
             errors = [line for line in done.stderr.splitlines() if "Error: " in line] or done.stderr.splitlines()
             raise OSError(f"the launch of {ranks} ranks failed: {errors[0] if errors else done.returncode}")
         files = [json.loads(Path(folder, f"rank-{r}.json").read_text(encoding="utf-8")) for r in range(ranks)]
-    return [list(reports) for reports in zip(*files, strict=True)]
+    reports = iter([list(each) for each in zip(*files, strict=True)])
+    return [next(reports) if form.name else None for _, form in cases]
 
 
 def differences(costs: list[Cost], reports: list[dict[str, Any]], layers: int) -> list[str]:
@@ -135,9 +137,7 @@ def differences(costs: list[Cost], reports: list[dict[str, Any]], layers: int) -
 
 def notes(arguments: argparse.Namespace) -> str:
     """The meaning of the columns, printed below the table."""
-    cases = ", ".join(
-        f"{plugin(name).short} {options}" for name in methods() if (options := options_of(arguments, name))
-    )
+    cases = ", ".join(f"{form.label} {form.options}" for form in forms(arguments) if form.options)
     return f"""\
 One prompt of {arguments.length} tokens, head_dim {arguments.head_dim}, {arguments.dtype}; {cases}. `heads` are those of
 queries and of keys.
@@ -145,8 +145,7 @@ All figures are for one layer and counted from the plans; each is the largest ov
 from and to other ranks in a prefill, forward; `all ranks`: bytes that all ranks together send. `held`: queries, keys,
 values and results on a rank at once, received ones included. `cache`: keys and values that stay. `decode`: bytes
 received per generated token. `pairs`: (query, key) pairs computed over those of dense causal attention in one process.
-`rows`: tokens through projections and MLP over the prompt's. Ring attention and Ulysses are not measured; `hf-attn plan
-cqs` has a model of their volumes.
+`rows`: tokens through projections and MLP over the prompt's. `tiled, heads` is Ulysses; `ring` is a formula, not run.
 `as counted`: whether processes on gloo (random Llama, {arguments.layers} layers, hidden size \
 {arguments.heads * arguments.head_dim}) sent and received exactly these bytes, kept exactly this cache, computed exactly
 these pairs (as the kernels' masks show them) and rows, on every rank. `peak MiB`: measured, the largest peak of a rank

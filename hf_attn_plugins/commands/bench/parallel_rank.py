@@ -57,7 +57,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
             "received": sum(traffic[what]["received"] for what in EXCHANGES if what in traffic),
             "cache": cp.cache_bytes,
             "rows": cp.prefill_tokens,
-            "pairs": pairs.seen,
+            "pairs": pairs.seen // (case["heads"] * case["layers"]) * case["layers"],
             "peak": memory.bytes,
         }
         cp.traffic().reset()
@@ -85,7 +85,11 @@ def tiny_model(case: dict[str, Any]) -> Any:
 
 
 class Pairs:
-    """Counts the (query, key) pairs that kernels compute, from the masks that they are called with."""
+    """Counts the (query, key) pairs that kernels compute, from the masks that they are called with.
+
+    Attributes:
+        seen: pairs, summed over query heads.
+    """
 
     def __init__(self) -> None:
         self.seen = 0
@@ -104,7 +108,7 @@ class Pairs:
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, *, mask: Mask | None = None, **options: Any
     ) -> Partial:
-        self.seen += visible_pairs(mask or Mask(), query.shape[2], key.shape[2])
+        self.seen += query.shape[1] * visible_pairs(mask or Mask(), query.shape[2], key.shape[2])
         return kernels.attend(query, key, value, mask=mask, **options)
 
     def _attend_rectangles(
@@ -112,7 +116,7 @@ class Pairs:
     ) -> Partial:
         for row_begin, row_end, key_begin, key_end, _, shift in per_batch(plan)[0]:
             part = sub_mask(mask, slice(row_begin, row_end), slice(key_begin, key_end), shift)
-            self.seen += visible_pairs(part, row_end - row_begin, key_end - key_begin)
+            self.seen += query.shape[1] * visible_pairs(part, row_end - row_begin, key_end - key_begin)
         return kernels.attend_rectangles(query, key, value, plan, mask=mask, **options)
 
 

@@ -8,6 +8,7 @@ growing beat and has completed fewer exchanges. The beat of a rank whose process
 from __future__ import annotations
 
 import contextlib
+import datetime
 import itertools
 import json
 import threading
@@ -37,11 +38,11 @@ class RankError(RuntimeError):
 
 
 class Watch:
-    """Writes this rank's record; reads the records of the other ranks after an error."""
+    """Writes this rank's record; reads the records of the group's other ranks after an error."""
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, rank: int, size: int, index: int = 0) -> None:
         self.rank, self.size = rank, size
-        self._store = dist.PrefixStore(f"hf_attn_plugins/{next(_SESSIONS)}", default_store())
+        self._store = dist.PrefixStore(f"hf_attn_plugins/{next(_SESSIONS)}/{index}", default_store())
         self._lock, self._end = threading.Lock(), threading.Event()
         self._record: dict[str, Any] = {"done": 0, "in": None, "beat": 0, "left": False, "error": None, "victim": False}
         self._write()
@@ -77,6 +78,25 @@ class Watch:
     def somebody_failed(self) -> bool:
         """Whether some rank has recorded an error that another rank did not cause."""
         return self._store.check(["failed"])
+
+    def wait_for(self, work: Any, timeout: float, look: float) -> None:
+        """Wait for a backend's exchange, `look` seconds at a time, until some rank has recorded an error.
+
+        Raises:
+            RuntimeError: the backend's error, or its "not yet" after `timeout` seconds.
+        """
+        end = time.monotonic() + timeout
+        while True:
+            left = end - time.monotonic()
+            try:
+                work.wait(datetime.timedelta(seconds=max(0.01, min(look, left))))
+                return
+            except RuntimeError:  # the backend raises one type both for "not yet" and for "failed"
+                if work.is_completed():
+                    work.wait()  # completed in the meantime, or raises the backend's own error
+                    return
+                if left <= 0 or self.somebody_failed():
+                    raise
 
     def diagnose(self, what: str, timeout: float, error: BaseException) -> RankError:
         """The error of an exchange `what` that failed here, naming the rank at fault."""

@@ -10,7 +10,6 @@ import contextlib
 import datetime
 import gc
 import pickle
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -31,44 +30,69 @@ LOOK = 1.0  # seconds between two checks whether another rank has failed
 
 
 class Group:
-    """All ranks of a launch, connected by a process group of this package.
+    """All ranks of a launch, or consecutive ones, connected by a process group of this package.
 
     Attributes:
-        rank, size: the number of this process, from 0, and the number of processes.
+        rank, size: the number of this process in the group, from 0, and the number of processes of the group.
         device: the device that Accelerate gives this process.
         timeout: seconds that a rank waits for the others in one exchange.
         traffic: bytes exchanged so far, by the name of the exchange.
+        index, count: the number of this group, from 0, and the number of groups in the launch.
     """
 
-    def __init__(self, rank: int, size: int, device: torch.device, timeout: float = 60.0, handle: Any = None) -> None:
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        device: torch.device,
+        timeout: float = 60.0,
+        handle: Any = None,
+        index: int = 0,
+        count: int = 1,
+    ) -> None:
         self.rank, self.size, self.device, self.timeout = rank, size, device, timeout
+        self.index, self.count = index, count
         self.traffic = Traffic()
         self._handle, self._watch = handle, None
         if handle is not None:
             self._polls = dist.get_backend(handle) == "gloo"  # NCCL's waiting happens on the device
             self._wire = torch.device("cpu") if self._polls else device
-            self._watch = Watch(rank, size)
+            self._watch = Watch(rank, size, index)
 
     @classmethod
-    def join(cls, timeout: float = 60.0) -> Group:
-        """The group of this launch; a group of one outside of a distributed launch.
+    def join(cls, timeout: float = 60.0, ranks: int | None = None) -> Group:
+        """This process's group of the launch; a group of one outside of a distributed launch.
 
         Every rank of the launch must call it, and must call `leave` at the end.
 
+        Args:
+            timeout: seconds that a rank waits for the others in one exchange.
+            ranks: processes of a group. Example: with 2, a launch of 4 has the groups 0 1 and 2 3. None for all.
+
         Raises:
-            ValueError: a timeout that is not positive, or the errors of `launch.place`.
+            ValueError: a timeout that is not positive, `ranks` that do not divide the launch, or the errors of
+                `launch.place`.
             RuntimeError: the processes cannot connect.
         """
         if not timeout > 0:
             raise ValueError(f"timeout={timeout}: a positive number of seconds is needed.")
-        rank, size, device = place()
+        rank, launched, device = place()
+        size = launched if ranks is None else ranks
+        if size < 1 or launched % size:
+            raise ValueError(
+                f"ranks={ranks}: groups of equal size are needed, and the launch has {launched} processes."
+            )
+        index, count = rank // size, launched // size
         if size == 1:
-            return cls.alone(device, timeout)
+            return cls(0, 1, device, timeout, None, index, count)
         backend = "nccl" if device.type == "cuda" and "nccl" in str(dist.get_backend()) else None
         # The backend's limit is a little longer than ours, because only our error names the missing rank. It is not
         # much longer, because an abandoned exchange keeps this process alive until the backend's limit.
         limit = datetime.timedelta(seconds=timeout + LOOK)
-        return cls(rank, size, device, timeout, dist.new_group(backend=backend, timeout=limit))
+        # Every process of the launch takes part in making every group.
+        members = [list(range(first, first + size)) for first in range(0, launched, size)]
+        handles = [dist.new_group(each if count > 1 else None, backend=backend, timeout=limit) for each in members]
+        return cls(rank % size, size, device, timeout, handles[index], index, count)
 
     @classmethod
     def alone(cls, device: torch.device | None = None, timeout: float = 60.0) -> Group:
@@ -136,12 +160,20 @@ class Group:
         return self._all_to_all(pieces, shapes, what)
 
     def gather_partials(self, part: Partial, *, what: str = "merge") -> list[Partial]:
-        """The partial results of all ranks, in the order of the ranks, each sent as one message; not differentiable.
+        """The partial results of all ranks, in the order of the ranks, each sent as one message; differentiable.
 
         Bytes from each rank to each other rank: rows x heads x (Dv x bytes per element of out + bytes per lse).
         """
         if self.size == 1:
             return [part]
+        if torch.is_grad_enabled() and (part.out.requires_grad or part.lse.requires_grad):
+            from hf_attn_plugins.parallel.comm.collectives import GatherPartials
+
+            flat = GatherPartials.apply(self, what, part.out, part.lse)
+            return [Partial(*both) for both in zip(flat[: self.size], flat[self.size :], strict=True)]
+        return self._gather_partials(part, what)
+
+    def _gather_partials(self, part: Partial, what: str) -> list[Partial]:
         out, lse = to_bytes(part.out), to_bytes(part.lse)
         packed = self._all_gather(torch.cat([out, lse]), None, 0, what)
         return [
@@ -245,15 +277,4 @@ class Group:
             work.wait()
             return
         assert self._watch is not None
-        end = time.monotonic() + self.timeout
-        while True:
-            left = end - time.monotonic()
-            try:
-                work.wait(datetime.timedelta(seconds=max(0.01, min(LOOK, left))))
-                return
-            except RuntimeError:  # the backend raises one type both for "not yet" and for "failed"
-                if work.is_completed():
-                    work.wait()  # completed in the meantime, or raises the backend's own error
-                    return
-                if left <= 0 or self._watch.somebody_failed():
-                    raise
+        self._watch.wait_for(work, self.timeout, LOOK)

@@ -26,10 +26,16 @@ def place() -> Place:
     Raises:
         ValueError: the environment variables WORLD_SIZE and RANK contradict each other or are no numbers from 1 and 0.
         RuntimeError: the processes cannot connect (a port in use, a host that does not answer).
+        NotImplementedError: a launch with DeepSpeed.
     """
     from accelerate import PartialState
 
     _check_environment()
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1"):
+        raise NotImplementedError(
+            "context_parallel does not run under DeepSpeed, whose engine divides gradients itself: launch with FSDP2 "
+            "or DDP (accelerate launch without --use_deepspeed)."
+        )
     where = f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{os.environ.get('MASTER_PORT', '29500')}"
     try:
         # Without an accelerator, Accelerate looks for other processes only with cpu=True.

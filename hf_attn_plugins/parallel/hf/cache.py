@@ -94,12 +94,13 @@ class ShardedCache(DynamicCache):
             raise RuntimeError("a ShardedCache grows inside `with context_parallel(...)` only: call the model there.")
         return self._step
 
-    def begin(self, real: Tensor, layout: Layout | None) -> Step:
+    def begin(self, real: Tensor, layout: Layout | None, texts: Tensor | None = None) -> Step:
         """Start a forward over T new columns: decide which of them this rank stores.
 
         Args:
             real: (B, T) bool on the model's device, False for padding.
             layout: the layout of a sharded prompt; None for rows that every rank computes.
+            texts: see `Step.texts`.
 
         Returns:
             the forward, also as `current` until `finish`.
@@ -122,7 +123,8 @@ class ShardedCache(DynamicCache):
         self.gaps = self.gaps or bool((rows < 0).any())
         self.columns = keys if self.columns is None else torch.cat([self.columns, keys], 1)
         self.stored = stored
-        self._step = Step(self.length, rows, layout, None if layout is not None else self.columns, self.gaps, fresh)
+        visible = None if layout is not None else self.columns
+        self._step = Step(self.length, rows, layout, visible, self.gaps, fresh, texts)
         return self._step
 
     def finish(self, count: int) -> None:

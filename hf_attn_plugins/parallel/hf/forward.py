@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from hf_attn_plugins.hf.compat import NAMES, cache_keyword, set_returned_cache
+from hf_attn_plugins.parallel.comm.collectives import tie
 from hf_attn_plugins.parallel.comm.consistency import agree, digest, same_random_state
 from hf_attn_plugins.parallel.comm.group import Group
 from hf_attn_plugins.parallel.hf.cache import ShardedCache
-from hf_attn_plugins.parallel.hf.training import ShardedLoss
+from hf_attn_plugins.parallel.hf.training import ShardedLoss, refuse_dropout
+from hf_attn_plugins.parallel.hf.weights import is_offloaded
 from hf_attn_plugins.parallel.method import Layout, Method, Step
 from hf_attn_plugins.star.hf.model import decoder, follows_length, frozen_rope
 
@@ -35,7 +37,9 @@ class Forward:
         prefill_tokens: slots of this rank's last sharded prompt; padding and recomputed tokens are counted.
         merged_rows: rows merged over the ranks so far, summed over all layers.
         cache: the cache of the last forward.
-        columns: (B, T) long, the column of each row of the last forward on this rank; -1 for padding.
+        columns: (B, T) long, the column of each row of the last forward on this rank, in training of each row of the
+            logits; -1 for padding.
+        grad_scale: factor of the loss's gradient.
     """
 
     def __init__(self, model: nn.Module, group: Group, method: Method) -> None:
@@ -51,7 +55,8 @@ class Forward:
         self._trains = False  # whether this forward's hidden states stay sharded, for training
         self._loss: ShardedLoss | None = None
         self.columns: Tensor | None = None
-        self._layout: Layout | None = None
+        self._owned: Tensor | None = None  # (B, T), the columns of the hidden states that training returns
+        self.grad_scale = 1.0
         self._count = 0
         self._rope: Any = None
         self.handles: list[Any] = []
@@ -94,9 +99,8 @@ class Forward:
             output.logits = self.group.broadcast(output.logits, 0, what="logits")
         self._share_logits, self._logits_kept = False, None
         if self._loss is not None:
-            assert self._layout is not None
-            begin = sum(self._layout.loads[: self.group.rank])
-            output.loss = self._loss(output.logits, range(begin, begin + output.logits.shape[1]), self.group)
+            assert self._owned is not None
+            output.loss = self._loss(output.logits, self._owned, self.group, self.grad_scale)
             self._loss = None
         return output
 
@@ -104,7 +108,7 @@ class Forward:
         given = self._arguments(args, kwargs)
         if self.model.training and torch.is_grad_enabled() and not self.method.trains:
             raise NotImplementedError(
-                f"{type(self.method).__name__} does not train on several ranks: use cqs_attention, or model.eval()."
+                f"{type(self.method).__name__} does not train on several ranks: use tiled_attention, or model.eval()."
             )
         if self.decoder is self.model:
             self._trains = self._learns(False)
@@ -114,18 +118,19 @@ class Forward:
         if inputs is None:
             raise ValueError("the model was called without input_ids and inputs_embeds: pass one of them.")
         self._count = inputs.shape[1]
-        self._use_cache = given.pop("use_cache", None) is not False
+        wanted = given.pop("use_cache", None)
+        self._use_cache = wanted is not False
         cache = self.cache = self._cache_of(given.pop(self.cache_keyword, None))
         first, mask, positions = cache.length, given.pop("attention_mask", None), given.pop("position_ids", None)
         real = self._real(mask, inputs, first)
         if positions is None:
             positions = torch.arange(first, first + self._count, device=inputs.device).unsqueeze(0)
-        elif mask is None and first == 0 and bool((positions.diff(dim=1) != 1).any()):
-            raise NotImplementedError(
-                "position_ids that start anew mean packed texts, which context_parallel does not cut into shards: give "
-                "every text a row of its own."
-            )
         positions = positions.expand(len(inputs), -1)
+        texts = None
+        if mask is None and first == 0:
+            texts = self._texts(
+                positions, getattr(self.decoder.config, "use_cache", False) if wanted is None else wanted
+            )
         if follows_length(self.model):  # ranks have different positions, and must use the same rotary frequencies
             self._rope = frozen_rope(self.model, int(positions.max()) + 1)
             self._rope.__enter__()
@@ -141,7 +146,18 @@ class Forward:
                 f"{self._count} tokens after {first} are not cut into shards for {self.group.size} ranks, and only "
                 "sharded prompts can be trained: pass at least one token per rank and worker, and no cache."
             )
-        self.step, self._layout = cache.begin(real, layout), layout
+        if texts is not None and layout is None:
+            raise NotImplementedError(f"packed texts of {self._count} tokens are too short to be cut into shards.")
+        if self._trains:
+            if is_offloaded(self.model):
+                raise NotImplementedError(
+                    "offloaded weights keep no gradients: train with the model on its device, or sharded by FSDP2."
+                )
+            if self.model.training:
+                refuse_dropout(self.model)
+            if self._loss is not None and not self.method.computes_padding:
+                self._loss.check_padding(real)
+        self.step = cache.begin(real, layout, texts)
         self.columns = self.step.columns
         if layout is not None:
             self.prefill_tokens = layout.columns.shape[1]
@@ -159,7 +175,12 @@ class Forward:
     def _after(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         assert self.step is not None and self.cache is not None
         layout = self.step.layout
-        if layout is not None and not self._trains:
+        if layout is not None and self._trains:
+            hidden, own = output.last_hidden_state, layout.reported.to(self.step.columns.device)
+            # Rows that another rank reports enter no loss here, and their exchanges run backward all the same.
+            output.last_hidden_state = tie(hidden[:, own.to(hidden.device)], hidden)
+            self._owned, self.columns = layout.columns.to(own.device)[:, own], self.step.columns[:, own]
+        elif layout is not None:
             output.last_hidden_state = self._collect(output.last_hidden_state, layout)
         self.cache.finish(self._count)
         set_returned_cache(output, self.cache if self._use_cache and not self._trains else None)
@@ -170,6 +191,24 @@ class Forward:
         if self._rope is not None:
             self._rope.__exit__(None, None, None)
             self._rope = None
+
+    def _texts(self, positions: Tensor, with_cache: bool) -> Tensor | None:
+        """(B, L) the number of each column's text, where `positions` (B, L) start anew; None if they do not.
+
+        Transformers, too, reads packed texts from positions only if the call makes no cache.
+        """
+        starts = positions.diff(dim=1) != 1
+        if not bool(starts.any()):
+            return None
+        if with_cache or not self.method.packs:
+            instead = (
+                "with a cache: pass use_cache=False" if with_cache else "for this method: give every text its own row"
+            )
+            raise NotImplementedError(
+                "position_ids that start anew mean packed texts, which context_parallel does not cut into shards "
+                f"{instead}."
+            )
+        return nn.functional.pad(starts.cumsum(1), (1, 0))
 
     def _collect(self, hidden: Tensor, layout: Layout) -> Tensor:
         """The hidden states (B, n, H) of the last n columns on every rank; n is `_logits_kept`, or all if None."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 
 from hf_attn_plugins import _version
 from hf_attn_plugins.core.mask import Mask
-from hf_attn_plugins.core.options import Options
 from hf_attn_plugins.core.partial import Partial
 from hf_attn_plugins.hf.check import check
 from hf_attn_plugins.hf.configure import use
@@ -28,38 +26,16 @@ from hf_attn_plugins.parallel.comm.group import Group
 from hf_attn_plugins.parallel.comm.traffic import Traffic
 from hf_attn_plugins.parallel.decode import later
 from hf_attn_plugins.parallel.hf.forward import Forward
-from hf_attn_plugins.parallel.hf.training import sum_gradients
-from hf_attn_plugins.parallel.method import Method, Step, method_for
+from hf_attn_plugins.parallel.hf.layer_call import Layer, StepMask
+from hf_attn_plugins.parallel.hf.training import same_batches, sum_gradients
+from hf_attn_plugins.parallel.hf.weights import check_device, is_sharded, refuse_placement
+from hf_attn_plugins.parallel.method import Method, method_for
 from hf_attn_plugins.plugins import Plugin, plugin
 from hf_attn_plugins.star.hf.fingerprint import fingerprint
 from hf_attn_plugins.star.hf.model import check_model, text_config
 from hf_attn_plugins.ui.shown import Shown
 
 _NUMBERS = itertools.count()
-
-
-@dataclass(frozen=True, eq=False)
-class StepMask(Mask):
-    """A mask that carries the `Step` of the forward in which it was built.
-
-    Gradient checkpointing runs a layer a second time during the backward pass, when `Forward.step` is already None or
-    belongs to a later forward. The mask is the one argument that such a layer is given again unchanged, so the layer
-    finds its step in the mask.
-    """
-
-    step: Step | None = None
-
-
-@dataclass(frozen=True)
-class Layer(Options):
-    """The options that a session registers: which layer a call comes from, for methods with options by layer."""
-
-    by_layer = ("index",)
-
-    index: int | None = None
-
-    def for_layer(self, index: int | None) -> Layer:
-        return Layer(index)
 
 
 class Session(Shown):
@@ -70,9 +46,10 @@ class Session(Shown):
         method: the attention method on these ranks; `plugin` is its name.
     """
 
-    def __init__(self, model: nn.Module, group: Group, method: Method, plugin: str) -> None:
-        self.group, self.method, self.plugin = group, method, plugin
+    def __init__(self, model: nn.Module, group: Group, method: Method, plugin: str, averaged: bool = False) -> None:
+        self.group, self.method, self.plugin, self.averaged = group, method, plugin, averaged
         self.forward = Forward(model, group, method)
+        self.forward.grad_scale = float(group.size) if averaged else 1.0
         self.name = f"context_parallel_{next(_NUMBERS)}"
 
     @property
@@ -98,7 +75,7 @@ class Session(Shown):
     def columns(self) -> Tensor | None:
         """(B, T) long: the columns of the prompt that this rank computed in its last forward; -1 for padding.
 
-        In training the model returns the logits of these columns only.
+        In training the model returns the logits of these columns only; each column is on one rank.
         """
         return self.forward.columns
 
@@ -107,9 +84,20 @@ class Session(Shown):
 
         Call it on every rank, after the last backward pass of an optimizer step and before clipping. The loss of a
         sharded forward is the loss over all tokens, but its gradient on a rank comes from that rank's tokens only.
-        After the sum, all ranks have the same gradients.
+        After the sum, all ranks of the group have the same gradients.
+
+        Raises:
+            ValueError: the session was opened with `averaged=True`.
         """
+        if self.averaged:
+            raise ValueError(
+                "sum_gradients() after averaged=True would add up what DDP, FSDP or Trainer averages: use one of them."
+            )
         sum_gradients(self.forward.model, self.group)
+
+    def same_batches(self, loader: Any) -> Any:
+        """A loader that Accelerate or Trainer prepared, changed: all ranks of a group get the same batches."""
+        return same_batches(loader, self.group)
 
     @property
     def loads(self) -> list[int]:
@@ -164,6 +152,11 @@ class Session(Shown):
         step = mask.step if isinstance(mask, StepMask) else self.forward.step
         if step is None:
             raise RuntimeError("attention was called outside of the model's own forward: call the model itself.")
+        if dropout and step.layout is not None:
+            raise NotImplementedError(
+                f"attention dropout of {dropout} draws other masks on several ranks than in one process: set "
+                "config.attention_dropout=0 to train inside context_parallel."
+            )
         kernel = BoundAttend(scale, softcap, dropout, getattr(self.method, "kernel", None))
         run = later if step.layout is None else self.method.for_layer(options.index).attention
         self.forward.merged_rows += len(query) * (query.shape[2] if step.layout is None else step.layout.merged)
@@ -202,7 +195,15 @@ class Session(Shown):
 
 
 @contextlib.contextmanager
-def context_parallel(model: nn.Module, name: str, *, timeout: float = 60.0, **options: Any) -> Iterator[Session]:
+def context_parallel(
+    model: nn.Module,
+    name: str,
+    *,
+    timeout: float = 60.0,
+    ranks: int | None = None,
+    averaged: bool = False,
+    **options: Any,
+) -> Iterator[Session]:
     """Run a model's long prompts on all processes of this launch; each process stores a part of the keys and values.
 
     Every rank opens it with the same model and options, and calls `model(...)` or `model.generate(...)` with the same
@@ -212,11 +213,17 @@ def context_parallel(model: nn.Module, name: str, *, timeout: float = 60.0, **op
         model: a causal decoder on this process's device, the same weights everywhere.
         name: "cqs_attention", "star_attention" or "tiled_attention".
         timeout: seconds that a rank waits in one exchange before it raises an error that names the missing rank.
+        ranks: processes that share a prompt; None for all. Example: with 2, a launch of 4 has the groups 0 1 and 2 3,
+            each with a prompt of its own (data parallel).
+        averaged: in training, whether DDP, FSDP2 or Trainer averages the gradients over the whole launch. The loss's
+            gradient is then multiplied by `ranks`, so that the average is the gradient of the mean loss of the groups.
         **options: the options of the plugin; in addition, for star_attention `anchor` ("auto", "recompute" or
-            "broadcast"), and for cqs_attention `rounds` (see `parallel.cqs.CQS`).
+            "broadcast"), for tiled_attention `exchange` ("auto", "gather" or "heads"), and for cqs_attention `rounds`
+            (see `parallel.cqs.CQS`).
 
-    Training works with cqs_attention. In training mode `model(**batch, labels=labels).loss` is the loss over all
-    tokens; call `session.sum_gradients()` between `loss.backward()` and the optimizer's step.
+    In training mode `model(**batch, labels=labels).loss` is the loss over all tokens of the group's batch. Call
+    `session.sum_gradients()` between `loss.backward()` and the optimizer's step, or pass `averaged=True`. Loss and
+    gradients are those of one process. Dropout is refused.
 
     Yields:
         The `Session`.
@@ -228,14 +235,16 @@ def context_parallel(model: nn.Module, name: str, *, timeout: float = 60.0, **op
     """
     method, model = method_for(name, **options), language_model(model)
     check(model, name).raise_if_refused()
-    group = Group.join(timeout)
+    refuse_placement(model, averaged)
+    group = Group.join(timeout, ranks)
     error: BaseException | None = None
     try:
         if group.size == 1:
             with use(model, name, **_plugin_options(name, options)):
-                yield Session(model, group, method, name)
+                yield Session(model, group, method, name, averaged)
         else:
-            with _session(model, group, method, {"method": name, "options": options}) as session:
+            settings = {"method": name, "options": options, "averaged": averaged}
+            with _session(model, group, method, settings, averaged) as session:
                 yield session
     except BaseException as raised:
         error = raised
@@ -245,17 +254,20 @@ def context_parallel(model: nn.Module, name: str, *, timeout: float = 60.0, **op
 
 
 @contextlib.contextmanager
-def _session(model: nn.Module, group: Group, method: Method, settings: dict[str, Any]) -> Iterator[Session]:
+def _session(
+    model: nn.Module, group: Group, method: Method, settings: dict[str, Any], averaged: bool = False
+) -> Iterator[Session]:
     versions = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "hf_attn_plugins": _version.__version__,
     }
-    _check_device(model, group)
-    agree(group, {**settings, "model": fingerprint(model, whole=True), **versions, "size": group.size}, what="set-up")
+    check_device(model, group)
+    weights = "sharded" if is_sharded(model) else fingerprint(model, whole=True)  # shards differ from rank to rank
+    agree(group, {**settings, "model": weights, **versions, "size": group.size}, what="set-up")
     check_model(model)
     method = method.settle(text_config(model).to_dict(), group)
-    session = Session(model, group, method, settings.get("method", type(method).__name__))
+    session = Session(model, group, method, settings.get("method", type(method).__name__), averaged)
     row = Plugin(session.name, "one session of context_parallel", True, "", session.attention, Layer)
     with installed(row, session.mask):
         try:
@@ -264,15 +276,6 @@ def _session(model: nn.Module, group: Group, method: Method, settings: dict[str,
                 yield session
         finally:
             session.forward.detach()
-
-
-def _check_device(model: nn.Module, group: Group) -> None:
-    here = {parameter.device.type for parameter in model.parameters()}
-    if group.device.type not in here and group.device.type != "mps":
-        raise ValueError(
-            f"Accelerate gives rank {group.rank} the device {group.device} and its model is on "
-            f"{', '.join(sorted(here))}: move it there first, model.to(accelerate.PartialState().device)."
-        )
 
 
 def _plugin_options(name: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -45,20 +45,82 @@ class ShardedLoss:
         self.num_items = (self.next != IGNORED).sum() if num_items is None else num_items
         self.vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
 
-    def __call__(self, logits: Tensor, columns: range, group: Group) -> Tensor:
+    def __call__(self, logits: Tensor, columns: Tensor, group: Group, scale: float = 1.0) -> Tensor:
         """The loss over all tokens, the same on every rank. Its gradient is the gradient of this rank's terms.
 
         Args:
-            logits: (B, T, V) of the tokens at `columns`.
-            columns: the run of columns that this rank owns.
+            logits: (B, T, V) of this rank's tokens.
+            columns: (B, T) long, the column of each; -1 for none. Each column is on one rank.
             group: the ranks.
+            scale: factor of the gradient.
         """
-        mine = self.next[:, columns.start : columns.stop].to(logits.device).contiguous()
+        labels = self.next.to(columns.device).gather(1, columns.clamp_min(0))
+        mine = torch.where(columns < 0, IGNORED, labels).to(logits.device)
         terms = self._function(
             logits=logits, labels=None, vocab_size=self.vocabulary, num_items_in_batch=self.num_items, shift_labels=mine
         )
         whole = group.sum(terms.detach(), what="loss")
+        terms = terms * scale
         return terms - terms.detach() + whole  # the value is `whole`, the same on every rank
+
+    def check_padding(self, real: Tensor) -> None:
+        """Refuse labels that only padding predicts, for a method that does not compute padding.
+
+        Args:
+            real: (B, L) bool, False for padding.
+
+        Raises:
+            ValueError: such a label.
+        """
+        where = ((self.next != IGNORED) & ~real.to(self.next.device)).nonzero()
+        if len(where):
+            row, column = where[0].tolist()
+            raise ValueError(
+                f"the label at column {column + 1} of row {row} is predicted by padding, which star_attention does not "
+                f"compute on several ranks: pad on the right, or set this label to {IGNORED}."
+            )
+
+
+def refuse_dropout(model: nn.Module) -> None:
+    """Raise NotImplementedError for hidden states that are dropped: each rank would draw a mask of its own."""
+    config: Any = model.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = [f"config.{name}={value}" for name, value in config.to_dict().items() if _drops(name, value)]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 and module.training:
+            found.append(f"{name}.p={module.p}")
+    if found:
+        raise NotImplementedError(
+            f"dropout ({found[0]}) draws other masks on several ranks than in one process: set it to 0 to train inside "
+            "context_parallel."
+        )
+
+
+def _drops(name: str, value: Any) -> bool:
+    is_rate = name.endswith(("dropout", "pdrop")) and isinstance(value, float | int) and value > 0
+    return is_rate and "classifier" not in name and "summary" not in name
+
+
+def same_batches(loader: Any, group: Group) -> Any:
+    """A data loader that Accelerate or Trainer prepared, changed so that all ranks of a group get the same batches.
+
+    Prepared loaders give every process of the launch batches of its own. With groups of all ranks, every rank then gets
+    every batch; else group g of n gets the batches that process g of n would get.
+
+    Raises:
+        ValueError: a loader that Accelerate has not prepared for several processes, or one whose batches are dealt by
+            the main process (`dispatch_batches`, iterable data sets).
+    """
+    shard: Any = getattr(loader, "batch_sampler", None)
+    if group.size * group.count == 1:
+        return loader
+    if not hasattr(shard, "num_processes") or not hasattr(shard, "process_index"):
+        raise ValueError(
+            f"same_batches() got a {type(loader).__name__} without a batch sampler that Accelerate has divided: "
+            "prepare a loader over a map-style data set, without dispatch_batches."
+        )
+    shard.num_processes, shard.process_index = group.count, group.index
+    return loader
 
 
 def sum_gradients(model: nn.Module, group: Group) -> None:

@@ -1,0 +1,33 @@
+"""What one layer's attention call carries inside a session: the forward that it belongs to, and its layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hf_attn_plugins.core.mask import Mask
+from hf_attn_plugins.core.options import Options
+from hf_attn_plugins.parallel.method import Step
+
+
+@dataclass(frozen=True, eq=False)
+class StepMask(Mask):
+    """A mask that carries the `Step` of the forward in which it was built.
+
+    Gradient checkpointing runs a layer a second time during the backward pass, when `Forward.step` is already None or
+    belongs to a later forward. The mask is the one argument that such a layer is given again unchanged, so the layer
+    finds its step in the mask.
+    """
+
+    step: Step | None = None
+
+
+@dataclass(frozen=True)
+class Layer(Options):
+    """The options that a session registers: which layer a call comes from, for methods with options by layer."""
+
+    by_layer = ("index",)
+
+    index: int | None = None
+
+    def for_layer(self, index: int | None) -> Layer:
+        return Layer(index)

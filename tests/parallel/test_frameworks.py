@@ -1,0 +1,82 @@
+"""Trainer, DDP and FSDP2 on shards against one process; launches and models that are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from hf_attn_plugins.parallel.comm.group import Group
+from hf_attn_plugins.parallel.hf.weights import refuse_placement
+from tests.parallel import framework_cases
+from tests.parallel.models import build
+from tests.parallel.processes import Ranks
+from tests.parallel.processes import ranks as started
+
+pytestmark = [pytest.mark.multi_process, pytest.mark.slow]
+
+STAR = {"block_size": 5, "anchor_size": 3, "query_size": 4}
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Ranks]:
+    with started(4) as group:
+        yield group
+
+
+@pytest.mark.parametrize("ranks", (None, 2))
+@pytest.mark.parametrize("name", ("tiled_attention", "star_attention", "cqs_attention"))
+def test_the_loss_curve_of_trainer_is_that_of_one_process(four: Ranks, name: str, ranks: int | None) -> None:
+    case: dict[str, Any] = {"name": name, "options": STAR if name == "star_attention" else {}}
+    found = four.run(framework_cases.trainer, limit=400, ranks=ranks, **case)
+    wanted = framework_cases.trainer(batch=1 if ranks is None else 2, **case)
+    assert len(wanted["losses"]) == framework_cases.STEPS
+    for result in found:
+        assert result["losses"] == pytest.approx(wanted["losses"], abs=2e-6), "Trainer averages losses in float32"
+        assert result["weights"] == pytest.approx(wanted["weights"], abs=1e-10)
+
+
+@pytest.mark.parametrize("wrapper", ("ddp", "fsdp2"))
+@pytest.mark.parametrize("name", ("tiled_attention", "star_attention", "cqs_attention"))
+def test_two_by_two_is_one_process_with_both_batches(four: Ranks, name: str, wrapper: str) -> None:
+    options = STAR if name == "star_attention" else {}
+    found = four.run(framework_cases.accelerate, limit=400, wrapper=wrapper, name=name, options=options)
+    assert [result["group"] for result in found] == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    for result in found:
+        assert result["error"] <= 1e-10
+        assert "sum_gradients() after averaged=True" in result["refused"]
+
+
+def test_what_does_not_run_is_said(four: Ranks) -> None:
+    for found in four.run(framework_cases.refused, limit=400):
+        assert "ranks=3: groups of equal size are needed, and the launch has 4 processes" in found["ranks"]
+        assert "ranks=0" in found["none"]
+        assert "does not run under DeepSpeed" in found["deepspeed"]
+        assert "sharded by FSDP2, which averages gradients: pass averaged=True" in found["fsdp"]
+
+
+@pytest.mark.parametrize("name", ("tiled_attention", "star_attention", "cqs_attention"))
+def test_offloaded_weights_generate_and_do_not_train(four: Ranks, name: str) -> None:
+    for found in four.run(framework_cases.offloaded, limit=400, name=name):
+        assert found["found"] == found["wanted"]
+        assert "offloaded weights keep no gradients" in found["train"]
+
+
+def test_models_on_several_devices_of_a_rank_are_refused() -> None:
+    model = build("llama")
+    places = {"model": 0, "lm_head": 1, "norm": "cpu"}
+    cases = {
+        "hf_device_map": (places, "spread over cuda:0, cuda:1 in one rank"),
+        "_tp_size": (2, "tensor parallel plan"),
+    }
+    for field, (value, words) in cases.items():
+        patched = mock.patch.object(model, field, value, create=True)
+        with patched, pytest.raises(NotImplementedError, match=words):
+            refuse_placement(model, False)
+
+
+def test_one_process_has_no_groups() -> None:
+    with pytest.raises(ValueError, match="ranks=2: groups of equal size are needed, and the launch has 1"):
+        Group.join(ranks=2)

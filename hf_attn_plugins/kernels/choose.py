@@ -17,6 +17,7 @@ from hf_attn_plugins.core.partial import Partial
 from hf_attn_plugins.kernels.aten import attend as aten
 from hf_attn_plugins.kernels.cpu_fused import build
 from hf_attn_plugins.kernels.cpu_fused import call as fused
+from hf_attn_plugins.kernels.cpu_fused.instruction_sets import STORED, allowed, best
 from hf_attn_plugins.kernels.triton import support as triton_support
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Mask, float, float | None, float], Partial]
@@ -36,8 +37,13 @@ ATEN, SHORT = Choice("aten", aten.aten), Choice("aten", aten.run_one_operator)
 # fast bfloat16 products save. Heads that share keys are rows of one product, so they count as rows.
 MIN_TILED_ROWS, MIN_TILED_KEYS = 128, 1024
 MIN_TILED_FULL = 512  # rows and keys of a call without a causal mask, no half of whose tiles is wasted
-# Keys from which on the compiled kernels beat PyTorch's: for many rows, and for a few (below `SPLIT_ROWS`).
-MIN_FUSED_KEYS, MIN_DECODE_KEYS = 96, 256
+# Keys from which on the compiled kernels beat PyTorch's, by instruction set and dtype: for many rows, and for a few
+# (below `SPLIT_ROWS`). Only what was measured stands here (kernels/README.md); anything else is never chosen.
+FUSED_FROM = {
+    ("avx512_bf16", torch.bfloat16): (96, 256),
+    ("avx2", torch.float32): (96, 256),
+    ("avx2", torch.bfloat16): (96, 256),
+}
 
 
 def load(name: str) -> Kernel:
@@ -80,9 +86,16 @@ def cpu_multiplies_bf16() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def cpu_fuses() -> bool:
-    """Whether `cpu_fused` runs here and is the fastest. Not where the CPU has AMX: `cpu_fused` does not use it."""
-    return not _cpu_has("amx_tile") and build.unavailable() is None
+def fused_from(dtype: torch.dtype) -> tuple[int, int] | None:
+    """The `FUSED_FROM` of this CPU; None where `cpu_fused` does not run or is not known to be the fastest.
+
+    AMX multiplies bfloat16 faster than `cpu_fused`, which does not use it.
+    """
+    chosen = best(dtype, allowed())
+    sizes = None if isinstance(chosen, str) else FUSED_FROM.get((chosen.name, dtype))
+    if sizes is None or (dtype == torch.bfloat16 and _cpu_has("amx_tile")) or build.unavailable(dtype) is not None:
+        return None
+    return sizes
 
 
 @functools.cache
@@ -102,9 +115,13 @@ def _arm_features() -> str:
 
 
 def worth_fusing(query: Tensor, key: Tensor) -> bool:
-    """Whether `cpu_fused` would pay: bfloat16 on a CPU that runs it, and enough keys."""
-    enough = MIN_FUSED_KEYS if query.shape[2] >= fused.SPLIT_ROWS else MIN_DECODE_KEYS
-    return key.shape[2] >= enough and query.dtype == torch.bfloat16 and query.device.type == "cpu" and cpu_fuses()
+    """Whether `cpu_fused` would pay: a CPU and a dtype for which it was measured, and enough keys."""
+    if query.device.type != "cpu" or query.dtype not in STORED:
+        return False
+    sizes = fused_from(query.dtype)
+    if sizes is None:
+        return False
+    return key.shape[2] >= (sizes[0] if query.shape[2] >= fused.SPLIT_ROWS else sizes[1])
 
 
 def choose_rectangles(

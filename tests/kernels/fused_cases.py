@@ -17,6 +17,8 @@ from hf_attn_plugins.kernels.cpu_fused import build
 from hf_attn_plugins.kernels.cpu_fused.instruction_sets import SETS, best
 from hf_attn_plugins.testing import assert_close_to_reference, dense_attention, sharp_inputs
 
+FEW = 32  # rows, below which the worst error of plain attention is a matter of luck
+
 
 class Kind(NamedTuple):
     """An instruction set of the folder `float32` and how the tensors are stored."""
@@ -52,7 +54,7 @@ def cancelled(inputs: tuple[Tensor, ...], grad_out: Tensor, which: str, scale: f
     it leaves the error rule no room. What starts from the lse gets the rounding of dP and delta, times query or key.
     """
     query, key, value = (x.double().abs() for x in inputs)
-    if which == "value" or inputs[0].dtype != torch.float32 or query.shape[2] >= 32:
+    if which == "value" or inputs[0].dtype != torch.float32:
         return 0.0
     largest = float(grad_out.abs().sum(-1).max() * value.max() * (key if which == "query" else query).max())
     return 0.25 * torch.finfo(torch.float32).eps * largest * (query.shape[-1] ** -0.5 if scale is None else scale)
@@ -65,8 +67,14 @@ def check_call(
     plan: list[list[Rectangle]] | None = None,
     scale: float | None = None,
     seed: int = 0,
+    luck: float = 1.0,
 ) -> None:
-    """out, lse and gradients of `cpu_fused` obey the error rule against float64; rows that see nothing are empty."""
+    """out, lse and gradients of `cpu_fused` obey the error rule against float64; rows that see nothing are empty.
+
+    Args:
+        luck: factor of the rule's limits. In random cases of a few float32 numbers, the plain computation, by whose
+            worst error the rule measures, is sometimes exact by chance: 2 there, and one rounding of the largest score.
+    """
     query, _, value = inputs
     shape = query.shape[:3]
     seen = visible.any(-1).expand(shape)
@@ -84,13 +92,18 @@ def check_call(
     ref_out, ref_lse, ref = losses(dense, inputs, torch.float64, seen, grads)
     low_out, low_lse, low = losses(dense, inputs, query.dtype, seen, grads)
     assert (out[~seen] == 0).all(), "rows without keys must be 0"
-    assert_close_to_reference(out, low_out, ref_out, 2.0, "out")
-    assert_close_to_reference(lse, low_lse, ref_lse, 3.0, "lse")
+    calm_out, calm_lse = ours(*inputs)  # without gradients, a few rows are decoded
+    assert torch.equal(calm_lse == -torch.inf, ~seen), "rows are empty exactly where they see nothing"
+    largest = float(ref_lse.abs().max()) if luck > 1 else 0.0
+    calm_lse = calm_lse.masked_fill(~seen, 0)
+    for name, part_out, part_lse in (("", out, lse), (" without gradients", calm_out, calm_lse)):
+        assert_close_to_reference(part_out, low_out, ref_out, 2.0 * luck, "out" + name)
+        if not torch.allclose(part_lse.double(), ref_lse, rtol=0, atol=torch.finfo(part_lse.dtype).eps * largest):
+            assert_close_to_reference(part_lse, low_lse, ref_lse, 3.0 * luck, "lse" + name)
     for which, one, other, reference in zip(("query", "key", "value"), got, low, ref, strict=True):
-        spare = cancelled(inputs, grads[0], which, scale)
+        spare = cancelled(inputs, grads[0], which, scale) if luck > 1 or shape[2] < FEW else 0.0
         if not torch.allclose(one.double(), reference, rtol=0, atol=spare):
-            assert_close_to_reference(one, other, reference, 3.0, f"grad_{which}")
-    assert torch.equal(ours(*inputs).lse == -torch.inf, ~seen), "rows are empty exactly where they see nothing"
+            assert_close_to_reference(one, other, reference, 3.0 * luck, f"grad_{which}")
 
 
 def drawn(seed: int, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], dict]:
@@ -119,10 +132,10 @@ def drawn(seed: int, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], dict]:
         fields["offset"] = below(keys + 20) - 10
     if pick(True, False, False):
         fields["prefix"] = below(keys + 1)
+    count = pick(1, batch)
     if pick(True, False):
-        fields["key_padding"] = torch.rand(pick(1, batch), keys, generator=generator) < pick(0.1, 0.5, 0.95)
+        fields["key_padding"] = torch.rand(count, keys, generator=generator) < pick(0.1, 0.5, 0.95)
     if pick(True, False, False):
-        count = pick(1, batch)
         fields["query_segments"] = torch.randint(3, (count, rows), generator=generator).sort(-1).values
         fields["key_segments"] = torch.randint(3, (count, keys), generator=generator).sort(-1).values
     return inputs, fields

@@ -7,6 +7,7 @@
 
 #define SPLIT_KEYS 576 /* keys of a chunk; not by the number of threads, so that sums are the same for any number */
 #define MAX_ROWS 256   /* rows of all heads that share a key head */
+#define AHEAD 16       /* rows between what is read and what is prefetched */
 
 /* The result of one chunk for every row: row_max (of scores in units of log 2), row_sum = sum of 2**(score - row_max),
  * and the values' sum with the same weights. */
@@ -29,11 +30,10 @@ static Found found_of(const Call *call, int64_t item) {
     return (Found){start, start + rows, start + 2 * rows};
 }
 
-/* Prefetch LANES rows from `first` on. They arrive while the products before their use are computed. */
-static void prefetch(Rows rows, int64_t first, int64_t bytes) {
-    for (int64_t row = first; row < smaller(first + LANES, rows.count); row++)
-        for (int64_t byte = 0; byte < bytes; byte += 64)
-            __builtin_prefetch(rows.data + row * rows.stride + byte);
+/* Prefetch `bytes` of a row AHEAD rows later. A prefetch of memory that is not there does nothing. */
+INLINE void prefetch(const char *row, int64_t stride, int64_t bytes) {
+    for (int64_t byte = 0; byte < bytes; byte += 64)
+        __builtin_prefetch(row + AHEAD * stride + byte);
 }
 
 #ifdef __clang__
@@ -68,6 +68,8 @@ INLINE void score_keys(Block *block, Rows keys, int64_t first, int64_t key, int6
     const char *from[WIDTH];
     for (int i = 0; i < WIDTH; i++)
         from[i] = keys.data + smaller(key + i, keys.count - 1) * keys.stride;
+    for (int i = 0; i < WIDTH; i++)
+        prefetch(from[i], keys.stride, dim * (dtype == FLOAT32 ? 4 : 2));
     for (int64_t row = 0; row < rows; row++) {
         Vec sum[WIDTH];
         for (int i = 0; i < WIDTH; i++)
@@ -134,12 +136,15 @@ INLINE void add_some(const Call *call, Block *block, Found found, Rows values, i
             sum[r][c] = (Vec){0};
     }
     const char *from = values.data + first * values.stride + column * size;
-    for (int64_t key = 0; key < count; key++, from += values.stride)
+    for (int64_t key = 0; key < count; key++, from += values.stride) {
+        if (row == 0)
+            prefetch(from, values.stride, columns * WIDTH * size);
         for (int c = 0; c < columns; c++) {
             const Vec value = load_stored(from + c * WIDTH * size, dtype);
             for (int r = 0; r < rows; r++)
                 sum[r][c] += value * weights[r][key];
         }
+    }
     for (int r = 0; r < rows && row + r <= last; r++)
         for (int c = 0; c < columns; c++) {
             float *to = found.sums + (row + r) * call->dim_v + column + c * WIDTH;
@@ -193,9 +198,7 @@ static void decode_chunk(const Call *call, Block *block, int64_t b, int64_t kv_h
         set_rows_seeing(&block->sight, call, b, key, NULL);
         if (block->sight.begin >= block->sight.end)
             continue;
-        prefetch(values, key, call->dim_v * size);
         weigh(call, block, found, keys, key, tile_end);
-        prefetch(keys, key + LANES, call->dim * size);
         if (call->dtype == FLOAT32)
             add_values(call, block, found, values, key, tile_end - key, FLOAT32);
         else

@@ -15,6 +15,8 @@ typedef struct {
     ALIGNED float keys[TILE_SIZE], values[TILE_SIZE];
     ALIGNED float weights[TILE * GROUP];
     ALIGNED float row_max[LANES], row_sum[LANES]; /* in base 2 */
+    const float *tile; /* the keys of this tile, `stride` floats apart */
+    int64_t stride;
     Sight sight;
     int64_t dim, dim_v, chunk;
     float scale; /* times log2(e) */
@@ -23,10 +25,20 @@ typedef struct {
 /* Scores of walked rows lo .. hi of the tile, a whole number of steps. */
 static void score(Block *block, int group, int64_t lo, int64_t hi) {
     const float *held = block->held + group * GROUP * block->dim;
-    const int64_t stride = stride_of(block->dim);
     for (int64_t row = lo; row < hi; row += STEP)
-        multiply(held, block->keys + row * stride, stride, block->dim, block->chunk,
+        multiply(held, block->tile + row * block->stride, block->stride, block->dim, block->chunk,
                  block->weights + row * GROUP);
+}
+
+/* The rows of keys first .. end in float32: where they lie, unless a whole number of steps would pass the last one. */
+static void take_keys(Block *block, Rows keys, int64_t first, int64_t end) {
+    block->tile = (const float *)(keys.data + first * keys.stride);
+    block->stride = keys.stride / 4;
+    if (keys.dtype == FLOAT32 && first + round_up(end - first, STEP) <= keys.count)
+        return;
+    copy_rows(keys, first, end - first, STEP, block->dim, 1, block->keys);
+    block->tile = block->keys;
+    block->stride = stride_of(block->dim);
 }
 
 /* Whether some query of the group sees keys from .. end and has no `row_max` yet. */
@@ -94,7 +106,7 @@ static int within_limit(const Vec total[VECTORS]) {
 static void walk(Block *block, Rows keys, Rows values) {
     for (int64_t first = block->sight.begin; first < block->sight.end; first += TILE) {
         const int64_t end = smaller(first + TILE, block->sight.end);
-        copy_rows(keys, first, end - first, STEP, block->dim, 1, block->keys);
+        take_keys(block, keys, first, end);
         copy_rows(values, first, end - first, STEP, block->dim_v, 1, block->values);
         for (int group = 0; group < block->sight.groups; group++) {
             int64_t lo, hi;

@@ -37,12 +37,22 @@ ATEN, SHORT = Choice("aten", aten.aten), Choice("aten", aten.run_one_operator)
 # fast bfloat16 products save. Heads that share keys are rows of one product, so they count as rows.
 MIN_TILED_ROWS, MIN_TILED_KEYS = 128, 1024
 MIN_TILED_FULL = 512  # rows and keys of a call without a causal mask, no half of whose tiles is wasted
-# Keys from which on the compiled kernels beat PyTorch's, by instruction set and dtype: for many rows, and for a few
-# (below `SPLIT_ROWS`). Only what was measured stands here (kernels/README.md); anything else is never chosen.
+
+
+class FusedFrom(NamedTuple):
+    """Keys from which on the compiled kernels win: for many rows, for many rows that see all keys, and for a
+    few rows (below `SPLIT_ROWS`)."""
+
+    rows: int
+    full: int
+    few: int
+
+
+# By instruction set and dtype. Only what was measured stands here (kernels/README.md); anything else is never chosen.
 FUSED_FROM = {
-    ("avx512_bf16", torch.bfloat16): (96, 256),
-    ("avx2", torch.float32): (96, 256),
-    ("avx2", torch.bfloat16): (96, 256),
+    ("avx512_bf16", torch.bfloat16): FusedFrom(96, 96, 256),
+    ("avx2", torch.float32): FusedFrom(192, 1024, 4096),
+    ("avx2", torch.bfloat16): FusedFrom(192, 512, 256),
 }
 
 
@@ -86,7 +96,7 @@ def cpu_multiplies_bf16() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def fused_from(dtype: torch.dtype) -> tuple[int, int] | None:
+def fused_from(dtype: torch.dtype) -> FusedFrom | None:
     """The `FUSED_FROM` of this CPU; None where `cpu_fused` does not run or is not known to be the fastest.
 
     AMX multiplies bfloat16 faster than `cpu_fused`, which does not use it.
@@ -114,14 +124,17 @@ def _arm_features() -> str:
         return ""
 
 
-def worth_fusing(query: Tensor, key: Tensor) -> bool:
+def worth_fusing(query: Tensor, key: Tensor, mask: Mask, is_plan: bool = False) -> bool:
     """Whether `cpu_fused` would pay: a CPU and a dtype for which it was measured, and enough keys."""
     if query.device.type != "cpu" or query.dtype not in STORED:
         return False
     sizes = fused_from(query.dtype)
     if sizes is None:
         return False
-    return key.shape[2] >= (sizes[0] if query.shape[2] >= fused.SPLIT_ROWS else sizes[1])
+    if query.shape[2] < fused.SPLIT_ROWS:
+        return key.shape[2] >= sizes.few
+    full = not (mask.causal or mask.prefix or is_plan) and mask.window == (None, None) and mask.has_no_tensors()
+    return key.shape[2] >= (sizes.full if full else sizes.rows)
 
 
 def choose_rectangles(
@@ -131,7 +144,7 @@ def choose_rectangles(
     call = (query, key, value, mask, softcap, dropout)
     if kernel == "triton" or (kernel is None and _suits_triton(*call)):
         return load_rectangles("triton")
-    if kernel == "cpu_fused" or (kernel is None and worth_fusing(query, key)):
+    if kernel == "cpu_fused" or (kernel is None and worth_fusing(query, key, mask, True)):
         whole = mask.prefix == 0 and not torch.compiler.is_compiling()
         if whole and fused.reason_against(*call) is None:
             return load_rectangles("cpu_fused")
@@ -141,7 +154,8 @@ def choose_rectangles(
 def only_pytorch_runs(
     dtype: torch.dtype, mask: Mask, softcap: float | None, dropout: float, kernel: str | None
 ) -> bool:
-    """Whether PyTorch's operators compute such calls on the CPU, whatever their sizes."""
+    """Whether PyTorch's operators compute such calls on the CPU, whatever their sizes, or else `cpu_fused` in float32,
+    which needs less memory."""
     if kernel is not None:
         return kernel == "aten"
     plain = mask.window == (None, None) and not mask.prefix and mask.has_no_tensors()
@@ -175,7 +189,7 @@ def choose(
     call = (query, key, value, mask, softcap, dropout)
     if _suits_triton(*call):
         return Choice("triton", load("triton"))
-    if worth_fusing(query, key):
+    if worth_fusing(query, key, mask):
         if fused.reason_against(*call) is None:
             return Choice("cpu_fused", load("cpu_fused"))
     elif aten.is_short(*call):

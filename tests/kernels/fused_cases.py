@@ -73,7 +73,7 @@ def check_call(
 
     Args:
         luck: factor of the rule's limits. In random cases of a few float32 numbers, the plain computation, by whose
-            worst error the rule measures, is sometimes exact by chance: 2 there, and one rounding of the largest score.
+            worst error the rule measures, is sometimes exact by chance: 3 there, and one rounding of the largest score.
     """
     query, _, value = inputs
     shape = query.shape[:3]

@@ -44,6 +44,9 @@ def test_without_a_compiler_the_choice_follows_rows_times_shared_heads(
         (1, 256, {}, "cpu_fused"),
         (32, 96, {}, "cpu_fused"),
         (64, 95, {}, "aten"),
+        (64, 191, dict(mask=Mask()), "aten"),
+        (64, 192, dict(mask=Mask()), "cpu_fused"),
+        (64, 96, dict(mask=Mask(window=(9, 9))), "cpu_fused"),
         (256, 256, dict(softcap=5.0), "cpu_tiled"),
         (256, 256, dict(dropout=0.1), "cpu_tiled"),
         (256, 256, dict(mask=Mask(causal=True, key_padding=torch.ones(1, 256, dtype=torch.bool))), "cpu_fused"),
@@ -52,7 +55,7 @@ def test_without_a_compiler_the_choice_follows_rows_times_shared_heads(
     ],
 )
 def test_with_a_compiler_bfloat16_calls_of_some_length_are_fused(monkeypatch, rows, keys, change, expected):
-    monkeypatch.setattr(choosing, "fused_from", {torch.bfloat16: (96, 256)}.get)
+    monkeypatch.setattr(choosing, "fused_from", {torch.bfloat16: choosing.FusedFrom(96, 192, 256)}.get)
     monkeypatch.setattr(choosing, "cpu_multiplies_bf16", lambda: True)
     monkeypatch.setattr("hf_attn_plugins.kernels.cpu_fused.call.unavailable", lambda dtype: None)
     dtype = change.get("dtype", torch.bfloat16)

@@ -52,15 +52,21 @@ static int unset(const Block *block, int group, int64_t from, int64_t end) {
 
 /* Raise `row_max` to the largest score of rows lo .. hi of the tile and bring what is summed so far along. */
 static void raise_max(Block *block, int group, int64_t first, int64_t lo, int64_t hi) {
-    const int lane = group * GROUP;
+    Vec most[VECTORS];
+    for (int v = 0; v < VECTORS; v++)
+        most[v] = splat(-INFINITY);
+    for (int64_t row = lo; row < hi; row++) {
+        const int inner = all_see(&block->sight, group, first + row);
+        for (int v = 0; v < VECTORS; v++) {
+            Vec scores = block->scale * load(block->weights + row * GROUP + v * WIDTH);
+            if (!inner)
+                scores = choose(seen(&block->sight, group, v, first + row), scores, splat(-INFINITY));
+            most[v] = larger_of(scores, most[v]);
+        }
+    }
     for (int v = 0; v < VECTORS; v++) {
-        Vec most = splat(-INFINITY);
-        for (int64_t row = lo; row < hi; row++)
-            most = larger_of(choose(seen(&block->sight, group, v, first + row),
-                                    block->scale * load(block->weights + row * GROUP + v * WIDTH), splat(-INFINITY)),
-                             most);
-        const int at = lane + v * WIDTH;
-        const Vec before = load(block->row_max + at), now = larger_of(most, before);
+        const int at = group * GROUP + v * WIDTH;
+        const Vec before = load(block->row_max + at), now = larger_of(most[v], before);
         const Vec rescale = only(before > splat(-INFINITY), exp2_of(before - now));
         store(block->row_max + at, now);
         store(block->row_sum + at, load(block->row_sum + at) * rescale);

@@ -45,9 +45,15 @@ static inline void set_ends(Sight *sight) {
     sight->begin = sight->prefix ? 0 : smaller(sight->begin, sight->end);
 }
 
-/* index + shift as far as it lies in least .. most. */
-static inline int32_t moved(int64_t index, int64_t shift, int64_t least, int64_t most) {
-    return (int32_t)larger(smaller(index + shift, most), least);
+/* A distance as 32 bits; further than any row is far enough. */
+static inline int32_t near(int64_t distance) {
+    const int64_t far = 1 << 30;
+    return (int32_t)larger(smaller(distance, far), -far);
+}
+
+static inline int32_t between(int32_t least, int32_t x, int32_t most) {
+    x = x < most ? x : most;
+    return x > least ? x : least;
 }
 
 /* What LANES rows from `first` on see of `count` walked ones: row i those of i + shift - back .. i + shift + ahead. */
@@ -59,10 +65,14 @@ static inline void set_positions(Sight *sight, int64_t first, int64_t held_count
     sight->labels = NULL;
     sight->has_labels = 0;
     sight->groups = (int)((smaller(held_count - first, LANES) + GROUP - 1) / GROUP);
+    /* In 32 bits, which compilers turn into vectors: decoding does this for every LANES keys. */
+    const int32_t last = (int32_t)held_count - 1, begin = (int32_t)first, end = (int32_t)count;
+    const int32_t to_low = near(shift - back), to_high = near(shift + ahead), prefix = near(held_prefix);
     for (int i = 0; i < LANES; i++) {
-        const int64_t index = smaller(first + i, held_count - 1);
-        sight->low[i] = index < held_prefix ? 0 : moved(index, shift - back, 0, count);
-        sight->high[i] = index < held_prefix ? (int32_t)count - 1 : moved(index, shift + ahead, -1, count - 1);
+        const int32_t index = begin + i < last ? begin + i : last;
+        const int32_t low = between(0, index + to_low, end), high = between(-1, index + to_high, end - 1);
+        sight->low[i] = index < prefix ? 0 : low;
+        sight->high[i] = index < prefix ? end - 1 : high;
     }
     set_ends(sight);
 }

@@ -19,6 +19,7 @@ from hf_attn_plugins.kernels import on_device
 from hf_attn_plugins.kernels.aten import attend as aten
 from hf_attn_plugins.kernels.cpu_fused import build
 from hf_attn_plugins.kernels.cpu_fused import call as fused
+from hf_attn_plugins.kernels.cpu_fused.instruction_sets import STORED, allowed, best
 from hf_attn_plugins.kernels.flex import attend as flex
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Mask, float, float | None, float], Partial]
@@ -39,8 +40,23 @@ ATEN, SHORT = Choice("aten", aten.aten), Choice("aten", aten.run_one_operator)
 # fast bfloat16 products save. Heads that share keys are rows of one product, so they count as rows.
 MIN_TILED_ROWS, MIN_TILED_KEYS = 128, 1024
 MIN_TILED_FULL = 512  # rows and keys of a call without a causal mask, no half of whose tiles is wasted
-# Keys from which on the compiled kernels beat PyTorch's: for many rows, and for a few (below `SPLIT_ROWS`).
-MIN_FUSED_KEYS, MIN_DECODE_KEYS = 96, 256
+
+
+class FusedFrom(NamedTuple):
+    """Keys from which on the compiled kernels win: for many rows, for many rows that see all keys, and for a
+    few rows (below `SPLIT_ROWS`)."""
+
+    rows: int
+    full: int
+    few: int
+
+
+# By instruction set and dtype. Only what was measured stands here (kernels/README.md); anything else is never chosen.
+FUSED_FROM = {
+    ("avx512_bf16", torch.bfloat16): FusedFrom(96, 96, 256),
+    ("avx2", torch.float32): FusedFrom(192, 1024, 4096),
+    ("avx2", torch.bfloat16): FusedFrom(192, 512, 256),
+}
 
 
 def load(name: str) -> Kernel:
@@ -87,9 +103,16 @@ def cpu_multiplies_bf16() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def cpu_fuses() -> bool:
-    """Whether `cpu_fused` runs here and is the fastest. Not where the CPU has AMX: `cpu_fused` does not use it."""
-    return not _cpu_has("amx_tile") and build.unavailable() is None
+def fused_from(dtype: torch.dtype) -> FusedFrom | None:
+    """The `FUSED_FROM` of this CPU; None where `cpu_fused` does not run or is not known to be the fastest.
+
+    AMX multiplies bfloat16 faster than `cpu_fused`, which does not use it.
+    """
+    chosen = best(dtype, allowed())
+    sizes = None if isinstance(chosen, str) else FUSED_FROM.get((chosen.name, dtype))
+    if sizes is None or (dtype == torch.bfloat16 and _cpu_has("amx_tile")) or build.unavailable(dtype) is not None:
+        return None
+    return sizes
 
 
 @functools.cache
@@ -108,10 +131,17 @@ def _arm_features() -> str:
         return ""
 
 
-def worth_fusing(query: Tensor, key: Tensor) -> bool:
-    """Whether `cpu_fused` would pay: bfloat16 on a CPU that runs it, and enough keys."""
-    enough = MIN_FUSED_KEYS if query.shape[2] >= fused.SPLIT_ROWS else MIN_DECODE_KEYS
-    return key.shape[2] >= enough and query.dtype == torch.bfloat16 and query.device.type == "cpu" and cpu_fuses()
+def worth_fusing(query: Tensor, key: Tensor, mask: Mask, is_plan: bool = False) -> bool:
+    """Whether `cpu_fused` would pay: a CPU and a dtype for which it was measured, and enough keys."""
+    if query.device.type != "cpu" or query.dtype not in STORED:
+        return False
+    sizes = fused_from(query.dtype)
+    if sizes is None:
+        return False
+    if query.shape[2] < fused.SPLIT_ROWS:
+        return key.shape[2] >= sizes.few
+    full = not (mask.causal or mask.prefix or is_plan) and mask.window == (None, None) and mask.has_no_tensors()
+    return key.shape[2] >= (sizes.full if full else sizes.rows)
 
 
 def choose_rectangles(
@@ -122,7 +152,7 @@ def choose_rectangles(
     on_gpu = kernel is None and query.device.type not in PLAIN
     if kernel == "triton" or (on_gpu and on_device.one_launch(*call)):
         return load_rectangles("triton")
-    if kernel == "cpu_fused" or (kernel is None and worth_fusing(query, key)):
+    if kernel == "cpu_fused" or (kernel is None and worth_fusing(query, key, mask, True)):
         whole = mask.prefix == 0 and not torch.compiler.is_compiling()
         if whole and fused.reason_against(*call) is None:
             return load_rectangles("cpu_fused")
@@ -132,7 +162,8 @@ def choose_rectangles(
 def only_pytorch_runs(
     dtype: torch.dtype, mask: Mask, softcap: float | None, dropout: float, kernel: str | None
 ) -> bool:
-    """Whether PyTorch's operators compute such calls on the CPU, whatever their sizes."""
+    """Whether PyTorch's operators compute such calls on the CPU, whatever their sizes, or else `cpu_fused` in float32,
+    which needs less memory."""
     if kernel is not None:
         return kernel == "aten"
     plain = mask.window == (None, None) and not mask.prefix and mask.has_no_tensors()
@@ -171,15 +202,13 @@ def choose(
         if kernel not in KERNELS:
             raise ValueError(f"kernel={kernel!r} is unknown: choose one of {', '.join(KERNELS)}, or None.")
         if kernel == "triton":
-            on_device.triton_passes(
-                query, key, value, mask, softcap, dropout
-            )  # warns; a named kernel runs all the same
+            on_device.triton_passes(query, key, value, mask, softcap, dropout)  # a named kernel runs after a warning
         return Choice(kernel, load(kernel))
     call = (query, key, value, mask, softcap, dropout)
     if query.device.type not in PLAIN:
         name = on_device.kernel_for(*call)
         return Choice(name, _flex_or_next if name == "flex" else load(name))
-    if worth_fusing(query, key):
+    if worth_fusing(query, key, mask):
         if fused.reason_against(*call) is None:
             return Choice("cpu_fused", load("cpu_fused"))
     elif aten.is_short(*call):

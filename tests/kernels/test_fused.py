@@ -1,4 +1,7 @@
-"""The compiled CPU kernels against the oracle, with outputs poisoned; how they are built, kept and done without."""
+"""The compiled CPU kernels in bfloat16 against the oracle, with outputs poisoned; how they are built and done without.
+
+Whatever instruction set this CPU has runs here; `test_fused_float32.py` has float32 and the other sets.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import torch
 
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.kernels import attend
-from hf_attn_plugins.kernels.cpu_fused import build, call
+from hf_attn_plugins.kernels.cpu_fused import build, call, instruction_sets
 from hf_attn_plugins.kernels.cpu_fused.build import library, unavailable
 from hf_attn_plugins.testing import assert_close_to_reference, dense_attention, sharp_inputs, visibility
 from tests import forks
@@ -216,28 +219,29 @@ def test_sizes_in_python_are_those_in_c():
     defined = {}
     for source in Path(call.__file__).parent.glob("*.[ch]"):
         defined |= dict(re.findall(r"^#define (\w+) +(\d+)", source.read_text(), re.MULTILINE))
-    names = ("STEP", "TILE", "MAX_DIM", "SPLIT_KEYS", "MAX_ROWS")
+    names = ("STEP", "TILE", "MAX_DIM", "MAX_ROWS")
     assert {name: str(getattr(call, name)) for name in names} == {name: defined[name] for name in names}
-    assert 16 * int(defined["VECTORS"]) == call.LANES
+    avx512_bf16 = instruction_sets.SETS[0]
+    assert (16 * int(defined["VECTORS"]), int(defined["SPLIT_KEYS"])) == (avx512_bf16.lanes, avx512_bf16.split_keys)
 
 
 @needs_library
 def test_the_struct_has_one_size_in_python_and_in_c(monkeypatch):
-    call.checked_library.cache_clear()
-    assert call.checked_library().hf_call_size() == ctypes.sizeof(call._Call)
+    call._checked.cache_clear()
+    assert call.checked_library(BF16)[1].hf_call_size() == ctypes.sizeof(call._Call)
 
     class Longer(call._Call):
         _fields_ = [("more", ctypes.c_int64)]
 
     monkeypatch.setattr(call, "_Call", Longer)
-    call.checked_library.cache_clear()
-    with pytest.raises(RuntimeError, match=r"tile\.h and call\.py differ"):
-        call.checked_library()
-    call.checked_library.cache_clear()
+    call._checked.cache_clear()
+    with pytest.raises(RuntimeError, match=r"call\.h and call\.py differ"):
+        call.checked_library(BF16)
+    call._checked.cache_clear()
 
 
 REFUSED = {
-    "float32": (dict(), torch.float32, 32, "bfloat16"),
+    "float16": (dict(), torch.float16, 32, "float32 and bfloat16"),
     "head_dim": (dict(), BF16, 24, "multiples of 16"),
     "softcap": (dict(softcap=5.0), BF16, 32, "softcap"),
     "dropout": (dict(dropout=0.5), BF16, 32, "dropout"),
@@ -345,7 +349,8 @@ def test_a_folder_that_others_may_write_to_is_not_used(tmp_path, monkeypatch, ca
 @pytest.mark.parametrize("how", ["link", "mode", "owner"])
 def test_a_planted_library_is_not_loaded(tmp_path, monkeypatch, caplog, compiler, how):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    made = build._built(compiler)
+    chosen = instruction_sets.best(BF16)
+    made = build._built(compiler, chosen)
     good = made.read_bytes()
     assert stat.S_IMODE(made.stat().st_mode) == 0o700
     planted = tmp_path / "planted"
@@ -361,14 +366,17 @@ def test_a_planted_library_is_not_loaded(tmp_path, monkeypatch, caplog, compiler
             os.chown(made, 65534, -1)
         else:
             pytest.skip("only root can give a file away")
-    again = build._built(compiler)
+    again = build._built(compiler, chosen)
     assert again == made and not again.is_symlink() and len(again.read_bytes()) == len(good)
     assert planted.read_bytes() == b"planted" and "compiled anew" in caplog.text
     stamp = made.stat().st_mtime_ns
-    assert build._built(compiler).stat().st_mtime_ns == stamp  # one that is ours is kept
+    assert build._built(compiler, chosen).stat().st_mtime_ns == stamp  # one that is ours is kept
 
 
 def test_a_machine_without_the_instructions_is_told_so(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    loaded, reason = build._state.__wrapped__()
-    assert loaded is None and "AVX512-BF16" in reason
+    monkeypatch.setattr(build, "best", lambda dtype, most: instruction_sets.best.__wrapped__(dtype, most))
+    monkeypatch.setattr(instruction_sets, "cpu_has", lambda feature: False)
+    if instruction_sets.platform.machine() == "x86_64":
+        assert "AVX512-BF16, AVX-512, AVX2" in unavailable()
+        with pytest.raises(build.Unavailable, match="AVX512-BF16"):
+            library()

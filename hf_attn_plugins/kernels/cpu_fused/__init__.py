@@ -1,1 +1,1 @@
-"""Attention for CPUs with AVX512-BF16, fused in C: `attend.py` is the entry, `build.py` compiles, `call.py` calls."""
+"""Attention for CPUs, fused in C: `attend.py` is the entry, `build.py` compiles, `call.py` calls."""

@@ -1,4 +1,4 @@
-"""Attention for CPUs with AVX512-BF16, fused in C: what `kernels.cpu` does in plain PyTorch, without its traffic.
+"""Attention for CPUs, fused in C: what `kernels.cpu` does in plain PyTorch, without its traffic.
 
 Scores, weights and their sums never leave a core's nearest cache, so little is left to do but the products.
 """
@@ -48,8 +48,12 @@ class _Fused(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, plan: tuple[int, ...]
     ) -> Any:
         ctx.set_materialize_grads(False)
-        out, lse = forward(query, key, value, mask, scale, plan)
-        ctx.save_for_backward(query, key, value, out, lse, mask.key_padding, mask.query_segments, mask.key_segments)
+        keep = any(ctx.needs_input_grad) and query.dtype == torch.float32
+        rest = query.new_zeros(query.shape[:-1]) if keep else None
+        out, lse = forward(query, key, value, mask, scale, plan, rest)
+        ctx.save_for_backward(
+            query, key, value, out, lse, rest, mask.key_padding, mask.query_segments, mask.key_segments
+        )
         ctx.mask = mask.replace(key_padding=None, query_segments=None, key_segments=None)
         ctx.scale, ctx.plan = scale, plan
         return out, lse
@@ -62,7 +66,7 @@ class _Fused(torch.autograd.Function):
                 "kernel='reference'."
             )
         grad_out, grad_lse = grads
-        query, key, value, out, lse, padding, query_segments, key_segments = ctx.saved_tensors
+        query, key, value, out, lse, rest, padding, query_segments, key_segments = ctx.saved_tensors
         mask = ctx.mask.replace(key_padding=padding, query_segments=query_segments, key_segments=key_segments)
-        gradients = backward(grad_out, grad_lse, query, key, value, out, lse, mask, ctx.scale, ctx.plan)
+        gradients = backward(grad_out, grad_lse, query, key, value, out, lse, mask, ctx.scale, ctx.plan, rest)
         return (*gradients, None, None, None)

@@ -1,7 +1,8 @@
 """The C sources beside this file as a shared library: compiled by the machine's compiler on first use, then kept.
 
-It takes about a second, once for every version of the sources and of the compiler. Nothing is compiled at install, and
-without a compiler, or without AVX512-BF16, the tiles of `kernels.cpu` do the same work.
+There is one library per instruction set (`instruction_sets.py`). It takes about a second, once for every version of the
+sources and of the compiler. Nothing is compiled at install, and without a compiler, or without one of the instruction
+sets, PyTorch's operator or the tiles of `kernels.cpu` do the same work.
 """
 
 from __future__ import annotations
@@ -23,17 +24,14 @@ from pathlib import Path
 
 import torch
 
-from hf_attn_plugins.core.compat import cpu_has
 from hf_attn_plugins.core.staging import put
+from hf_attn_plugins.kernels.cpu_fused.instruction_sets import SETS, InstructionSet, allowed, best
 
 logger = logging.getLogger(__name__)
 
 SWITCH = "HF_ATTN_PLUGINS_COMPILE"  # "0" keeps the package from calling a compiler
 COMPILERS = ("cc", "gcc", "clang")
-FLAGS = (
-    "-O3", "-std=gnu11", "-fPIC", "-shared", "-fopenmp", "-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq",
-    "-mavx512vl", "-mavx512bf16",
-)  # fmt: skip
+FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=fast", "-fPIC", "-shared", "-fopenmp")
 SECONDS = 120  # after which a compiler is given up
 
 
@@ -42,27 +40,30 @@ class Unavailable(RuntimeError):
 
 
 @torch.compiler.assume_constant_result
-def unavailable() -> str | None:
-    """None where the kernels can run, else the reason why not. Compiles them, the first time it is asked."""
-    return _state()[1]
+def unavailable(dtype: torch.dtype = torch.bfloat16) -> str | None:
+    """None where kernels for `dtype` can run, else the reason why not. Compiles them, the first time it is asked."""
+    chosen = best(dtype, allowed())
+    return chosen if isinstance(chosen, str) else _state(chosen.name)[1]
 
 
-def library() -> ctypes.CDLL:
-    """The loaded library.
+def library(chosen: InstructionSet | None = None) -> ctypes.CDLL:
+    """The loaded library of an instruction set; None takes the one for bfloat16.
 
     Raises:
-        Unavailable: no AVX512-BF16, no compiler, or one that failed.
+        Unavailable: the CPU has no such instructions, there is no compiler, or one that failed.
     """
-    loaded, reason = _state()
+    found = best(torch.bfloat16, allowed()) if chosen is None else chosen
+    if isinstance(found, str):
+        raise Unavailable(found)
+    loaded, reason = _state(found.name)
     if loaded is None:
         raise Unavailable(reason)
     return loaded
 
 
 @functools.cache
-def _state() -> tuple[ctypes.CDLL | None, str | None]:
-    if not cpu_has("avx512_bf16"):
-        return None, "this CPU has no AVX512-BF16 instructions"
+def _state(name: str) -> tuple[ctypes.CDLL | None, str | None]:
+    chosen = next(one for one in SETS if one.name == name)
     if sys.platform != "linux":
         return None, f"they are built on Linux only, not on {sys.platform}"
     if os.environ.get(SWITCH) == "0":
@@ -71,7 +72,7 @@ def _state() -> tuple[ctypes.CDLL | None, str | None]:
     if compiler is None:
         return None, f"there is no C compiler ({', '.join(COMPILERS)} or $CC)"
     try:
-        return _loaded(compiler), None
+        return _loaded(compiler, chosen), None
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         reason = f"{compiler} could not build them ({said[-1] if said else error})"
@@ -79,33 +80,36 @@ def _state() -> tuple[ctypes.CDLL | None, str | None]:
         return None, reason
 
 
-def _loaded(compiler: str) -> ctypes.CDLL:
-    path = _built(compiler)
+def _loaded(compiler: str, chosen: InstructionSet) -> ctypes.CDLL:
+    path = _built(compiler, chosen)
     try:
         return ctypes.CDLL(str(path))
     except OSError:  # kept by another system, or cut short by a crash: once more
         path.unlink(missing_ok=True)
-        return ctypes.CDLL(str(_built(compiler)))
+        return ctypes.CDLL(str(_built(compiler, chosen)))
 
 
-def _built(compiler: str) -> Path:
+def _built(compiler: str, chosen: InstructionSet) -> Path:
     """The library's file, compiled unless an earlier process has done so; complete or not there at all."""
-    folder = Path(__file__).parent
-    key = hashlib.sha256("\n".join([_output(compiler, "--version"), *platform.libc_ver(), *FLAGS]).encode())
-    for source in sorted([*folder.glob("*.c"), *folder.glob("*.h")]):
+    folder = Path(__file__).parent / chosen.folder
+    known = [_output(compiler, "--version"), *platform.libc_ver(), *FLAGS, *chosen.flags]
+    key = hashlib.sha256("\n".join(known).encode())
+    for source in sorted([*folder.glob("*.c"), *folder.glob("*.h"), Path(__file__).parent / "call.h"]):
         key.update(source.read_bytes())
-    path = _cache() / f"fused_{key.hexdigest()[:20]}.so"
+    path = _cache() / f"fused_{chosen.name}_{key.hexdigest()[:20]}.so"
     if not _ours(path, stat.S_ISREG):
         if os.path.lexists(path):
             logger.warning("%s is not a file that only this user can write: compiled anew.", path)
             path.unlink()
-        put(path, lambda made: _compile(compiler, folder, made))
+        put(path, lambda made: compile_library(compiler, chosen, made))
     return path
 
 
-def _compile(compiler: str, folder: Path, library: Path) -> None:
+def compile_library(compiler: str, chosen: InstructionSet, library: Path, *more: str) -> None:
+    """Compile the sources of an instruction set to a file; `more` are further options of the compiler."""
+    folder = Path(__file__).parent / chosen.folder
     sources = [str(source) for source in sorted(folder.glob("*.c"))]
-    _output(compiler, *FLAGS, *sources, "-o", str(library), "-lm")
+    _output(compiler, *FLAGS, *chosen.flags, *more, *sources, "-o", str(library), "-lm")
     library.chmod(0o700)
 
 

@@ -29,36 +29,8 @@ typedef struct {
     int64_t count;
 } Rows;
 
-/* A tensor (batch, head, token, dim): its data, and its strides in elements. */
-typedef struct {
-    bf16 *data;
-    int64_t batch, head, token;
-} Tensor;
-
-/* One call; call.py declares the same fields in the same order. Tensors are bfloat16. */
-typedef struct {
-    Tensor query, key, value, out, grad_out, grad_query, grad_key, grad_value;
-    float *lse;            /* (batch, heads, rows) contiguous, as grad_lse and delta */
-    const float *grad_lse; /* NULL means 0 */
-    float *delta;          /* scratch of backward.c */
-    int64_t batch, heads, kv_heads, num_rows, num_keys, dim, dim_v;
-    int64_t start;       /* position of row 0 on the key axis */
-    int64_t back, ahead; /* a row at position p sees keys p - back .. p + ahead */
-    int64_t prefix;      /* and every row sees the first `prefix` keys */
-    /* A row sees the keys of its own label. No row labels: the label of every row is 0. No key labels: all keys. */
-    const int32_t *row_labels, *key_labels;
-    int64_t row_labels_batch, key_labels_batch;
-    const int32_t *row_bounds, *key_bounds; /* per LANES rows or keys, from kernels/segment_labels.py; or NULL */
-    int64_t row_bounds_batch, key_bounds_batch;
-    /* Rectangles of a plan as `Piece`s, per LANES rows or keys; NULL means every row and every key. */
-    const int32_t *row_pieces, *key_pieces;
-    int64_t row_pieces_most, key_pieces_most;   /* most pieces of a tile */
-    int64_t row_pieces_batch, key_pieces_batch; /* stride of the batch in elements; 0 if all its rows share the plan */
-    int32_t *pairs;  /* scratch for `pair_rows`: see forward.c and backward.c */
-    float *partials; /* scratch of decode.c */
-    float scale;
-    int32_t threads;
-} Call;
+#define ELEMENT bf16
+#include "call.h"
 
 static inline Rows rows_of(const Tensor *tensor, int64_t b, int64_t h, int64_t count) {
     return (Rows){tensor->data + b * tensor->batch + h * tensor->head, tensor->token, count};

@@ -1,0 +1,247 @@
+/* Split-KV decoding, for few queries and many keys. A thread computes a chunk of SPLIT_KEYS keys at a time; then the
+ * chunks' results are merged.
+ *
+ * Reading keys and values is most of the work, so both are read once, row by row, where they lie, for all queries of all
+ * heads that share them. A score is summed over the columns of a key in one vector; `fold` sums WIDTH such vectors. */
+#include "sight.h"
+
+#define SPLIT_KEYS 576 /* keys of a chunk; not by the number of threads, so that sums are the same for any number */
+#define MAX_ROWS 256   /* rows of all heads that share a key head */
+#define AHEAD 16       /* rows between what is read and what is prefetched */
+
+/* The result of one chunk for every row: row_max (of scores in units of log 2), row_sum = sum of 2**(score - row_max),
+ * and the values' sum with the same weights. */
+typedef struct {
+    float *row_max, *row_sum, *sums;
+} Found;
+
+typedef struct {
+    ALIGNED float weights[MAX_ROWS][LANES];
+    ALIGNED float queries[MAX_ROWS * MAX_DIM]; /* rows of all heads that share the keys, head by head */
+    Sight sight;
+} Block;
+
+/* Query rows of one key head: the rows of all heads that share it. */
+static int64_t shared_rows(const Call *call) { return call->heads / call->kv_heads * call->num_rows; }
+
+static Found found_of(const Call *call, int64_t item) {
+    const int64_t rows = shared_rows(call);
+    float *start = call->partials + item * rows * (call->dim_v + 2);
+    return (Found){start, start + rows, start + 2 * rows};
+}
+
+/* Prefetch `bytes` of a row AHEAD rows later. A prefetch of memory that is not there does nothing. */
+INLINE void prefetch(const char *row, int64_t stride, int64_t bytes) {
+    for (int64_t byte = 0; byte < bytes; byte += 64)
+        __builtin_prefetch(row + AHEAD * stride + byte);
+}
+
+#ifdef __clang__
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICK(a, b, ...) __builtin_shuffle(a, b, (Ints){__VA_ARGS__})
+#endif
+
+/* Sums of neighbours: those of a in the lower half, those of b in the upper. */
+INLINE Vec neighbours(Vec a, Vec b) {
+#if WIDTH == 16
+    return PICK(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           PICK(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#elif WIDTH == 8
+    return PICK(a, b, 0, 2, 4, 6, 8, 10, 12, 14) + PICK(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#else
+    return PICK(a, b, 0, 2, 4, 6) + PICK(a, b, 1, 3, 5, 7);
+#endif
+}
+
+/* The sum of vector i in lane i. */
+INLINE Vec fold(Vec x[WIDTH]) {
+    for (int count = WIDTH / 2; count; count /= 2)
+        for (int i = 0; i < count; i++)
+            x[i] = neighbours(x[2 * i], x[2 * i + 1]);
+    return x[0];
+}
+
+/* Scores of WIDTH keys from `key` on, which is a multiple of WIDTH past `first`, for all rows, in units of log 2. */
+INLINE void score_keys(Block *block, Rows keys, int64_t first, int64_t key, int64_t rows, int64_t dim, float scale,
+                       const int dtype) {
+    const char *from[WIDTH];
+    for (int i = 0; i < WIDTH; i++)
+        from[i] = keys.data + smaller(key + i, keys.count - 1) * keys.stride;
+    for (int i = 0; i < WIDTH; i++)
+        prefetch(from[i], keys.stride, dim * (dtype == FLOAT32 ? 4 : 2));
+    for (int64_t row = 0; row < rows; row++) {
+        Vec sum[WIDTH];
+        for (int i = 0; i < WIDTH; i++)
+            sum[i] = (Vec){0};
+        for (int64_t column = 0; column < dim; column += WIDTH) {
+            const Vec query = load(block->queries + row * dim + column);
+            for (int i = 0; i < WIDTH; i++)
+                sum[i] += query * load_stored(from[i] + column * (dtype == FLOAT32 ? 4 : 2), dtype);
+        }
+        store(block->weights[row] + key - first, scale * fold(sum));
+    }
+}
+
+/* Weights of LANES keys from `first` on, for all rows. Where a row's maximum grows, its sums so far are rescaled. */
+static void weigh(const Call *call, Block *block, Found found, Rows keys, int64_t first, int64_t end) {
+    const int64_t rows = shared_rows(call);
+    const float scale = (float)(call->scale / LN_2);
+    for (int64_t key = first; key < end; key += WIDTH)
+        if (call->dtype == FLOAT32)
+            score_keys(block, keys, first, key, rows, call->dim, scale, FLOAT32);
+        else
+            score_keys(block, keys, first, key, rows, call->dim, scale, BFLOAT16);
+    for (int64_t row = 0; row < rows; row++) {
+        float *weights = block->weights[row], row_max = found.row_max[row];
+        Ints mask[LANES / WIDTH];
+        Vec most = splat(-INFINITY), sum = {0};
+        for (int i = 0; i < LANES / WIDTH; i++) {
+            mask[i] = seen(&block->sight, i / VECTORS, i % VECTORS, row % call->num_rows);
+            for (int lane = 0; lane < WIDTH && first + (i + 1) * WIDTH > end; lane++)
+                mask[i][lane] &= first + i * WIDTH + lane < end ? -1 : 0;
+            most = larger_of(choose(mask[i], load(weights + i * WIDTH), splat(-INFINITY)), most);
+        }
+        for (int lane = 0; lane < WIDTH; lane++)
+            row_max = most[lane] > row_max ? most[lane] : row_max;
+        if (row_max > found.row_max[row]) {
+            const float rescale = found.row_max[row] == -INFINITY ? 0 : exp2f(found.row_max[row] - row_max);
+            float *sums = found.sums + row * call->dim_v;
+            for (int64_t column = 0; column < call->dim_v; column += WIDTH)
+                store(sums + column, rescale * load(sums + column));
+            found.row_sum[row] *= rescale;
+            found.row_max[row] = row_max;
+        }
+        for (int i = 0; i < LANES / WIDTH; i++) {
+            const Vec shifted = load(weights + i * WIDTH) - splat(row_max == -INFINITY ? 0 : row_max);
+            const Vec weight = only(mask[i], exp2_of(shifted));
+            store(weights + i * WIDTH, weight);
+            sum += weight;
+        }
+        found.row_sum[row] += sum_of(sum);
+    }
+}
+
+/* found.sums[row][column] += sum over keys of weights[row][key] * value[key][column], for `rows` rows and `columns`
+ * vectors of columns. A row past the last repeats it. */
+INLINE void add_some(const Call *call, Block *block, Found found, Rows values, int64_t first, int64_t count,
+                     int64_t row, int64_t column, const int rows, const int columns, const int dtype) {
+    const int64_t last = shared_rows(call) - 1;
+    const int size = dtype == FLOAT32 ? 4 : 2;
+    Vec sum[8][8];
+    const float *weights[8];
+    for (int r = 0; r < rows; r++) {
+        weights[r] = block->weights[smaller(row + r, last)];
+        for (int c = 0; c < columns; c++)
+            sum[r][c] = (Vec){0};
+    }
+    const char *from = values.data + first * values.stride + column * size;
+    for (int64_t key = 0; key < count; key++, from += values.stride) {
+        if (row == 0)
+            prefetch(from, values.stride, columns * WIDTH * size);
+        for (int c = 0; c < columns; c++) {
+            const Vec value = load_stored(from + c * WIDTH * size, dtype);
+            for (int r = 0; r < rows; r++)
+                sum[r][c] += value * weights[r][key];
+        }
+    }
+    for (int r = 0; r < rows && row + r <= last; r++)
+        for (int c = 0; c < columns; c++) {
+            float *to = found.sums + (row + r) * call->dim_v + column + c * WIDTH;
+            store(to, load(to) + sum[r][c]);
+        }
+}
+
+INLINE void add_rows(const Call *call, Block *block, Found found, Rows values, int64_t first, int64_t count, int64_t row,
+                     const int rows, const int dtype) {
+    const int64_t dim = call->dim_v;
+    int64_t column = 0;
+    for (; rows < 2 && column + 8 * WIDTH <= dim; column += 8 * WIDTH)
+        add_some(call, block, found, values, first, count, row, column, rows, 8, dtype);
+    for (; rows < 4 && column + 4 * WIDTH <= dim; column += 4 * WIDTH)
+        add_some(call, block, found, values, first, count, row, column, rows, 4, dtype);
+    for (; column + 2 * WIDTH <= dim; column += 2 * WIDTH)
+        add_some(call, block, found, values, first, count, row, column, rows, 2, dtype);
+    for (; column < dim; column += WIDTH)
+        add_some(call, block, found, values, first, count, row, column, rows, 1, dtype);
+}
+
+/* Add `count` values from `first` on to the sums of all rows. */
+INLINE void add_values(const Call *call, Block *block, Found found, Rows values, int64_t first, int64_t count,
+                       const int dtype) {
+    const int64_t rows = shared_rows(call);
+    int64_t row = 0;
+    for (; row + 3 < rows; row += 6)
+        add_rows(call, block, found, values, first, count, row, 6, dtype);
+    for (; row + 1 < rows; row += 3)
+        add_rows(call, block, found, values, first, count, row, 3, dtype);
+    for (; row < rows; row++)
+        add_rows(call, block, found, values, first, count, row, 1, dtype);
+}
+
+static void decode_chunk(const Call *call, Block *block, int64_t b, int64_t kv_head, int64_t first, Found found) {
+    const int64_t group_size = call->heads / call->kv_heads, rows = shared_rows(call), size = size_of(call->dtype);
+    const Rows keys = rows_of(call, &call->key, b, kv_head, call->num_keys);
+    const Rows values = rows_of(call, &call->value, b, kv_head, call->num_keys);
+    const int64_t end = smaller(first + SPLIT_KEYS, call->num_keys);
+    memset(found.row_sum, 0, sizeof(float) * rows * (1 + call->dim_v));
+    for (int64_t row = 0; row < rows; row++) {
+        const int64_t h = kv_head * group_size + row / call->num_rows;
+        const Rows query = rows_of(call, &call->query, b, h, call->num_rows);
+        const char *from = query.data + row % call->num_rows * query.stride;
+        for (int64_t column = 0; column < call->dim; column += WIDTH)
+            store(block->queries + row * call->dim + column, load_stored(from + column * size, call->dtype));
+        found.row_max[row] = -INFINITY;
+    }
+    for (int64_t key = first; key < end; key += LANES) {
+        const int64_t tile_end = smaller(key + LANES, end);
+        set_rows_seeing(&block->sight, call, b, key, NULL);
+        if (block->sight.begin >= block->sight.end)
+            continue;
+        weigh(call, block, found, keys, key, tile_end);
+        if (call->dtype == FLOAT32)
+            add_values(call, block, found, values, key, tile_end - key, FLOAT32);
+        else
+            add_values(call, block, found, values, key, tile_end - key, BFLOAT16);
+    }
+}
+
+/* Merge one row of a head from all chunks: M = max row_max, weights 2**(row_max - M), as `merge` in core/partial.py. */
+static void merge_row(const Call *call, int64_t b, int64_t h, int64_t t, int64_t chunks) {
+    const int64_t group_size = call->heads / call->kv_heads, row = h % group_size * call->num_rows + t;
+    const int64_t item = (b * call->kv_heads + h / group_size) * chunks;
+    float sums[MAX_DIM] = {0}, row_max = -INFINITY, row_sum = 0;
+    for (int64_t chunk = 0; chunk < chunks; chunk++)
+        row_max = fmaxf(row_max, found_of(call, item + chunk).row_max[row]);
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        const Found found = found_of(call, item + chunk);
+        if (found.row_sum[row] == 0)
+            continue;
+        /* A row of NaN has row_sum NaN and row_max -inf; weight 1 keeps it NaN. */
+        const float weight = row_max == -INFINITY ? 1 : exp2f(found.row_max[row] - row_max);
+        row_sum += weight * found.row_sum[row];
+        for (int64_t column = 0; column < call->dim_v; column += WIDTH)
+            store(sums + column, load(sums + column) + weight * load(found.sums + row * call->dim_v + column));
+    }
+    store_row(call, &call->out, b, h, t, sums, row_sum == 0 ? 0 : 1 / row_sum, call->dim_v);
+    call->lse[(b * call->heads + h) * call->num_rows + t] =
+        row_sum == 0 ? -INFINITY : (float)((row_max + log2(row_sum)) * LN_2);
+}
+
+/* out and lse of a call with at most MAX_ROWS query rows per key head. `partials` is (batch, key heads, chunks, rows,
+ * dim_v + 2), float32. */
+void hap_decode(const Call *call) {
+    const int64_t chunks = (call->num_keys + SPLIT_KEYS - 1) / SPLIT_KEYS;
+#pragma omp parallel num_threads(call->threads)
+    {
+        Block block;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t item = 0; item < call->batch * call->kv_heads * chunks; item++)
+            decode_chunk(call, &block, item / chunks / call->kv_heads, item / chunks % call->kv_heads,
+                         item % chunks * SPLIT_KEYS, found_of(call, item));
+#pragma omp for
+        for (int64_t row = 0; row < call->batch * call->heads * call->num_rows; row++)
+            merge_row(call, row / call->num_rows / call->heads, row / call->num_rows % call->heads,
+                      row % call->num_rows, chunks);
+    }
+}

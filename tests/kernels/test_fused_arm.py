@@ -1,0 +1,121 @@
+"""The compiled kernels cross-compiled for 64-bit Arm (NEON) and run in an emulator, against the definition.
+
+Debian: `apt-get install gcc-aarch64-linux-gnu qemu-user`. This checks numbers; it says nothing about speed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hf_attn_plugins.core.mask import Mask
+from hf_attn_plugins.kernels.cpu_fused import build, call
+from hf_attn_plugins.kernels.cpu_fused.instruction_sets import SETS, STORED
+from hf_attn_plugins.testing import sharp_inputs, visibility
+from tests.kernels.fused_cases import check_call, drawn
+from tests.kernels.test_attend import MASKS, as_mask
+from tests.kernels.test_attend_rectangles import STAR, seen_by
+
+COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (shutil.which(COMPILER) and shutil.which(EMULATOR)), reason=f"{COMPILER} and {EMULATOR}"),
+]
+NEON = next(one for one in SETS if one.name == "neon")
+FUNCTIONS = ("hap_forward", "hap_backward", "hap_decode")
+
+
+class Emulated:
+    """Stands for the loaded library: every call runs in the emulator, with copies of what `_Call` points to."""
+
+    def __init__(self, program: Path) -> None:
+        self.program = program
+
+    def __getattr__(self, name: str):
+        return lambda argument: self._run(FUNCTIONS.index(name), argument._obj)
+
+    def _run(self, function: int, passed: call._Call) -> None:
+        pointers = {offset: (at, size) for offset, at, size in _pointers(passed) if at and size}
+        head = struct.pack("<qq", function, ctypes.sizeof(passed)) + bytes(passed) + struct.pack("<q", len(pointers))
+        body = [struct.pack("<qq", o, size) + ctypes.string_at(at, size) for o, (at, size) in pointers.items()]
+        done = subprocess.run([EMULATOR, self.program], input=head + b"".join(body), capture_output=True, timeout=300)
+        assert done.returncode == 0, (done.returncode, done.stderr)
+        begin = 0
+        for at, size in pointers.values():
+            ctypes.memmove(at, done.stdout[begin : begin + size], size)
+            begin += size
+        assert begin == len(done.stdout)
+
+
+def _pointers(c: call._Call):
+    """(offset in the struct, address, bytes) of every pointer of a call."""
+    size = 4 if c.dtype == 0 else 2
+    rows, keys = (c.heads, c.num_rows), (c.kv_heads, c.num_keys)
+    of = {"query": (*rows, c.dim), "key": (*keys, c.dim), "value": (*keys, c.dim_v), "out": (*rows, c.dim_v)}
+    of |= {f"grad_{name}": shape for name, shape in of.items()}
+    for name, (heads, tokens, dim) in of.items():
+        x = getattr(c, name)
+        elements = (c.batch - 1) * x.batch + (heads - 1) * x.head + (tokens - 1) * x.token + dim
+        yield getattr(call._Call, name).offset, x.data, elements * size
+    cells = c.batch * c.heads * c.num_rows
+    chunks, shared = math.ceil(c.num_keys / NEON.split_keys), c.heads // c.kv_heads * c.num_rows
+    partials = max(c.parts * cells * c.dim, c.batch * c.kv_heads * chunks * shared * (c.dim_v + 2) * (c.parts == 0))
+    row_blocks, key_blocks = (math.ceil(n / NEON.lanes) for n in (c.num_rows, c.num_keys))
+    flat = {
+        "lse": cells, "grad_lse": cells, "delta": cells, "lse_rest": cells,
+        "row_labels": c.row_labels_batch * (c.batch - 1) + c.num_rows,
+        "key_labels": c.key_labels_batch * (c.batch - 1) + c.num_keys,
+        "row_bounds": c.row_bounds_batch * (c.batch - 1) + 4 * row_blocks,
+        "key_bounds": c.key_bounds_batch * (c.batch - 1) + 4 * key_blocks,
+        "row_pieces": c.row_pieces_batch * (c.batch - 1) + 6 * row_blocks * c.row_pieces_most,
+        "key_pieces": c.key_pieces_batch * (c.batch - 1) + 6 * key_blocks * c.key_pieces_most,
+        "partials": partials - (c.parts > 0 and c.dtype == 0) * cells * c.dim,
+    }  # fmt: skip
+    for name, elements in flat.items():
+        yield getattr(call._Call, name).offset, getattr(c, name), 4 * elements
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory) -> Emulated:
+    folder = Path(call.__file__).parent
+    program = tmp_path_factory.mktemp("arm") / "call"
+    sources = [Path(__file__).parent / "emulated_call.c", *sorted((folder / NEON.folder).glob("*.c"))]
+    flags = [flag for flag in build.FLAGS if flag not in ("-shared", "-fPIC")]
+    command = [COMPILER, *flags, *NEON.flags, "-static", f"-I{folder}", *map(str, sources), "-o", str(program), "-lm"]
+    subprocess.run(command, check=True, timeout=300)
+    return Emulated(program)
+
+
+@pytest.fixture(autouse=True)
+def on_arm(emulated, monkeypatch):
+    monkeypatch.setattr(call, "_checked", lambda dtype, most: (NEON, emulated))
+    monkeypatch.setattr(call, "unavailable", lambda dtype: None)
+
+
+@pytest.mark.parametrize("dtype", STORED, ids=str)
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("shape", [(3, 590), (130, 201)], ids=str)
+def test_forward_gradients_and_decoding(dtype, name, shape):
+    fields = MASKS[name](2, *shape)
+    check_call(sharp_inputs(2, 4, 2, *shape, 32, 48, dtype=dtype), as_mask(fields), visibility(*shape, **fields))
+
+
+@pytest.mark.parametrize("dtype", STORED, ids=str)
+def test_a_plan(dtype):
+    inputs = sharp_inputs(3, 2, 1, 50, 50, 16, dtype=dtype)
+    check_call(inputs, Mask(causal=True), seen_by(STAR, 3, 50, 50, 0), [STAR])
+
+
+@pytest.mark.parametrize("dtype", STORED, ids=str)
+@pytest.mark.parametrize("seed", range(20))
+def test_fuzz(dtype, seed):
+    inputs, fields = drawn(seed, dtype)
+    check_call(
+        inputs, as_mask(fields), visibility(inputs[0].shape[2], inputs[1].shape[2], **fields), seed=seed, luck=3.0
+    )

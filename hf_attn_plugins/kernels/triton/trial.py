@@ -111,3 +111,18 @@ def masks(
     everything = mask.replace(causal=False, window=(None, None)).visible(t, s, offset, BATCH)
     free = (t[:, None] >= cut) & (s < middle)
     return mask, [plan], torch.where(free, everything, seen)
+
+
+def exact(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, softcap: float | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """out and lse from the definition, with all scores; rows without keys give 0 and -inf."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.mT * query.shape[-1] ** -0.5
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = (scores if bias is None else scores + bias).masked_fill(~seen, -torch.inf)
+    some = seen.any(-1, keepdim=True).expand(*scores.shape[:-1], 1)
+    weights = torch.where(some, scores, 0).softmax(-1) * some
+    return weights @ value, torch.where(some, scores, 0).logsumexp(-1).masked_fill(~some[..., 0], -torch.inf)

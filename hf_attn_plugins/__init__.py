@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hf_attn_plugins.hf.check import check
     from hf_attn_plugins.hf.compare import compare
     from hf_attn_plugins.hf.configure import configure, use
+    from hf_attn_plugins.hf.inputs.load import demo_folder
     from hf_attn_plugins.hf.intercept import intercept
     from hf_attn_plugins.hf.trace import trace
     from hf_attn_plugins.hf.tune import tune
@@ -30,6 +31,7 @@ __all__ = [
     "configure",
     "context_parallel",
     "cqs",
+    "demo_folder",
     "indexed",
     "intercept",
     "kernels",
@@ -51,6 +53,7 @@ _VERBS = {
     "compare": "hf.compare",
     "configure": "hf.configure",
     "context_parallel": "parallel.hf.session",
+    "demo_folder": "hf.inputs.load",
     "intercept": "hf.intercept",
     "trace": "hf.trace",
     "tune": "hf.tune",

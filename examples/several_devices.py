@@ -29,7 +29,8 @@ def main(argv: list[str] | None = None) -> str:
         path = arguments.model or hap.demo_folder()
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype="bfloat16").to(state.device)
-    ids = tokenizer(prose(), return_tensors="pt").input_ids[:, : arguments.length].to(state.device)
+    text = prose()[: 16 * arguments.length]
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, : arguments.length].to(state.device)
 
     options = {"block_size": 512, "anchor_size": 128} if arguments.attn == "star_attention" else {}
     with hap.context_parallel(model, arguments.attn, **options) as cp:

@@ -20,6 +20,7 @@ PAGES = {
     "contributing.md": "CONTRIBUTING.md",
     "security.md": "SECURITY.md",
     "examples.md": "examples/README.md",
+    "examples/lm_eval.md": "examples/lm_eval/README.md",
     "reference/eval.md": "eval/README.md",
     "reference/kernels.md": "hf_attn_plugins/kernels/README.md",
     "reference/patches.md": "patches/README.md",

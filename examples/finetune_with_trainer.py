@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import hf_attn_plugins as hap
@@ -38,6 +39,7 @@ def main(argv: list[str] | None = None) -> list[float]:
         per_device_train_batch_size=1,
         learning_rate=5e-5,
         bf16=True,
+        use_cpu=not torch.cuda.is_available(),
         logging_steps=1,
         save_strategy="no",
         report_to="none",

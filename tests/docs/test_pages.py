@@ -26,7 +26,8 @@ def test_links_lead_somewhere(page):
 def test_files_in_backticks_exist(page):
     named = set(re.findall(r"`((?:[a-z_]+/)+[a-z_]*(?:\.py|\.md)?)`", page.read_text(encoding="utf-8")))
     gone = {"results/"} if page.name == "CHANGELOG.md" else set()
-    missing = [name for name in sorted(named - gone) if not any((place / name).exists() for place in PLACES)]
+    yours = {name for name in named if "my_" in name}
+    missing = [n for n in sorted(named - gone - yours) if not any((place / n).exists() for place in PLACES)]
     assert not missing, missing
 
 

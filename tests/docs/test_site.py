@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import posixpath
 import re
@@ -76,12 +77,9 @@ def test_what_a_page_would_load_from_elsewhere_is_found():
 
 
 def test_the_api_page_names_what_exists():
-    import importlib
-
     for name in re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text(encoding="utf-8"), re.MULTILINE):
         module, _, attribute = name.rpartition(".")
-        found = getattr(importlib.import_module(module), attribute)
-        assert found.__doc__ and found.__module__ == module, name
+        assert getattr(importlib.import_module(module), attribute).__doc__, name
 
 
 @pytest.mark.slow

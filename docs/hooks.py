@@ -1,7 +1,7 @@
 """MkDocs hook: the site takes pages from other folders of the repository, and links to files there keep working.
 
-In the repository a link is a relative path, as GitHub shows it. On the site a file lies elsewhere (`PAGES`), or is copied
-below `files/`. This file uses no package, so tests can read `PAGES` without MkDocs.
+In the repository a link is a relative path, as GitHub shows it. On the site a file lies elsewhere (`PAGES`), or is
+copied below `files/`. This file uses no package, so tests can read `PAGES` without MkDocs.
 """
 
 from __future__ import annotations

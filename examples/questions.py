@@ -12,7 +12,6 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_attn_plugins as hap
-from hf_attn_plugins.star.hf.pipeline import split_prompts
 
 TEXT = (
     "The ferry to the island of Orla leaves the harbour at nine in the morning and costs four coins. "
@@ -41,7 +40,7 @@ def main(argv: list[str] | None = None) -> list[str]:
 
     # Context and question are tokenised together and then cut: tokens do not always end where a text ends.
     chat = tokenizer.chat_template is not None
-    context_ids, question_ids = split_prompts(tokenizer, text + "\n\n", arguments.questions, chat=chat)
+    context_ids, question_ids = hap.star.split_prompts(tokenizer, text + "\n\n", arguments.questions, chat=chat)
 
     start = time.perf_counter()
     cache = hap.star.encode(  # with a folder: blocks are written there, and what is there already is read

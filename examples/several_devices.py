@@ -1,8 +1,8 @@
 """One prompt over all processes of a launch: each reads its part of the prompt and keeps that part's keys and values.
 
-    accelerate launch --num_processes 4 examples/several_devices.py                # GPUs
-    accelerate launch --multi_gpu --num_processes 2 examples/several_devices.py    # CPUs: Accelerate wants the flag
-    python examples/several_devices.py                                             # one process, the same lines
+accelerate launch --num_processes 4 examples/several_devices.py                # GPUs
+accelerate launch --multi_gpu --num_processes 2 examples/several_devices.py    # CPUs: Accelerate wants the flag
+python examples/several_devices.py                                             # one process, the same lines
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """A quality gate: the build fails when an attention changes a model's predictions more than you allow.
 
-Run it by pytest. Set MODEL to your model, and the limits to what you can accept; a KL of 0.002 is the noise of bfloat16.
+Run it by pytest. Set MODEL to your model, and the limits to what you can accept. The noise of bfloat16 is a KL of
+0.002.
 """
 
 from __future__ import annotations

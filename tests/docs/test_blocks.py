@@ -1,4 +1,4 @@
-"""Every page's Python blocks run as they stand, on a tiny model; README and docs/add_a_method.md have tests of their own."""
+"""Every page's Python blocks run as they stand, on a tiny model; README and add_a_method.md have tests of their own."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ import pytest
 
 from tests.docs.blocks import ROOT, blocks, run
 
-PAGES = [
-    path
-    for path in sorted((ROOT / "docs").rglob("*.md"))
-    if path.name != "add_a_method.md" and blocks(path)
-]
+PAGES = [path for path in sorted((ROOT / "docs").rglob("*.md")) if path.name != "add_a_method.md" and blocks(path)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

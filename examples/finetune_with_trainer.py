@@ -1,6 +1,7 @@
 """Fine-tune a causal language model with the Trainer: the attention's name is the only difference to any other script.
 
-Forward and backward of a bfloat16 attention run in the plugin's kernels. The weights stay float32 (autocast).
+The plugin gains in bfloat16, forward and backward, where the hardware multiplies bfloat16: pass --bf16 there. The weights
+stay float32 (autocast). In float32 on a CPU it computes the same at the same speed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     parser.add_argument("--text", type=Path, help="UTF-8 text to train on; prose that Python carries by default")
     parser.add_argument("--length", type=int, default=1024, help="tokens of one training example")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--bf16", action="store_true", help="autocast: on a GPU, or a CPU with AVX512-BF16 or AMX")
     parser.add_argument("--out", default="runs/finetuned", help="folder for the model")
     arguments = parser.parse_args(argv)
 
@@ -38,7 +40,7 @@ def main(argv: list[str] | None = None) -> list[float]:
         max_steps=arguments.steps,
         per_device_train_batch_size=1,
         learning_rate=5e-5,
-        bf16=True,
+        bf16=arguments.bf16,
         use_cpu=not torch.cuda.is_available(),
         logging_steps=1,
         save_strategy="no",

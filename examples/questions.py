@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> list[str]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("questions", nargs="*", default=["What does the ferry cost?", "Who keeps the inn?"])
     parser.add_argument("--model", help="folder or hub id; the small real model by default")
+    parser.add_argument("--dtype", default="float32", help="bfloat16 on a GPU, or on a CPU with AVX512-BF16 or AMX")
     parser.add_argument("--text", type=Path, help="UTF-8 text; a few sentences about an island by default")
     parser.add_argument("--cache", type=Path, help="folder to keep the encoded text in")
     parser.add_argument("--block-size", type=int, help="tokens of a block; by length if not given")
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> list[str]:
 
     path = arguments.model or hap.demo_folder()
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype="bfloat16")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=arguments.dtype)
     text = arguments.text.read_text(encoding="utf-8") if arguments.text else TEXT
 
     # Context and question are tokenised together and then cut: tokens do not always end where a text ends.

@@ -19,6 +19,7 @@ def main(argv: list[str] | None = None) -> str:
     """Read a long prompt and continue it; the new text, the same on every rank."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or hub id; the small real model by default")
+    parser.add_argument("--dtype", default="float32", help="bfloat16 on a GPU, or on a CPU with AVX512-BF16 or AMX")
     parser.add_argument("--attn", default="star_attention", choices=list(hap.PLUGINS))
     parser.add_argument("--length", type=int, default=2048, help="tokens of the prompt")
     parser.add_argument("--max-new-tokens", type=int, default=16)
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> str:
     with state.main_process_first():  # the small model is converted once
         path = arguments.model or hap.demo_folder()
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype="bfloat16").to(state.device)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=arguments.dtype).to(state.device)
     text = prose()[: 16 * arguments.length]
     ids = tokenizer(text, return_tensors="pt").input_ids[:, : arguments.length].to(state.device)
 

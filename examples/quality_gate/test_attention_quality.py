@@ -1,7 +1,7 @@
 """A quality gate: the build fails when an attention changes a model's predictions more than you allow.
 
-Run it by pytest. Set MODEL to your model, and the limits to what you can accept. The noise of bfloat16 is a KL of
-0.002.
+Run it by pytest. Set MODEL and DTYPE to what you serve, and the limits to what you can accept. The noise of
+bfloat16 is a KL of 0.002.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_attn_plugins as hap
 
+DTYPE = os.environ.get("DTYPE", "float32")
 LENGTH = int(os.environ.get("LENGTH", "2048"))
 GATES = [  # attention, its options, the largest KL, the least share of equal first choices
     ("tiled_attention", {}, 0.01, 0.95),
@@ -23,7 +24,7 @@ GATES = [  # attention, its options, the largest KL, the least share of equal fi
 
 @pytest.fixture(scope="module")
 def model():
-    return AutoModelForCausalLM.from_pretrained(os.environ.get("MODEL") or hap.demo_folder(), dtype="bfloat16")
+    return AutoModelForCausalLM.from_pretrained(os.environ.get("MODEL") or hap.demo_folder(), dtype=DTYPE)
 
 
 @pytest.fixture(scope="module")

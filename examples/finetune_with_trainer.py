@@ -1,7 +1,7 @@
 """Fine-tune a causal language model with the Trainer: the attention's name is the only difference to any other script.
 
-The plugin gains in bfloat16, forward and backward, where the hardware multiplies bfloat16: pass --bf16 there. The weights
-stay float32 (autocast). In float32 on a CPU it computes the same at the same speed.
+The plugin gains in bfloat16, forward and backward, where the hardware multiplies bfloat16: pass --bf16 there. The
+weights stay float32 (autocast). In float32 on a CPU it computes the same at the same speed.
 """
 
 from __future__ import annotations

@@ -32,8 +32,9 @@ compatibility: $(VENV)/.dev
 		--compiled tiled_attention star_attention cqs_attention --page docs/compatibility.md \
 		--json benchmarks/results/compatibility.json --again
 
+# Two processes of one thread each: nearly twice as fast on two cores as one process of two threads.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-grid: $(VENV)/.dev
 	$(BIN)/python -m pytest -m grid

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +16,7 @@ from hf_attn_plugins.hf.inputs.load import add_loading_arguments, load
 from . import baselines
 from .configuration import DTYPES, Configuration, configuration
 from .environment import command_line, environment, now, processes
+from .network import network
 from .prompts import CHATS
 from .records import RunFolder
 from .report.command import finish, show
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     settings = configuration(arguments.config, flags)
     folder = RunFolder(settings.out)
     resumed = _check_folder(folder, settings)
-    with _network(settings.online), processes(settings.device) as group:
+    with network(settings.online), processes(settings.device) as group:
         from .runner import Runner
 
         model, tokenizer = load(
@@ -135,22 +135,6 @@ def _finish(folder: RunFolder) -> int:
         count = f"{len(errors)} answers" if len(errors) > 1 else "1 answer"
         print(f"{count} failed, as recorded in {folder.path}: --retry-errors asks again.", file=sys.stderr)
     return 1 if errors else 0
-
-
-@contextlib.contextmanager
-def _network(online: bool) -> Iterator[None]:
-    """Hub and data sets are read from their caches only, unless asked otherwise: set before they are imported."""
-    names = () if online else ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @contextlib.contextmanager

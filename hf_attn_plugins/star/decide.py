@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hf_attn_plugins.core.decision import CallFacts, Decision, causal_pairs, later_rows
 from hf_attn_plugins.star.batch_plans import prompts_of
+from hf_attn_plugins.star.context_rows import is_context
 from hf_attn_plugins.star.options import StarOptions
 from hf_attn_plugins.star.plan import DENSE_BELOW, Plan
 
@@ -14,13 +15,15 @@ def decide(call: CallFacts, options: StarOptions) -> Decision:
     Without a block size, prompts below `plan.DENSE_BELOW` tokens are dense; so is a prompt whose blocks see everything.
     `options` are those of the call's layer.
     """
-    later = later_rows(call)
+    goes_on = is_context(call.start)
+    later = None if goes_on else later_rows(call)
     if later is not None:
         return later
-    lengths = _lengths(call)
+    earlier = [call.start or 0] * call.batch if goes_on else []  # tokens of a context whose later rows these are
+    lengths = [call.start + call.rows] * call.batch if goes_on and call.start else _lengths(call)
     plans = [options.plan_of(n) for n in lengths]
     sparse = [plan for plan in plans if not plan.is_dense]
-    causal = causal_pairs(lengths)
+    causal = causal_pairs(lengths) - causal_pairs(earlier)
     if not sparse:
         return Decision("dense", _why_dense(max(plans, key=lambda plan: plan.length), options), {}, causal, causal)
     heads = len(options.layer_heads)
@@ -40,6 +43,7 @@ def decide(call: CallFacts, options: StarOptions) -> Decision:
     dense = len(plans) - len(sparse)
     reason = f"{dense} of {len(plans)} prompts are dense: one block each" if dense else ""
     attended = sum(plan.attended_pairs() for plan in plans)
+    attended -= sum(options.plan_of(n).attended_pairs() for n in earlier)
     if heads and call.kv_heads:
         attended += (causal - attended) * heads // call.kv_heads
     return Decision("star", reason, sizes, attended, causal)

@@ -3,6 +3,7 @@
 | the call | function | kernel calls |
 |---|---|---|
 | one row, or rows after cached keys (decoding, a second turn) | `dense` | 1 |
+| rows after cached keys that go on with a context (`star.encode` with dense heads) | `context_rows` | a plan |
 | a kernel that takes a plan in one launch, no predicate | `one_launch` | 1 |
 | a layer with dense heads otherwise | `by_heads` | 1, and those of a row below |
 | a mask with a predicate or a bias, or an offset that a traced graph cannot read | `as_predicate` | 1 |
@@ -32,6 +33,7 @@ from hf_attn_plugins.kernels.attend_blocks import attend_blocks
 from hf_attn_plugins.kernels.attend_rectangles import attend_rectangles
 from hf_attn_plugins.kernels.bound_attend import BoundAttend
 from hf_attn_plugins.star.batch_plans import masked, plans_of, prompts_of
+from hf_attn_plugins.star.context_rows import context_rows, is_context
 from hf_attn_plugins.star.dense_heads import by_heads, check_heads, folded, repeated, unfolded
 from hf_attn_plugins.star.options import StarOptions
 from hf_attn_plugins.star.plan import Plan
@@ -69,7 +71,11 @@ def attention(
     kernel = BoundAttend(scale, softcap, dropout, options.kernel)
     rows, num_keys = query.shape[2], key.shape[2]
     unknown_start = torch.compiler.is_compiling() and isinstance(mask.offset, Tensor)
-    if rows < 2 or (not unknown_start and mask.start(rows, num_keys) > 0):
+    start = None if unknown_start else mask.start(rows, num_keys)
+    if is_context(start):
+        rest = functools.partial(context_rows, plan=options.plan_of(num_keys), kernel=kernel)
+        return by_heads(query, key, value, mask, options.layer_heads, full=kernel, rest=rest)
+    if rows < 2 or (start or 0) > 0:
         return dense(query, key, value, mask, kernel)
     if mask.prefix:
         raise NotImplementedError(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from hf_attn_plugins.eval import command, runner
+from hf_attn_plugins.eval.network import network
 from hf_attn_plugins.eval.records import Appender, Generation, Prediction, RunFolder, Speed
 
 from hf_attn_plugins import cli
@@ -295,6 +296,19 @@ def test_the_network_stays_off_unless_asked_for(model, tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             evaluate(model, tmp_path / "run", *words)
         assert seen.get("HF_HUB_OFFLINE") == expected and "HF_HUB_OFFLINE" not in os.environ
+
+
+def test_the_network_goes_off_in_libraries_that_were_imported_before(monkeypatch):
+    import datasets
+    import huggingface_hub
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    for online in (False, True):
+        with network(online):
+            assert huggingface_hub.is_offline_mode() is not online
+            assert datasets.config.HF_HUB_OFFLINE is not online
+        assert not huggingface_hub.is_offline_mode() and not datasets.config.HF_HUB_OFFLINE
 
 
 def launched(model: Path, out: Path, *more: str) -> subprocess.CompletedProcess:

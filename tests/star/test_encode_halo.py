@@ -160,21 +160,6 @@ def test_implementations_without_mask_tensors_take_a_block_a_forward(monkeypatch
     assert_close(layers_of(cache), masked(model, ids, Plan(CONTEXT, 4, 2, 0, 6)), **exact("llama"))
 
 
-def test_dense_heads_are_refused() -> None:
-    """A plan that hides nothing is what dense heads see, so it is encoded."""
-    model = tiny("llama", implementation="star_attention")
-    hap.configure(model, "star_attention", dense_heads=[[], [1]])
-    cache = star.encode(model, tokens(8), block_size=8, anchor_size=4, halo_size=3)
-    for call in (
-        lambda: star.encode(model, tokens(CONTEXT), block_size=8, anchor_size=4),
-        lambda: star.append(model, cache, tokens(20)),
-    ):
-        with pytest.raises(NotImplementedError, match=r"dense_heads, but star\.encode .* dense_heads=None"):
-            call()
-    hap.configure(model, "star_attention", dense_heads=None)
-    assert star.append(model, cache, tokens(20)).get_seq_length() == 28
-
-
 def test_an_anchor_longer_than_block_and_halo_is_refused() -> None:
     with pytest.raises(ValueError, match="anchor_size=12 is larger than block_size=8 and halo_size=3"):
         star.encode(tiny("llama"), tokens(20), block_size=8, anchor_size=12, halo_size=3)

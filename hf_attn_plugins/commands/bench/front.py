@@ -8,8 +8,10 @@ after another, so that a table never mixes what cannot be compared.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
+import random
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from hf_attn_plugins.bench.hardware import describe
+from hf_attn_plugins.bench.timing import synchronize
 from hf_attn_plugins.commands.bench.front_report import report
 from hf_attn_plugins.commands.bench.front_rows import Row, rows_for
 from hf_attn_plugins.core.staging import put
@@ -205,17 +208,19 @@ class Front:
             })  # fmt: skip
 
     def speed(self, length: int, index: int, rows: list[Row]) -> None:
-        """One prefill of every row and of the baseline, one after another; seconds."""
+        """One prefill of every row and of the baseline, in an order drawn anew for every round; seconds."""
         model, _ = self.model()
         ids, base = self.prose(0, length)[None].to(model.device), backbone(model)
-        if index == 0:
-            base(ids[:, :256], use_cache=False)
-        dense = Row(BASELINE, BASELINE)
+        order = [Row(BASELINE, BASELINE), *rows]
+        random.Random(index).shuffle(order)
         with torch.inference_mode():
-            for row in (dense, *rows):
+            base(ids[:, :256], use_cache=False)
+            for row in order:
                 with use(model, row.attn, **row.options):
+                    gc.collect()
                     start = time.perf_counter()
                     base(ids, use_cache=False)
+                    synchronize(ids.device)
                     self.add("speed", length, row, index, time.perf_counter() - start)
 
     def passkeys(self, length: int, index: int, rows: list[Row]) -> None:

@@ -26,6 +26,7 @@ class Record:
         max_length: positions that the rotary frequencies were frozen for (matters to `dynamic` and `longrope` only).
         model: fingerprint of the model that encoded it.
         halo_size: as in `Plan`.
+        dense_heads: key heads that see everything before them, as in `StarOptions`; None for none.
     """
 
     context_ids: Tensor
@@ -34,6 +35,7 @@ class Record:
     max_length: int
     model: str
     halo_size: int = 0
+    dense_heads: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def length(self) -> int:
@@ -43,6 +45,22 @@ class Record:
     def plan(self) -> Plan:
         """The plan of the context, without a query."""
         return Plan(self.length, self.block_size, self.anchor_size, halo_size=self.halo_size)
+
+    @property
+    def heads_differ(self) -> bool:
+        """Whether some heads see what the plan hides from others."""
+        return self.dense_heads is not None and not self.plan.is_dense
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The same as options of `star_attention`."""
+        return {
+            "block_size": self.block_size,
+            "anchor_size": self.anchor_size,
+            "halo_size": self.halo_size,
+            "query_size": 0,
+            "dense_heads": self.dense_heads,
+        }
 
 
 DynamicLayer: Any = dynamic_layer()

@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_attn_plugins.hf.configure import use
 from hf_attn_plugins.hf.models.evaluating import evaluating
 from hf_attn_plugins.hf.models.unwrap import language_model
+from hf_attn_plugins.star.context_rows import in_context
 from hf_attn_plugins.star.hf.cache import Layers, Record, as_ids, cache_of, layers_of, record_of
 from hf_attn_plugins.star.hf.encoder import Encoder
 from hf_attn_plugins.star.hf.fingerprint import fingerprint
-from hf_attn_plugins.star.hf.model import check_model, dense, follows_length, frozen_rope, refuse_dense_heads
+from hf_attn_plugins.star.hf.model import check_model, dense, follows_length, frozen_rope, stored_heads
+from hf_attn_plugins.star.options import heads_of
 from hf_attn_plugins.star.plan import Plan, plan_for
 
 Progress = bool | Callable[[int, int], None]
@@ -32,6 +35,7 @@ def encode(
     block_size: int | None = None,
     anchor_size: int | None = None,
     halo_size: int | None = None,
+    dense_heads: Sequence[Sequence[int]] | None = None,
     batch_blocks: int = 1,
     max_length: int | None = None,
     progress: Progress = False,
@@ -44,6 +48,9 @@ def encode(
         context_ids: (L,) or (B, L) token ids, unpadded, with the beginning-of-sequence token if the model wants one.
         block_size, anchor_size, halo_size: tokens, as in `Plan`. None: block and anchor by L, and no halo (`plan_for`);
             the sizes in the model's config belong to the stateless form and are not read.
+        dense_heads: for every layer the key heads that see everything before them, as in `StarOptions`; [] for none.
+            None: those in the model's config, where `hap.tune` leaves them. The model then runs with the kernels of
+            star_attention, whatever its own implementation, over everything encoded so far.
         batch_blocks: blocks encoded in one forward; activations grow with it. Blocks with a halo depend on each other
             and are encoded in order: a forward takes a run of this many blocks or of `encoder.RUN_TOKENS` tokens, what
             is longer, and fewer where the run's mask would have more than `encoder.MOST_PAIRS` pairs.
@@ -59,14 +66,15 @@ def encode(
         (`cache=cache` from Transformers 5.24 on).
 
     Raises:
-        NotImplementedError: the model's context is not made of causal keys and values, or its config names dense
-            heads (`model.check_model`, `model.refuse_dense_heads`).
-        ValueError: sizes out of range, or a resume folder that holds something else.
+        NotImplementedError: the model's context is not made of causal keys and values (`model.check_model`).
+        ValueError: sizes or heads out of range, a resume folder that holds something else, or dense heads in a model
+            that star_attention cannot run in.
     """
     model, ids = language_model(model), as_ids(context_ids, "context_ids")
     sizes = plan_for(ids.shape[1], block_size, anchor_size, 0, halo_size)
     longest = max(ids.shape[1], max_length or 0) if follows_length(model) else 0
-    record = Record(ids, sizes.block_size, sizes.anchor_size, longest, fingerprint(model), sizes.halo_size)
+    heads = stored_heads(model) if dense_heads is None else heads_of(dense_heads)
+    record = Record(ids, sizes.block_size, sizes.anchor_size, longest, fingerprint(model), sizes.halo_size, heads)
     return _continue(model, record, None, batch_blocks, progress, resume)
 
 
@@ -109,7 +117,6 @@ def _continue(
     folder: str | Path | None,
 ) -> Any:
     check_model(model)
-    refuse_dense_heads(model, record.plan)
     if batch_blocks < 1:
         raise ValueError(f"batch_blocks={batch_blocks}: at least 1 block is encoded at a time.")
     store = None
@@ -121,7 +128,7 @@ def _continue(
     encoder = Encoder(model, record, done)
     with (
         _reporter(progress, record.length) as report,
-        dense(model),
+        _attention(model, record),
         frozen_rope(model, record.max_length),
         torch.no_grad(),
         evaluating(model),
@@ -136,6 +143,17 @@ def _continue(
     if store is not None:
         store.finish()
     return cache_of(encoder.layers, record)
+
+
+@contextlib.contextmanager
+def _attention(model: Any, record: Record) -> Iterator[None]:
+    """The model with what encodes `record`: its own attention cut into blocks, or star's where heads differ."""
+    if not record.heads_differ:
+        with dense(model):
+            yield
+        return
+    with use(model, "star_attention", **record.options), in_context():
+        yield
 
 
 @contextlib.contextmanager

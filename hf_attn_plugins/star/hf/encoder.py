@@ -4,6 +4,9 @@ Block 1 is run alone. Its first keys and values are the anchor; every later bloc
 cache that holds the anchor and the block's halo, and only the block's own keys and values are kept (paper, algorithm 1,
 the anchor reused). Without a halo later blocks do not depend on each other, so several can be rows of one batch. Under
 a halo they do: several blocks in a row are then one forward over anchor and halo, with the plan as a mask.
+
+Dense heads need every key before a block, so such a run is one forward over all that is encoded, without a mask: which
+head sees which key is `star.context_rows`' work.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ class Encoder:
 
     def __init__(self, model: nn.Module, record: Record, done: Layers | None) -> None:
         self.model, self.plan, self.ids = decoder(model), record.plan, record.context_ids
+        self.heads_differ = record.heads_differ
         self.whole_model = model
         self.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
         self.layers: Layers = []
@@ -43,7 +47,7 @@ class Encoder:
     def step(self, batch_blocks: int) -> None:
         """Encode what is missing of the current block, and as many later blocks as go into the same forward."""
         first = self.done
-        if self.plan.halo_size:
+        if self.plan.halo_size or self.heads_differ:
             count, end = 1, self._end_of_run(batch_blocks)
         else:
             count, end = self._batch(batch_blocks)
@@ -63,11 +67,12 @@ class Encoder:
         return 1, min(block + plan.block_size, plan.length)
 
     def _end_of_run(self, batch_blocks: int) -> int:
-        """Under a halo: where a run of blocks ends that is one forward."""
+        """Where blocks depend on each other: where a run of blocks ends that is one forward."""
         plan, size = self.plan, self.plan.block_size
         block = self.done // size * size
         end = block + max(batch_blocks, RUN_TOKENS // size) * size
-        if end > plan.dense_end:  # these rows need a mask: rows * (reach + rows) pairs at most
+        if end > plan.dense_end and not self.heads_differ:
+            # These rows need a mask, of rows * (reach + rows) pairs at most.
             reach = min(plan.anchor_size + plan.halo_size, plan.length)
             rows = (math.isqrt(reach**2 + 4 * MOST_PAIRS) - reach) // 2 if takes_mask_tensors(self.whole_model) else 0
             end = min(end, max(plan.dense_end, block + size, block + rows // size * size))
@@ -82,10 +87,13 @@ class Encoder:
         cache = cache_of([(self._past(k, runs, count), self._past(v, runs, count)) for k, v in self.layers])
         several_blocks = count == 1 and end > self.plan.block(first // self.plan.block_size).stop
         plan = self.plan if several_blocks and end > self.plan.dense_end else None
+        masks = None
+        if not self.heads_differ:
+            masks = block_masks(self.whole_model, past, own[:1] if count == 1 else own, plan)
         self.model(
             input_ids=ids,
             position_ids=own,
-            attention_mask=block_masks(self.whole_model, past, own[:1] if count == 1 else own, plan),
+            attention_mask=masks,
             use_cache=True,
             **{cache_keyword(self.model): cache},
         )
@@ -103,7 +111,7 @@ class Encoder:
     def _past_runs(self, first: int) -> list[range]:
         """Positions before `first` that its block sees, anchor and near tokens: one run where they meet."""
         anchor, near = self.plan.anchor, self.plan.near(first // self.plan.block_size)
-        if near.start <= anchor.stop:
+        if near.start <= anchor.stop or self.heads_differ:
             return [range(first)]
         return [anchor, range(near.start, first)] if near.start < first else [anchor]
 

@@ -12,13 +12,16 @@ from torch import Tensor
 
 from hf_attn_plugins.core.files import digest, read_json
 from hf_attn_plugins.star.hf.cache import Layers
+from hf_attn_plugins.star.options import heads_of
 
 MANIFEST = "star.json"
 FORMAT = 1
 TOKENS = re.compile(r"tokens-[0-9]{9,}-[0-9]{9,}\.safetensors")
 DIGEST = re.compile(r"[0-9a-f]{64}")
-CONSTANT = ("model", "batch", "block_size", "anchor_size", "max_length", "halo_size")  # the same in every file
-SINCE_THEN = {"halo_size": 0}  # fields that older folders lack, and what they mean there
+# The same in every file.
+CONSTANT = ("model", "batch", "block_size", "anchor_size", "max_length", "halo_size", "dense_heads")
+# Fields that older folders lack, and what they mean there.
+SINCE_THEN: dict[str, Any] = {"halo_size": 0, "dense_heads": None}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -52,6 +55,10 @@ def _wrong(manifest: dict[str, Any]) -> str | None:
             f"anchor_size {manifest['anchor_size']} is larger than block_size {manifest['block_size']} and halo_size "
             f"{manifest['halo_size']} together"
         )
+    try:
+        heads_of(manifest["dense_heads"])
+    except ValueError as error:
+        return str(error)
     if not isinstance(manifest.get("model"), str) or not isinstance(manifest.get("tokenizer", ""), str):
         return "the fingerprint of the model or of the tokenizer is no text"
     if not isinstance(manifest.get("complete"), bool) or not isinstance(manifest.get("files"), list):

@@ -51,18 +51,12 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def refuse_dense_heads(model: nn.Module, plan: Plan) -> None:
-    """Raise NotImplementedError where the config names key heads that see everything and the plan hides a token."""
+def stored_heads(model: nn.Module) -> tuple[tuple[int, ...], ...] | None:
+    """The key heads that the model's config names as dense, of every layer, or None."""
     config = text_config(model)
     where = f"hf_attn_plugins['star_attention'] in the config ({type(config).__name__})"
     options: Any = StarOptions.of(stored_options(config, "star_attention"), where)
-    if plan.is_dense or options.dense_heads is None:
-        return
-    raise NotImplementedError(
-        f"{where} names dense_heads, but star.encode shows a block the same keys in every head. Call the model with "
-        'context and question in one prompt (attn_implementation="star_attention"), or encode without them: '
-        'hap.configure(model, "star_attention", dense_heads=None).'
-    )
+    return options.dense_heads
 
 
 def windows(model: nn.Module) -> tuple[int | None, bool]:

@@ -16,7 +16,7 @@ from hf_attn_plugins.star.hf.ask import ask
 from hf_attn_plugins.star.hf.encode import encode as encode_context
 
 TASK = "star-text-generation"
-_ENCODE = ("block_size", "anchor_size", "halo_size", "batch_blocks", "max_length", "progress", "resume")
+_ENCODE = ("block_size", "anchor_size", "halo_size", "dense_heads", "batch_blocks", "max_length", "progress", "resume")
 
 
 def register_pipeline() -> None:
@@ -35,7 +35,8 @@ class StarTextGenerationPipeline(Pipeline):
     Args:
         context: the text to ask about, or a list of texts.
         question, questions: what is asked of each text; one, or several over one encoding.
-        block_size, anchor_size, halo_size, batch_blocks, max_length, progress, resume: as in `star.encode`.
+        block_size, anchor_size, halo_size, dense_heads, batch_blocks, max_length, progress, resume: as in
+            `star.encode`.
         together: questions generated in one batch.
         separator: what stands between context and question, a blank line by default.
         system: a system message, for tokenizers with a chat template.

@@ -16,6 +16,7 @@ from hf_attn_plugins.star.hf.cache import Layers, Record, cache_of, layers_of, r
 from hf_attn_plugins.star.hf.fingerprint import fingerprint, tokenizer_fingerprint
 from hf_attn_plugins.star.hf.manifest import CONSTANT, FORMAT, MANIFEST, TOKENS, file_name, read, read_manifest
 from hf_attn_plugins.star.hf.model import text_config
+from hf_attn_plugins.star.options import heads_of
 
 
 class Store:
@@ -140,9 +141,8 @@ def load(folder: str | Path, model: nn.Module, *, tokenizer: Any = None) -> Any:
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
         raise ValueError(f"{folder} is damaged: it holds token ids outside of the vocabulary 0 .. {vocabulary - 1}.")
     device = embedding.weight.device
-    record = Record(
-        ids, *(manifest[name] for name in ("block_size", "anchor_size", "max_length", "model", "halo_size"))
-    )
+    sizes = {name: manifest[name] for name in ("block_size", "anchor_size", "max_length", "model", "halo_size")}
+    record = Record(ids, **sizes, dense_heads=heads_of(manifest["dense_heads"]))
     return cache_of([(key.to(device), value.to(device)) for key, value in layers], record)
 
 
@@ -155,6 +155,7 @@ def about(record: Record) -> dict[str, Any]:
         "block_size": record.block_size,
         "anchor_size": record.anchor_size,
         "halo_size": record.halo_size,
+        "dense_heads": None if record.dense_heads is None else [list(heads) for heads in record.dense_heads],
         "max_length": record.max_length,
     }
 

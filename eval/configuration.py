@@ -10,26 +10,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from hf_attn_plugins.hf.compat import registered_names
-from hf_attn_plugins.hf.inputs.load import DEMO, options_from
+from hf_attn_plugins.hf.inputs.arguments import DEMO, DTYPES, Attention, attention, split_attn
 from hf_attn_plugins.hf.inputs.texts import read_text
-from hf_attn_plugins.plugins import PLUGINS
 
+from .arguments import CHATS
 from .baselines import BASELINES
-from .prompts import CHATS
 from .tasks import names_of
 from .tasks.paths import split_paths
-
-DTYPES = ("bfloat16", "float16", "float32")
-
-
-@dataclass(frozen=True)
-class Attention:
-    """One attention implementation under evaluation; `label` is what the user wrote."""
-
-    label: str
-    implementation: str
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -132,40 +119,7 @@ def attentions(words: Sequence[Any]) -> tuple[Attention, ...]:
     Raises:
         ValueError: an unknown implementation, option or value.
     """
-    return tuple(_attention(str(word)) for word in words)
-
-
-def split_attn(text: str) -> list[str]:
-    """The entries of a comma-separated list whose entries may hold commas themselves: "a,b:x=1,y=2,c" has three."""
-    entries: list[str] = []
-    for word in filter(None, (part.strip() for part in text.split(","))):
-        if "=" in word and ":" not in word and entries and ":" in entries[-1]:
-            entries[-1] += "," + word
-        else:
-            entries.append(word)
-    return entries
-
-
-def _attention(label: str) -> Attention:
-    name, _, rest = label.partition(":")
-    options = options_from([word for word in rest.split(",") if word])
-    chosen = PLUGINS.get(name) or BASELINES.get(name)
-    if chosen is None:
-        known = ["eager", *registered_names()]
-        if name not in known:
-            names = dict.fromkeys([*PLUGINS, *BASELINES, "eager", "sdpa"])
-            raise ValueError(
-                f"no attention {name!r}: choose one of {', '.join(names)}, or another of Transformers' names."
-            )
-        if options:
-            raise ValueError(f"{label!r}: {name} takes no options.")
-        return Attention(label, name)
-    fields = chosen.options_type().names()
-    unknown = sorted(set(options) - set(fields))
-    if unknown:
-        raise ValueError(f"{label!r}: {name} has no option {', '.join(unknown)}; it takes {', '.join(fields)}.")
-    chosen.options_type()(**options)
-    return Attention(label, name, options)
+    return tuple(attention(str(word), BASELINES) for word in words)
 
 
 def _value(name: str, value: Any) -> Any:

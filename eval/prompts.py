@@ -10,12 +10,12 @@ from typing import Any
 
 from hf_attn_plugins.hf.inputs.chat import Rendered, common, common_end, ids, opening, render
 
+from .arguments import CHATS
 from .fitting import largest
 
 __all__ = ["CHATS", "Parts", "Prompter", "digest", "opening"]
 
 logger = logging.getLogger("hf_attn_plugins")
-CHATS = ("auto", "yes", "no")
 NEIGHBOURS = 8  # cuts of the filler, in characters, that are tried beside the first before tokens are left out
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # what part of a character is decoded to
 

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 from hf_attn_plugins._version import __version__ as __version__
 from hf_attn_plugins.core.lazy import lazy
 from hf_attn_plugins.hf.register import register, register_plugin, unregister
-from hf_attn_plugins.plugins import PLUGINS, Plugin
+from hf_attn_plugins.plugins import PLUGINS, Plugin, PluginTable
 
 if TYPE_CHECKING:
     from hf_attn_plugins import cqs, indexed, kernels, parallel, star, tiled
     from hf_attn_plugins.hf.check import check
-    from hf_attn_plugins.hf.compare import compare
+    from hf_attn_plugins.hf.compare import compare, compare_all
     from hf_attn_plugins.hf.configure import configure, use
+    from hf_attn_plugins.hf.continuous import continuous_batching
     from hf_attn_plugins.hf.inputs.load import demo_folder
     from hf_attn_plugins.hf.intercept import intercept
     from hf_attn_plugins.hf.trace import trace
@@ -28,8 +29,10 @@ __all__ = [
     "Plugin",
     "check",
     "compare",
+    "compare_all",
     "configure",
     "context_parallel",
+    "continuous_batching",
     "cqs",
     "demo_folder",
     "indexed",
@@ -51,8 +54,10 @@ __all__ = [
 _VERBS = {
     "check": "hf.check",
     "compare": "hf.compare",
+    "compare_all": "hf.compare",
     "configure": "hf.configure",
     "context_parallel": "parallel.hf.session",
+    "continuous_batching": "hf.continuous",
     "demo_folder": "hf.inputs.load",
     "intercept": "hf.intercept",
     "trace": "hf.trace",
@@ -67,9 +72,9 @@ __getattr__, __dir__ = lazy(
 )
 
 
-def plugins() -> list[Plugin]:
-    """The attention implementations that can be named, as rows of the table that README and command line show."""
-    return list(PLUGINS.values())
+def plugins() -> PluginTable:
+    """The attention implementations that can be named: a list of the table's rows, which prints as the table."""
+    return PluginTable(PLUGINS.values())
 
 
 register()

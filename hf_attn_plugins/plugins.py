@@ -66,6 +66,30 @@ class Plugin:
         return {name: f"{x.__module__}:{x.__qualname__}" if callable(x) else x for name, x in row.items()}
 
 
+class PluginTable(list[Plugin]):
+    """Rows of the plugin table: a list that prints as a table."""
+
+    def _cells(self) -> tuple[list[str], list[list[str]]]:
+        heads = ["attn_implementation=", "exact", "what it does", "options"]
+        rows = [
+            [row.name, "yes" if row.exact else "no", row.summary, ", ".join(row.options_type().names())] for row in self
+        ]
+        return heads, rows
+
+    def __str__(self) -> str:
+        from hf_attn_plugins.ui.shown import text_table
+
+        heads, rows = self._cells()
+        return "\n".join(text_table(heads, rows, words=len(heads)))
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        from hf_attn_plugins.ui.shown import html_table
+
+        return html_table("Attentions of hf_attn_plugins", *self._cells(), words=4)
+
+
 PLUGINS: dict[str, Plugin] = {
     plugin.name: plugin
     for plugin in (
@@ -116,7 +140,12 @@ def plugin(name: str) -> Plugin:
         ValueError: there is none; the message lists those there are.
     """
     if name not in PLUGINS:
-        raise ValueError(f"{name!r} is no plugin of hf_attn_plugins: choose one of {', '.join(PLUGINS)}.")
+        from hf_attn_plugins.ui.suggest import did_you_mean
+
+        raise ValueError(
+            f"{name!r} is no plugin of hf_attn_plugins{did_you_mean(name, PLUGINS)}: choose one of "
+            f"{', '.join(PLUGINS)}."
+        )
     return PLUGINS[name]
 
 

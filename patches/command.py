@@ -21,6 +21,7 @@ from hf_attn_plugins.checkpoint.write import (
     write_copy,
     write_in_place,
 )
+from hf_attn_plugins.hf.inputs.arguments import DEMO
 
 
 def recipe(name: str) -> ModuleType:
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in RECIPES:
         module = recipe(name)
         own = commands.add_parser(name, help=module.SUMMARY, description=module.SUMMARY)
-        own.add_argument("source", metavar="SRC", help="a checkpoint folder, or a hub id in the local cache")
+        own.add_argument("source", metavar="SRC", help=f"a checkpoint folder, a hub id in the local cache, or {DEMO}")
         own.add_argument("destination", type=Path, nargs="?", metavar="DST", help="a new folder")
         own.add_argument(
             "--in-place", action="store_true", help="change SRC itself; what is replaced is kept for --undo"
@@ -78,6 +79,12 @@ def run(arguments: argparse.Namespace) -> None:
 def _patch(arguments: argparse.Namespace) -> None:
     if arguments.in_place == (arguments.destination is not None) and not arguments.dry_run:
         raise ValueError("give either a new folder DST or --in-place.")
+    if arguments.source == DEMO:
+        from hf_attn_plugins.hf.inputs.load import demo_folder
+
+        if arguments.in_place:
+            raise ValueError(f"{DEMO} is the copy that all commands share: write to a new folder DST.")
+        arguments.source = str(demo_folder())
     source = open_source(arguments.source)
     if arguments.in_place:
         refuse_in_place(source)
@@ -103,6 +110,10 @@ def _diff(source: Source, patch: Patch) -> str:
     after = as_json(patch.config).decode().splitlines()
     lines = list(difflib.unified_diff(before, after, f"a/{CONFIG}", f"b/{CONFIG}", lineterm=""))
     lines += [f"+++ b/{name}: new, {size / 1e6:.1f} MB" for name, (_, size) in patch.extra.items()]
+    for name, content in patch.rewritten.items():
+        old = (source.folder / name).read_text(encoding="utf-8") if name in source.files else ""
+        new = content.decode("utf-8").splitlines()
+        lines += difflib.unified_diff(old.splitlines(), new, f"a/{name}", f"b/{name}", lineterm="")
     return "\n".join([*lines, "dry run: nothing was written."])
 
 

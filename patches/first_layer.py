@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hf_attn_plugins.checkpoint.card import needs_tables, with_section
 from hf_attn_plugins.checkpoint.config import naming
 from hf_attn_plugins.checkpoint.source import Source
 from hf_attn_plugins.checkpoint.write import Patch
@@ -65,6 +66,7 @@ def plan(source: Source, arguments: argparse.Namespace) -> Patch:
         [*audit.reasons, *gain.lines()],
         {TABLES: (write, size + 4096)},
         partial(_verify, original, text),
+        with_section(source.folder, "tables", needs_tables()),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from hf_attn_plugins.checkpoint.config import naming
 from hf_attn_plugins.checkpoint.source import CONFIG, Source
 from hf_attn_plugins.checkpoint.write import Patch
-from hf_attn_plugins.hf.inputs.load import add_trust_argument, read_config
+from hf_attn_plugins.hf.inputs.arguments import add_trust_argument
 
 SUMMARY = "fix a RoPE that changes with length (dynamic, longrope) at one length"
 KINDS = ("dynamic", "longrope")
@@ -117,6 +117,8 @@ def _verify(before: Path, after: Path, length: int, trust: bool) -> None:
     """The frozen frequencies equal the changing ones at `length`, and no longer depend on it."""
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    from hf_attn_plugins.hf.inputs.load import read_config
 
     old, new = (read_config(folder, trust_remote_code=trust).get_text_config() for folder in (before, after))
 

@@ -9,14 +9,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hf_attn_plugins.checkpoint.card import CARD, needs_import, with_section
 from hf_attn_plugins.checkpoint.source import Source
 from hf_attn_plugins.checkpoint.write import Patch
-from hf_attn_plugins.hf.check import check
-from hf_attn_plugins.hf.inputs.load import add_trust_argument, model_without_weights, read_config
+from hf_attn_plugins.hf.inputs.arguments import add_trust_argument
 from hf_attn_plugins.hf.register import register
 from hf_attn_plugins.hf.saved_choice import FIELD
-from hf_attn_plugins.hf.tuning.report import read_options
 from hf_attn_plugins.plugins import PLUGINS, plugin
+from hf_attn_plugins.ui.suggest import did_you_mean
 
 SUMMARY = "write attn_implementation and the plugin's options into config.json"
 
@@ -55,14 +55,18 @@ def plan(source: Source, arguments: argparse.Namespace) -> Patch:
     Raises:
         ValueError: an unknown plugin, option, value or part, or a model in which the plugin could not take effect.
     """
+    from hf_attn_plugins.hf.tuning.report import read_options
+
     name, tuned = (arguments.attn, {}) if arguments.tuned is None else read_options(arguments.tuned)
     chosen = plugin(name)
     given = {k.removeprefix("option_"): v for k, v in vars(arguments).items() if k.startswith("option_")}
     given = {name: value for name, value in given.items() if value is not None}
-    unknown = sorted(set(given) - {option.name for option in dataclasses.fields(chosen.options_type())})
+    taken = chosen.options_type().names()
+    unknown = sorted(set(given) - set(taken))
     if unknown:
         flags = ", ".join("--" + name.replace("_", "-") for name in unknown)
-        raise ValueError(f"{chosen.name} does not take {flags}.")
+        hint = did_you_mean(unknown[0], taken).replace("_", "-")
+        raise ValueError(f"{chosen.name} does not take {flags}{hint}.")
     options = chosen.options_type()(**{**tuned, **given}).as_dict()
     config = copy.deepcopy(source.config)
     parts = [_part(config, name) for name in arguments.part or ()]
@@ -80,6 +84,7 @@ def plan(source: Source, arguments: argparse.Namespace) -> Patch:
     notes = [
         f"attention: {chosen.name} {where}, {'options ' + json.dumps(options) if options else 'default options'}.",
         "Needs `import hf_attn_plugins` before from_pretrained; an explicit attn_implementation= there still wins.",
+        f"{CARD} tells whoever receives the checkpoint what to install and import.",
         "save_pretrained keeps the choice where hf_attn_plugins is imported, unless another attention was set since.",
     ]
     if not chosen.exact:
@@ -89,7 +94,8 @@ def plan(source: Source, arguments: argparse.Namespace) -> Patch:
         _verify(folder, chosen.name, parts, options, arguments.trust_remote_code)
 
     asked = {"attn": chosen.name, "parts": parts, "options": options}
-    return Patch("set-attention", asked, config, notes, verify=verify)
+    card = with_section(source.folder, "attention", needs_import(chosen.name, chosen.exact, options))
+    return Patch("set-attention", asked, config, notes, verify=verify, rewritten=card)
 
 
 def _parts(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -107,7 +113,9 @@ def _part(config: dict[str, Any], name: str) -> str:
 
 def _verify(folder: Path, name: str, parts: list[str], options: dict[str, Any], trust: bool) -> None:
     """Build the model without weights from the new config and see that the plugin and its options reach it."""
+    from hf_attn_plugins.hf.check import check
     from hf_attn_plugins.hf.compat import config_carries_attention, implementation_of
+    from hf_attn_plugins.hf.inputs.load import model_without_weights, read_config
 
     if not config_carries_attention():
         raise ValueError(

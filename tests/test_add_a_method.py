@@ -92,7 +92,9 @@ def test_the_pages_trace_counts_the_pairs_that_it_attends(page):
 
 
 def test_the_pages_commands_know_the_method(page):
-    assert re.search(r"│ sliding_window +│ .*arXiv", page["printed"]), "no row in `hf-attn list`"
+    assert re.search(r"^sliding_window$(\n  .*)*\n  source .*arXiv", page["printed"], re.MULTILINE), (
+        "no row in `hf-attn list`"
+    )
     assert page["status"] == 0
     metrics = (page["runs"] / "metrics.json").read_text(encoding="utf-8")
     assert "sliding_window:window=16" in metrics and (page["runs"] / "report.md").is_file()

@@ -148,7 +148,7 @@ BAD = {
     "unknown method": (("plan", "ring"), "choose one of cqs, star, tiled"),
     "unknown option": (("list", "--jsn"), "unrecognized"),
     "no such model": (("compare", "nowhere"), "no model folder 'nowhere'"),
-    "no such model to check": (("check", "./nowhere"), "no such folder"),
+    "no such model to check": (("check", "./nowhere"), "no model folder './nowhere'"),
     "unknown plugin": (("compare", "MODEL", "--attn", "tilled"), "choose one of tiled_attention"),
     "unknown plugin to check": (("check", "MODEL", "--attn", "tilled"), "choose one of tiled_attention"),
     "unknown plugin option": (("compare", "MODEL", "--option", "blocks=3", "--length", "50"), "no option blocks"),
@@ -185,3 +185,24 @@ def test_a_short_text_is_named(capsys, model_folder, tmp_path):
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     status, _, err = run(capsys, "compare", model_folder, "--text", tmp_path / "binary.txt", "--length", 50)
     assert status == 2 and "not UTF-8" in err
+
+
+def test_compare_several_and_a_gate(capsys, model_folder, tmp_path):
+    words = ("compare", model_folder, "--dtype", "float32", "--repeats", 2, "--length", "40,200")
+    words += ("--attn", "tiled_attention:kernel=aten,star_attention:block_size=32,anchor_size=4")
+    status, out, err = run(capsys, *words, "--max-kl", "1e-5", "--min-top1", "0.5", "--json", tmp_path / "all.json")
+    assert status == 1 and "what ran:" in out and out.index("what ran:") < out.index("same first choice")
+    faults = [line for line in err.splitlines() if line]
+    assert faults and all("star_attention" in line and "mean KL" in line for line in faults)
+    found = json.loads((tmp_path / "all.json").read_text())["comparisons"]
+    assert [(each["tokens"], each["plugin"]["name"]) for each in found] == [
+        (40, "tiled_attention"), (40, "star_attention"), (200, "tiled_attention"), (200, "star_attention"),
+    ]  # fmt: skip
+    status, _, err = run(capsys, *words[:8], "--length", 40, "--max-kl", "1e-3")
+    assert status == 0 and err == ""
+
+
+def test_version(capsys):
+    for flag in ("--version", "-V"):
+        status, out, _ = run(capsys, flag)
+        assert status == 0 and out.startswith("hf-attn-plugins ")

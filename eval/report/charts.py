@@ -6,6 +6,7 @@ dark and print; every series has a marker of its own too. Each chart carries a t
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ SHAPES = (  # around the origin, about as heavy as a disc of radius 1
     "M-1-1h2l-2 2h2z",  # hourglass
 )
 
-Cells = Mapping[tuple[int, int], float]
+Cells = Mapping[tuple[int, int], tuple[float, str]]
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def plot(
     joined: bool = True,
     dodge: bool = False,
     level: float | None = None,
+    edges: Sequence[tuple[float, int]] = (),
 ) -> str:
     """Points with their intervals as bars.
 
@@ -76,8 +78,12 @@ def plot(
         joined: with lines between a series' points.
         dodge: series side by side, where x has steps.
         level: y of a line across, such as that of no difference.
+        edges: x of lines from top to bottom, and the number of the series that they belong to.
     """
     body = _frame(x, y)
+    for at_x, number in edges:
+        style = Series("", number, ()).style
+        body += f'<path class="edge {style}" d="M{_x(x, at_x):.1f} {TOP}V{BOTTOM}"/>'
     if level is not None:
         body += f'<path class="level" d="M{LEFT} {_y(y, level):.1f}H{RIGHT}"/>'
     for index, one in enumerate(series):
@@ -98,8 +104,14 @@ def plot(
     return _svg(title, description, body)
 
 
-def heat_map(title: str, description: str, columns: Sequence[str], rows: Sequence[str], cells: Cells) -> str:
-    """Cells of 0.0 - 1.0 by (row, column) with their numbers; a cell without a value stays empty."""
+def heat_map(
+    title: str, description: str, columns: Sequence[str], rows: Sequence[str], cells: Cells, number: int = 0
+) -> str:
+    """Cells by (row, column): their value, 0.0 - 1.0, and its text; a cell without a value is an outline.
+
+    Args:
+        number: of the series whose colour the cells have.
+    """
     wide, high = (RIGHT - LEFT) / len(columns), min(30.0, (BOTTOM - TOP) / len(rows))
     body = f'<text class="name" x="{LEFT}" y="20">needle depth, %</text>'
     for index, text in enumerate(rows):
@@ -108,15 +120,21 @@ def heat_map(title: str, description: str, columns: Sequence[str], rows: Sequenc
     for index, text in enumerate(columns):
         body += f'<text class="tick" x="{LEFT + (index + 0.5) * wide:.1f}" y="{bottom + 16:.1f}">{escape(text)}</text>'
     body += f'<text class="name" x="{RIGHT}" y="{bottom + 34:.1f}" text-anchor="end">tokens</text>'
-    for (row, column), value in cells.items():
+    drawn = ""
+    for row, column in itertools.product(range(len(rows)), range(len(columns))):
         x, y = LEFT + column * wide, TOP + row * high
-        strength = 0.06 + 0.9 * value
-        shade = " strong" if strength > 0.72 else " middle" if strength > 0.58 else ""  # where its text must change
-        body += (
-            f'<rect class="heat" x="{x + 1:.1f}" y="{y + 1:.1f}" width="{wide - 2:.1f}" height="{high - 2:.1f}" rx="3" '
-            f'fill-opacity="{strength:.2f}"/><text class="value{shade}" '
-            f'x="{x + wide / 2:.1f}" y="{y + high / 2 + 4:.1f}">{100 * value:.0f}</text>'
+        box = f'x="{x + 1:.1f}" y="{y + 1:.1f}" width="{wide - 2:.1f}" height="{high - 2:.1f}" rx="3"'
+        if (row, column) not in cells:
+            drawn += f'<rect class="none" {box}/>'
+            continue
+        value, text = cells[row, column]
+        strength = 0.06 + 0.6 * value  # light enough for dark text in print and in light mode
+        shade = " strong" if strength > 0.5 else ""  # where the text must change in dark mode
+        drawn += (
+            f'<rect class="heat" {box} fill-opacity="{strength:.2f}"/><text class="value{shade}" '
+            f'x="{x + wide / 2:.1f}" y="{y + high / 2 + 4:.1f}">{escape(text)}</text>'
         )
+    body += f'<g class="{Series("", number, ()).style}">{drawn}</g>'
     return _svg(title, description, body, int(bottom + 44))
 
 

@@ -12,19 +12,7 @@ from ..records import Prediction, RunFolder
 from . import leaderboard, page, tables
 from .samples import sample_data
 from .summary import summarise_folder
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that hf-attn eval wrote")
-    parser.add_argument(
-        "--out", metavar="DIR", help="where leaderboard.md and .html go; the runs' common folder by default"
-    )
-    parser.add_argument(
-        "--allow-different",
-        action="store_true",
-        help="join runs of different models, tasks or lengths all the same; the leaderboard then says what differs",
-    )
+from .verdict import verdicts
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -56,11 +44,13 @@ def finish(path: str | Path) -> dict[str, Any]:
 
 
 def show(metrics: Mapping[str, Any], path: str | Path) -> None:
-    """Print the headline table and where the report lies."""
+    """Print the headline table, where the report lies, and at the end the verdicts."""
     from rich.console import Console
 
     Console().print(tables.terminal(tables.brief(metrics)))
     print(f"report: {Path(path) / 'report.html'} (and report.md, metrics.json beside it)")
+    for one in verdicts(metrics):
+        print(f"{one.attn}: {one.text}.")
 
 
 def _join(arguments: argparse.Namespace) -> None:
@@ -76,9 +66,8 @@ def _join(arguments: argparse.Namespace) -> None:
             f"these runs do not ask the same: they differ in {'; in '.join(unlike)}. Their scores cannot be ranked; "
             "--allow-different joins them and says so."
         )
-    notes = [
-        f"These runs do not ask the same, so their rows cannot be ranked: they differ in {text}." for text in unlike
-    ]
+    notes = [f"These runs do not ask the same, so their rows cannot be ranked: they differ in {'; in '.join(unlike)}."]
+    notes = notes if unlike else []
     config, metrics = leaderboard.join(runs)
     title = f"Leaderboard of {len(runs)} runs"
     environment = leaderboard.common_environment(runs)

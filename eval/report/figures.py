@@ -71,6 +71,32 @@ def fine_ratio(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.4f}" if value < 100 else f"{value:.0f}"
 
 
+def change(ratio: float) -> str:
+    """A ratio as a change in per cent: 1.17 -> +17 %, 0.985 -> −1.5 %."""
+    percent = 100 * (ratio - 1)
+    digits = 0 if abs(percent) >= 9.95 else 1
+    return f"{percent:+.{digits}f} %".replace("-", MINUS)
+
+
+def within_noise(row: Mapping[str, Any], name: str = "speed_up") -> bool:
+    """Whether the rounds of a speed-up do not tell which is faster: they lie on both sides of 1.
+
+    Of a single round, and where an earlier version kept no rounds, differences below five per cent say nothing.
+    """
+    low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
+    if low is None or high is None or low == high:
+        return bool(abs(row[name] - 1) < 0.05)
+    return bool(low <= 1 <= high)
+
+
+def speed(row: Mapping[str, Any], name: str = "speed_up") -> str:
+    """A speed-up with its smallest and largest round: 1.43× (1.35 – 1.52)."""
+    low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
+    if row.get(name) is None or low is None or high is None or low == high:
+        return ratio(row.get(name))
+    return f"{ratio(row[name])} ({low:.2f}{SPACE}{NOTHING}{SPACE}{high:.2f})"
+
+
 def perplexity(value: float | None) -> str:
     """Four significant digits."""
     return NOTHING if value is None else f"{value:.4g}"

@@ -83,10 +83,18 @@ def _speed(row: Row) -> str:
     if row.get("speed_up") is None:
         return ""
     up, at = row["speed_up"], f"{row['speed_length']:,} tokens"
-    if 0.995 <= up < 1.005:
-        return f"prefills {at} as fast"
+    if figures.within_noise(row):
+        return f"prefills {at} as fast, within noise"
     times = figures.ratio(max(up, 1 / up))
-    return f"prefills {at} {times} {'faster' if up > 1 else 'slower'}"
+    return f"prefills {at} {times} {'faster' if up > 1 else 'slower'}{_rounds(row, up)}"
+
+
+def _rounds(row: Row, up: float) -> str:
+    low, high = row.get("speed_up_low"), row.get("speed_up_high")
+    if low is None or high is None or low == high:
+        return ""
+    ends = (low, high) if up > 1 else (1 / high, 1 / low)
+    return f" (rounds from {ends[0]:.2f} to {ends[1]:.2f})"
 
 
 def _likelihood(row: Row) -> str:

@@ -54,7 +54,8 @@ def agreement_rows(labels: list[str], samples: Mapping[str, Sample], predictions
             done = list(_finished(found[label], lambda one: one.kl.get("mean")).values())
             errors = sum(one.error is not None for one in found[label].values())
             row = {"task": task, "length": length, "attn": label, "n": len(done), **_agreement(done)}
-            rows.append({**row, "errors": errors, "buckets": _agreement_buckets(done)})
+            plans = list(dict.fromkeys(one.plan for one in done if one.plan))
+            rows.append({**row, "errors": errors, "plans": plans, "buckets": _agreement_buckets(done)})
     return rows
 
 

@@ -7,6 +7,7 @@
   const form = document.querySelector(".filters");
   if (!form || !data.samples) return;
 
+  const shorts = data.names ?? data.attentions;
   const list = document.getElementById("list");
   const swatches = [...document.getElementById("swatches").content.children];
   const samples = data.samples.map(prepare);
@@ -109,7 +110,7 @@
   function answer(group, sample) {
     const one = group[0];
     const names = group.map(({ attention }) =>
-      element("span", "name", swatches[attention].cloneNode(true), element("span", "", data.attentions[attention])));
+      element("span", "name", swatches[attention].cloneNode(true), element("span", "", shorts[attention])));
     const head = element("h4", "", element("span", "names", ...names));
     if (one.score !== null) head.append(element("span", "score", `${Number((100 * one.score).toFixed(1))} %`));
     const body = one.error !== null ? element("p", "failed", one.error) : element("p", "text", ...pieces(one, sample));
@@ -159,7 +160,7 @@
   const distinct = (name) => [...new Set(samples.map((sample) => sample[name]))];
   fill("task", distinct("task").sort().map((task) => [task, task]));
   fill("length", distinct("length").sort((a, b) => a - b).map((n) => [n, n.toLocaleString("en")]));
-  fill("attention", data.attentions.map((label, index) => [index, label]));
+  fill("attention", shorts.map((name, index) => [index, name]));
   form.addEventListener("input", filter);
   form.addEventListener("submit", (event) => event.preventDefault());
   form.addEventListener("reset", () => setTimeout(filter)); // the values are back only after this event
@@ -171,4 +172,17 @@
     });
   }
   filter();
+})();
+
+// On paper the tables are open; on the screen they are as they were before.
+(() => {
+  let opened = [];
+  addEventListener("beforeprint", () => {
+    opened = [...document.querySelectorAll("details.folded:not([open])")];
+    for (const part of opened) part.open = true;
+  });
+  addEventListener("afterprint", () => {
+    for (const part of opened) part.open = false;
+    opened = [];
+  });
 })();

@@ -12,10 +12,13 @@ from typing import Any
 
 from hf_attn_plugins.plugins import PLUGINS
 
-from . import charts, figures, sections, tables
+from . import charts, figures, sections, speed_sections, tables
 from .charts import Series
 from .findings import sentences
-from .tables import Table
+from .html import breakable, folded, side_by_side, table
+from .names import renamed, short_names
+from .verdict import verdicts
+from .words import MEANINGS, task_meaning
 
 Row = Mapping[str, Any]
 HERE = Path(__file__).parent
@@ -43,11 +46,16 @@ class Report:
 
     @property
     def numbers(self) -> dict[str, int]:
-        """Attention -> number of its colour and marker, 0 for the (first) baseline."""
-        first = self.baselines[0]
-        labels = [row["attn"] for row in self.metrics["overall"]]
+        """Short name -> number of its colour and marker, 0 for the (first) baseline."""
+        first = self.names.get(self.baselines[0], self.baselines[0])
+        labels = [self.names[row["attn"]] for row in self.metrics["overall"]]
         others = [label for label in labels if label != first]
         return {label: 0 if label == first else others.index(label) + 1 for label in labels}
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Attention -> short name; the same for every part of the page."""
+        return short_names(row["attn"] for row in self.metrics["overall"])
 
     @property
     def baselines(self) -> list[str]:
@@ -58,13 +66,21 @@ class Report:
 def render(report: Report) -> str:
     """The whole page."""
     parts = {
+        "kicker": "Long-context evaluation",
         "title": escape(report.title),
         "style": (HERE / "page.css").read_text(encoding="utf-8"),
         "script": (HERE / "page.js").read_text(encoding="utf-8"),
         "about": _about(report),
         "body": _body(report),
-        "data": embedded(report.samples),
+        "data": embedded({**report.samples, "names": [report.names[label] for label in report.samples["attentions"]]})
+        if report.samples
+        else embedded({}),
     }
+    return filled(parts)
+
+
+def filled(parts: Mapping[str, str]) -> str:
+    """page.html with HTML in the places of `parts`: kicker, title, style, about, body, data, script."""
     template = (HERE / "page.html").read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)  # one pass: values are never read again
 
@@ -82,25 +98,27 @@ def _about(report: Report) -> str:
 
 def _facts(report: Report) -> str:
     shown = tables.facts(report.config, report.environment)
-    items = "".join(f"<div><dt>{escape(name)}</dt><dd>{_breakable(text)}</dd></div>" for name, text in shown)
+    items = "".join(f"<div><dt>{escape(name)}</dt><dd>{breakable(text)}</dd></div>" for name, text in shown)
     return f'<dl class="facts">{items}</dl>'
 
 
 def _body(report: Report) -> str:
-    metrics, numbers = report.metrics, report.numbers
+    metrics, numbers = renamed(report.metrics, report.names), report.numbers
     legend = _legend(numbers)
+    position = sections.position_charts(metrics, numbers)
+    edges = EDGES if any('class="edge' in chart.svg for chart in position) else ""
     parts = [
-        ("overview", "Overview", _overview(report)),
+        ("overview", "Overview", _overview(report, metrics)),
         ("scores", "Score over length", _charts(sections.score_charts(metrics, numbers), legend, SCORES)),
-        ("trade", "Score against speed-up", _charts(sections.trade_charts(metrics, numbers), legend, TRADE)),
+        ("trade", "Score against speed-up", _charts(speed_sections.trade_charts(metrics, numbers), legend, TRADE)),
         ("depth", "Needle depth", _charts(sections.depth_charts(metrics, numbers), "", DEPTH)),
         (
             "position",
             "KL and perplexity by position",
-            _charts(sections.position_charts(metrics, numbers), legend, POSITION),
+            _charts(position, legend, POSITION + edges),
         ),
-        ("speed", "Speed and memory", _charts(sections.speed_charts(metrics, numbers), legend, SPEED)),
-        ("tables", "All numbers", "".join(map(_folded, tables.details(metrics)))),
+        ("speed", "Speed and memory", _charts(speed_sections.speed_charts(metrics, numbers), legend, SPEED)),
+        ("tables", "All numbers", "".join(map(folded, tables.details(metrics)))),
         ("errors", "Errors", _errors(report)),
         ("samples", "Samples", _samples(report, numbers)),
         ("run", "How it was run", _facts(report)),
@@ -108,7 +126,8 @@ def _body(report: Report) -> str:
     shown = [(name, head, body) for name, head, body in parts if body]
     links = "".join(f'<li><a href="#{name}">{head}</a></li>' for name, head, _ in shown)
     notes = "".join(f'<p class="warning">{escape(note)}</p>' for note in report.notes)
-    return f'{notes}<nav aria-label="Sections"><ul>{links}</ul></nav>' + "".join(
+    nav = f'<nav aria-label="Sections"><ul>{links}</ul></nav>'
+    return f"{notes}{_verdicts(report, metrics)}{nav}" + "".join(
         f'<section id="{name}" aria-labelledby="{name}-head"><h2 id="{name}-head">{head}</h2>{body}</section>'
         for name, head, body in shown
     )
@@ -118,30 +137,54 @@ SCORES = "Mean score of each task, from ten samples on with its 95 % bootstrap i
 TRADE = (
     "Further up is more accurate, further right is faster; bars are 95 % intervals of the score, from ten samples on."
 )
-DEPTH = "Mean score in per cent by place of the needle: 0 % is the beginning of the context, 100 % its end."
-POSITION = "Next-token predictions on the same text, in buckets of positions; lower is closer and better."
-SPEED = "Medians; ratios to the baseline within the same round (or sample), above 1 is faster."
+DEPTH = (
+    "Mean score in per cent by place of the needle, below ten samples a count: 0 % is the beginning of the context, "
+    "100 % its end. An empty cell had no sample."
+)
+POSITION = (
+    "Next-token predictions on the same text, in buckets of positions; lower is closer and better. KL: how far the "
+    "predicted probabilities are from the baseline's, 0 is equal, above 0.1 shows in the answers."
+)
+EDGES = (
+    " Dashed lines are the edges of an attention's blocks: the first tokens of a block see little of the text just "
+    "before them, so they suffer most."
+)
+SPEED = "Medians, bars from the slowest to the fastest round; ratios to the baseline, above 1 is faster."
 
 
-def _overview(report: Report) -> str:
-    metrics, numbers = report.metrics, report.numbers
-    said = "".join(
-        f"<li>{charts.swatch(Series(label, numbers[label], ()))}<span><strong>{_breakable(label)}</strong> "
-        f"{escape(text)}</span></li>"
-        for label, text in sentences(metrics)
-    )
-    table = tables.headline(metrics)
-    badges = {entry["label"]: _badge(entry.get("implementation")) for entry in report.config["attn"]}
-    names = {
-        label: f"{charts.swatch(Series(label, number, ()))} <span>{_breakable(label)} {badges.get(label, '')}</span>"
-        for label, number in numbers.items()
-    }
+def _verdicts(report: Report, metrics: Row) -> str:
+    """One line for each attention that a person can act on, and the numbers behind it."""
+    numbers, why = report.numbers, dict(sentences(metrics))
+    badges = {report.names[entry["label"]]: _badge(entry.get("implementation")) for entry in report.config["attn"]}
+    items = ""
+    for one in verdicts(metrics):
+        swatch = charts.swatch(Series(one.attn, numbers[one.attn], ()))
+        because = f"<p>It {escape(why[one.attn])}</p>" if one.attn in why else ""
+        items += (
+            f'<li class="{one.grade}">{swatch}<div><strong>{breakable(one.attn)}</strong> {badges.get(one.attn, "")} '
+            f'<span class="verdict">{escape(one.text)}.</span>{because}</div></li>'
+        )
+    return f'<ul class="verdicts" aria-label="Verdicts">{items}</ul>' if items else ""
+
+
+def _overview(report: Report, metrics: Row) -> str:
+    numbers, full = report.numbers, {short: label for label, short in report.names.items()}
+    headline = tables.headline(metrics)
+    names = {}
+    for label, number in numbers.items():
+        code = f"<code>{breakable(full[label])}</code>" if full.get(label, label) != label else ""
+        swatch = charts.swatch(Series(label, number, ()))
+        names[label] = f"{swatch} <span>{breakable(label)} {code}</span>"
     many = [row for row in metrics["overall"] if not figures.few(row, "pairs")]
     names_of_ends = ("difference_low", "difference_high", "difference")
     reach = max((abs(row[name] or 0) for row in many for name in names_of_ends), default=0)
-    rulers = {row["attn"]: _ruler(row, reach) for row in many if row["attn"] not in report.baselines}
-    findings = f'<ul class="findings">{said}</ul>' if said else ""
-    return f"{findings}{_table(table, 'headline', names, rulers)}<p class=note>{escape(table.note)}</p>"
+    baselines = metrics.get("baselines", [metrics["baseline"]])
+    rulers = {row["attn"]: _ruler(row, reach) for row in many if row["attn"] not in baselines}
+    meanings = "".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in MEANINGS.items())
+    return (
+        f"{table(headline, 'headline', names, rulers)}{side_by_side(headline)}"
+        f'<p class=note>{escape(headline.note)}</p><h3>What the words mean</h3><dl class="facts words">{meanings}</dl>'
+    )
 
 
 def _badge(implementation: str | None) -> str:
@@ -170,46 +213,24 @@ def _ruler(row: Row, reach: float) -> str:
 
 def _legend(numbers: Mapping[str, int]) -> str:
     items = (
-        f"<li>{charts.swatch(Series(label, number, ()))}{_breakable(label)}</li>" for label, number in numbers.items()
+        f"<li>{charts.swatch(Series(label, number, ()))}{breakable(label)}</li>" for label, number in numbers.items()
     )
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
 def _charts(made: Sequence[sections.Chart], legend: str, note: str) -> str:
     figures = "".join(
-        f"<figure><figcaption>{_breakable(chart.caption)}</figcaption>{chart.svg}"
-        f"<details><summary>Data</summary>{_table(chart.data)}</details></figure>"
+        f"<figure><figcaption>{breakable(chart.caption)}{_meaning(chart.caption)}</figcaption>{chart.svg}"
+        f"<details><summary>Data</summary>{table(chart.data)}</details></figure>"
         for chart in made
     )
-    return f'<p class="note">{note}</p>{legend}<div class="charts">{figures}</div>' if made else ""
+    columns = {1: "one", 2: "two", 4: "two"}.get(len(made), "three")  # no row of charts with a hole in it
+    return f'<p class="note">{note}</p>{legend}<div class="charts {columns}">{figures}</div>' if made else ""
 
 
-def _folded(table: Table) -> str:
-    note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
-    rows = f'<span class="count">{len(table.rows)} rows</span>'
-    return f"<details class=folded><summary>{escape(table.title)} {rows}</summary>{note}{_table(table)}</details>"
-
-
-def _table(
-    table: Table, kind: str = "", names: Mapping[str, str] | None = None, rulers: Mapping[str, str] | None = None
-) -> str:
-    heads = "".join(
-        f'<th scope="col"{"" if i < table.words else " class=number"}>{escape(head)}</th>'
-        for i, head in enumerate(table.heads)
-    )
-    body = ""
-    for row in table.rows:
-        label = row[0]
-        body += f'<tr><th scope="row"><div>{(names or {}).get(label, _breakable(label))}</div></th>'
-        for index, (head, text) in enumerate(zip(table.heads[1:], row[1:]), 1):
-            ruler = (rulers or {}).get(label, "") if head.startswith("difference") else ""
-            style = "" if index < table.words else " class=number"
-            body += f'<td{style} data-head="{escape(head)}">{ruler}<span>{_breakable(text)}</span></td>'
-        body += "</tr>"
-    return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="{escape(table.title)}"><table class="{kind}">'
-        f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+def _meaning(caption: str) -> str:
+    said = task_meaning(caption)
+    return f" <small>{said}</small>" if said else ""
 
 
 def _errors(report: Report) -> str:
@@ -225,10 +246,6 @@ def _errors(report: Report) -> str:
 def _samples(report: Report, numbers: Mapping[str, int]) -> str:
     if not report.samples:
         return ""
-    swatches = "".join(charts.swatch(Series(label, numbers[label], ())) for label in report.samples["attentions"])
+    shorts = [report.names[label] for label in report.samples["attentions"]]
+    swatches = "".join(charts.swatch(Series(label, numbers[label], ())) for label in shorts)
     return (HERE / "samples.html").read_text(encoding="utf-8").replace("{{swatches}}", swatches)
-
-
-def _breakable(text: str) -> str:
-    """A label may break before its options."""
-    return re.sub(r"([:,/])(?=\w)", r"\1<wbr>", escape(text))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from . import axes, charts, figures
+from .answers import PARTS
 from .charts import Point, Series
 from .tables import Table
 
 Row = Mapping[str, Any]
 KL_FLOOR = 1e-8  # nats; below it is rounding
+MOST_EDGES = 16  # blocks of a text whose edges are drawn
 
 
 @dataclass(frozen=True)
@@ -39,80 +42,61 @@ def depth_charts(metrics: Row, numbers: Numbers) -> list[Chart]:
     """Needle depth x length, one heat map per attention."""
     lengths = sorted({row["length"] for row in metrics["depths"]})
     depths = sorted({(row["begin"], row["end"]) for row in metrics["depths"]})
+    if any(end > begin for begin, end in depths):  # parts of the context: those without a needle are shown as empty
+        depths = sorted({*depths, *((part / PARTS, (part + 1) / PARTS) for part in range(PARTS))})
     made = []
     for label in numbers:
         rows = [row for row in metrics["depths"] if row["attn"] == label]
         if not rows:
             continue
-        cells = {(depths.index((row["begin"], row["end"])), lengths.index(row["length"])): row["mean"] for row in rows}
+        cells = {
+            (depths.index((row["begin"], row["end"])), lengths.index(row["length"])): (row["mean"], _cell(row))
+            for row in rows
+        }
         worst = min(rows, key=lambda row: row["mean"])
         words = f"Mean score by needle depth and prompt length for {label}. Lowest: {_at_depth(worst)}."
         heads, names = [axes.short(length) for length in lengths], [_depth(*place) for place in depths]
         data = Table(label, ["length", "depth, %", "n", "score, %"], [_depth_cells(row) for row in rows], words=2)
-        made.append(Chart(label, charts.heat_map(f"Needle depth, {label}", words, heads, names, cells), data))
+        drawn = charts.heat_map(f"Needle depth, {label}", words, heads, names, cells, numbers[label])
+        made.append(Chart(label, drawn, data))
     return made
 
 
 def position_charts(metrics: Row, numbers: Numbers) -> list[Chart]:
     """KL and perplexity over the position in the text, for each task and length."""
     made = []
+    values = [bucket["kl"] for row in metrics["agreement"] for bucket in row["buckets"]]
+    kl = axes.decades("nats", values, floor=KL_FLOOR) if values else None  # the same for every length
     for task, length in sorted({(row["task"], row["length"]) for row in metrics["agreement"] if row["buckets"]}):
         rows = [row for row in metrics["agreement"] if (row["task"], row["length"]) == (task, length)]
         found = {row["attn"]: [(b, b["kl"]) for b in row["buckets"]] for row in rows}
-        values = [kl for buckets in found.values() for _, kl in buckets]
         caption = f"KL to the baseline, {_text(metrics['agreement'], task, length)}"
-        made.append(_over_position(caption, found, numbers, axes.decades("nats", values, floor=KL_FLOOR), figures.nats))
-    for length, found in _perplexities(metrics).items():
-        values = [value for buckets in found.values() for _, value in buckets]
+        edges = [(at, numbers[row["attn"]]) for row in rows if row["attn"] in numbers for at in block_edges(row)]
+        assert kl is not None
+        made.append(_over_position(caption, found, numbers, kl, figures.nats, edges))
+    perplexities = _perplexities(metrics)
+    values = [value for found in perplexities.values() for buckets in found.values() for _, value in buckets]
+    for length, found in perplexities.items():
         axis = axes.linear("perplexity", values, lambda value: f"{value:g}")
         made.append(_over_position(f"Perplexity, {length}", found, numbers, axis, figures.perplexity))
     return made
 
 
-def trade_charts(metrics: Row, numbers: Numbers) -> list[Chart]:
-    """Score against prefill speed-up, at every length that has both; over all tasks."""
-    speed = {(row["length"], row["attn"]): row["speed_up"] for row in metrics["speed"] if row["speed_up"]}
-    rows = [row for row in metrics["lengths"] if (row["length"], row["attn"]) in speed]
-    made = []
-    for length in sorted({row["length"] for row in rows}):
-        here = [row for row in rows if row["length"] == length]
-        made.append(
-            _trade(f"{length:,} tokens", here, {attn: up for (at, attn), up in speed.items() if at == length}, numbers)
-        )
-    if not rows:  # no length was both timed and scored: the average score against the speed-up at the longest length
-        overall = [row for row in metrics["overall"] if row.get("speed_up") and row["score"] is not None]
-        named = [{**row, "mean": row["score"], "low": row["score_low"], "high": row["score_high"]} for row in overall]
-        if named:
-            caption = f"mean score, speed-up at {named[0]['speed_length']:,} tokens"
-            made.append(_trade(caption, named, {row["attn"]: row["speed_up"] for row in named}, numbers))
-    return made
-
-
-def speed_charts(metrics: Row, numbers: Numbers) -> list[Chart]:
-    """Speed-up of prefill and decoding, and peak memory, over length."""
-    wanted: tuple[tuple[str, str, str, Callable[[float | None], str], float], ...] = (
-        ("Prefill speed-up", "speed_up", "times as fast", figures.ratio, 1),
-        ("Decode speed-up", "decode_speed_up", "times as fast", figures.ratio, 1),
-        ("Peak memory", "peak_bytes", "MiB", figures.size, 2**20),
-    )
-    made = []
-    for caption, name, unit, text, scale in wanted:
-        rows = [row for row in metrics["speed"] if row[name] is not None]
-        if rows:
-            values = [{**row, "mean": row[name] / scale, "said": text(row[name])} for row in rows]
-            axis = axes.linear(unit, [row["mean"] for row in values], lambda value: f"{value:g}", include=(0,))
-            level = 1.0 if name != "peak_bytes" else None
-            made.append(_steps(caption, values, numbers, axis, lambda row: row["said"], level))
-    return made
+def block_edges(row: Row) -> list[int]:
+    """Where the blocks of an attention begin in its text, from the plan that ran; none where they are very many."""
+    sizes = [int(found[1]) for plan in row.get("plans") or () if (found := re.search(r"block_size (\d+)", plan))]
+    if not sizes or row["length"] / sizes[0] > MOST_EDGES:
+        return []
+    return list(range(sizes[0], row["length"], sizes[0]))
 
 
 def _over_length(caption: str, rows: Sequence[Row], numbers: Numbers) -> Chart:
-    values = [{**row, **{name: _hundred(row[name]) for name in ("mean", "low", "high")}} for row in rows if row["n"]]
+    values = [{**row, **{name: hundred(row[name]) for name in ("mean", "low", "high")}} for row in rows if row["n"]]
     axis = axes.linear("score, %", (), lambda value: f"{value:g}", include=(0, 100))
-    return _steps(caption, values, numbers, axis, lambda row: f"{row['mean']:.1f}")
+    return steps_chart(caption, values, numbers, axis, lambda row: f"{row['mean']:.1f}{_of(row)}")
 
 
-def _steps(
+def steps_chart(
     caption: str,
     rows: Sequence[Row],
     numbers: Numbers,
@@ -139,7 +123,7 @@ def _steps(
     data = Table(
         caption, ["length", "attention", y.name], [[f"{r['length']:,}", r["attn"], text(r)] for r in rows], words=2
     )
-    words = f"{y.name} over length. " + _ends(series)
+    words = f"{y.name} over length. " + ends_text(series)
     return Chart(caption, charts.plot(caption, words, series, x, y, dodge=True, level=level), data)
 
 
@@ -149,6 +133,7 @@ def _over_position(
     numbers: Numbers,
     y: axes.Axis,
     text: Callable[[float | None], str],
+    edges: Sequence[tuple[int, int]] = (),
 ) -> Chart:
     end = max(bucket["end"] for buckets in found.values() for bucket, _ in buckets)
     x = axes.positions("position, tokens", int(end))
@@ -170,25 +155,10 @@ def _over_position(
         for bucket, value in buckets
     ]
     data = Table(caption, ["from", "to", "attention", y.name], rows, words=3)
-    return Chart(caption, charts.plot(caption, f"{caption}, by position. " + _ends(series), series, x, y), data)
-
-
-def _trade(caption: str, rows: Sequence[Row], speed: Mapping[str, float], numbers: Numbers) -> Chart:
-    ratios = [1.0, *speed.values()]
-    x = axes.linear("prefill speed-up", (0.95 * min(ratios), 1.05 * max(ratios)), lambda value: f"{value:g}×")
-    ends = [100 * end for row in rows for end in (row["mean"], *figures.interval(row)) if end is not None]
-    y = axes.linear("score, %", ends, lambda value: f"{value:g}")
-    series = []
-    for row in rows:
-        mean, low, high = map(_hundred, (row["mean"], *figures.interval(row)))
-        said = f"{_score(row)} at {figures.ratio(speed[row['attn']])}"
-        series.append(
-            Series(row["attn"], numbers[row["attn"]], [Point(speed[row["attn"]], mean or 0.0, said, low, high)])
-        )
-    cells = [[row["attn"], figures.ratio(speed[row["attn"]]), _score(row)] for row in rows]
-    data = Table(caption, ["attention", "prefill speed-up", "score, %"], cells)
-    words = "Score against prefill speed-up, upper right is better. " + _ends(series)
-    return Chart(caption, charts.plot(caption, words, series, x, y, joined=False), data)
+    words = f"{caption}, by position. " + ends_text(series)
+    if edges:
+        words += f" Blocks begin at {', '.join(f'{at:,}' for at in sorted({at for at, _ in edges}))}."
+    return Chart(caption, charts.plot(caption, words, series, x, y, edges=edges), data)
 
 
 def _perplexities(metrics: Row) -> dict[str, dict[str, list[tuple[Row, float]]]]:
@@ -209,7 +179,7 @@ def _text(rows: Sequence[Row], task: str, length: int) -> str:
     return ("" if len({row["task"] for row in rows}) == 1 else f"{task}, ") + f"{length:,} tokens"
 
 
-def _ends(series: Iterable[Series]) -> str:
+def ends_text(series: Iterable[Series]) -> str:
     return " ".join(
         f"{one.label}: from {one.points[0].text} to {one.points[-1].text}."
         if len(one.points) > 1
@@ -235,10 +205,20 @@ def _depth_cells(row: Row) -> list[str]:
     return [f"{row['length']:,}", _depth(row["begin"], row["end"]), str(row["n"]), figures.percent(row["mean"])]
 
 
-def _score(row: Row) -> str:
+def _cell(row: Row) -> str:
+    """A cell of a heat map: the score in per cent, a count where samples are few."""
+    return f"{round(row['mean'] * row['n'], 1):g}/{row['n']}" if figures.few(row) else f"{100 * row['mean']:.0f}"
+
+
+def _of(row: Row) -> str:
+    """How many samples a score rests on, where they are few: " (1 of 2)"."""
+    return f" ({round(row['mean'] / 100 * row['n'], 2):g} of {row['n']})" if figures.few(row) else ""
+
+
+def score_text(row: Row) -> str:
     """The mean in per cent, or a count where samples are few."""
     return figures.score(row) if figures.few(row) else figures.percent(row["mean"])
 
 
-def _hundred(share: float | None) -> float | None:
+def hundred(share: float | None) -> float | None:
     return None if share is None else 100 * share

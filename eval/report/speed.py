@@ -28,6 +28,8 @@ def speed_rows(
 ) -> list[Row]:
     """One row per (length, attn): median seconds, peak bytes, and medians of (baseline's seconds / these) per pair.
 
+    `speed_up_low` and `speed_up_high` are the smallest and the largest of those ratios.
+
     Taken from the timed rounds; where a run has none, from the seconds of its generations, else from its losses
     (`source` says which): those were not repeated, and each pair is one sample.
     """
@@ -41,8 +43,9 @@ def speed_rows(
 
 def headline(row: Row) -> Row:
     """The columns of a speed row that the headline table shows."""
-    names = ("speed_up", "first_token_speed_up", "decode_speed_up", "peak_bytes", "memory_ratio")
-    return {"speed_length": row["length"], "speed_source": row["source"], **{name: row[name] for name in names}}
+    names = [f"{name}{end}" for name in STAGES.values() for end in ("", "_low", "_high")]
+    names += ["peak_bytes", "memory_ratio"]
+    return {"speed_length": row["length"], "speed_source": row["source"], **{name: row.get(name) for name in names}}
 
 
 def _timing(one: Any, samples: Mapping[str, Sample]) -> _Timing:
@@ -68,7 +71,10 @@ def _rows(labels: list[str], baseline: str, timings: Sequence[_Timing], source: 
             row: Row = {"length": length, "attn": label, "n": len(own), "source": source}
             row |= {stage: _median(one.seconds.get(stage) for one in own.values()) for stage in STAGES}
             for stage, name in STAGES.items():
-                row[name] = _median(_ratio(b.seconds.get(stage), a.seconds.get(stage)) for a, b in pairs)
+                ratios = [_ratio(b.seconds.get(stage), a.seconds.get(stage)) for a, b in pairs]
+                known = [ratio for ratio in ratios if ratio is not None]
+                row[name] = _median(ratios)
+                row |= {f"{name}_low": min(known, default=None), f"{name}_high": max(known, default=None)}
             row["peak_bytes"] = _median(one.peak_bytes for one in own.values())
             row["memory_ratio"] = _median(_ratio(a.peak_bytes, b.peak_bytes) for a, b in pairs)
             rows.append(row)

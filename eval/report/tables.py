@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import figures
+from .verdict import verdicts
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -39,13 +40,13 @@ def brief(metrics: Row) -> Table:
         ("answer\nnats", lambda row: _signed_answer(row, metrics)),
         ("KL,\nnats", lambda row: figures.nats(row["kl"])),
         ("ppl\nratio", lambda row: figures.fine_ratio(row["perplexity_ratio"])),
-        ("prefill", lambda row: figures.ratio(row.get("speed_up"))),
+        ("prefill", lambda row: figures.ratio(row.get("speed_up")) + _noise(row)),
         ("peak\nmemory", lambda row: figures.ratio(row.get("memory_ratio"))),
         ("errors", lambda row: str(row["errors"] or figures.NOTHING)),
     ]
     note = (
         "Differences are paired: in points with 95 % intervals, counts below ten; answer: nats by which a token "
-        "of the reference is less likely; prefill: times as fast; memory: of the baseline's."
+        "of the reference is less likely; prefill: times as fast, ~ within noise; memory: of the baseline's."
     )
     return _table(f"Against {metrics['baseline']}", columns, metrics["overall"], note)
 
@@ -65,8 +66,8 @@ def headline(metrics: Row) -> Table:
         ("KL, nats", lambda row: figures.nats(row["kl"])),
         ("perplexity", lambda row: figures.perplexity(row["perplexity"])),
         ("perplexity ratio", lambda row: figures.fine_ratio(row["perplexity_ratio"])),
-        (f"prefill speed-up{at}", lambda row: figures.ratio(row.get("speed_up"))),
-        ("decode speed-up", lambda row: figures.ratio(row.get("decode_speed_up"))),
+        (f"prefill speed-up{at}", figures.speed),
+        ("decode speed-up", lambda row: figures.speed(row, "decode_speed_up")),
         ("peak memory", figures.memory),
         ("errors", lambda row: str(row["errors"] or figures.NOTHING)),
         ("what ran", lambda row: "; ".join(row.get("plans") or ()) or figures.NOTHING),
@@ -122,10 +123,10 @@ def details(metrics: Row) -> list[Table]:
         ("attention", lambda row: row["attn"]),
         ("n", lambda row: str(row["n"])),
         ("prefill", lambda row: figures.seconds(row["prefill"])),
-        ("speed-up", lambda row: figures.ratio(row["speed_up"])),
+        ("speed-up", figures.speed),
         ("first token", lambda row: figures.seconds(row["first_token"])),
         ("decode, per token", lambda row: figures.seconds(row["decode_per_token"])),
-        ("decode speed-up", lambda row: figures.ratio(row["decode_speed_up"])),
+        ("decode speed-up", lambda row: figures.speed(row, "decode_speed_up")),
         ("peak memory", figures.memory),
     ]
     tokens = {(row["task"], row["length"], row["attn"]): row for row in metrics["generation"]}
@@ -167,8 +168,10 @@ def facts(config: Row, environment: Row) -> list[tuple[str, str]]:
 
 
 def markdown(title: str, config: Row, environment: Row, metrics: Row, errors: Sequence[str] = ()) -> str:
-    """report.md: what was run, the headline, every table, the first errors."""
+    """report.md: what was run, the verdicts, the headline, every table, the first errors."""
     page = [f"# {title}", "", *(f"- {name}: {_plain(text)}" for name, text in facts(config, environment))]
+    said = [f"- **{_plain(one.attn)}**: {_plain(one.text)}." for one in verdicts(metrics)]
+    page += ["", "## Verdicts", "", *said] if said else []
     for table in (headline(metrics), *details(metrics)):
         page += ["", f"## {table.title}", "", *markdown_lines(table)]
         page += ["", table.note] if table.note else []
@@ -226,6 +229,11 @@ def _signed_answer(row: Row, metrics: Row) -> str:
     """Without its interval, and without a word for the baseline: the terminal is narrow."""
     text = _answer_difference(row, metrics)
     return figures.NOTHING if text == BASELINE else text.split(" [")[0]
+
+
+def _noise(row: Row) -> str:
+    """The mark ~ where the rounds do not tell which is faster."""
+    return " ~" if row.get("speed_up_low") is not None and figures.within_noise(row) and row["speed_up"] != 1 else ""
 
 
 def _number(value: float | None) -> str:

@@ -1,8 +1,10 @@
-"""The record of what was done to a checkpoint, a file in it: read, and refused where it is not what a patch writes."""
+"""What a recipe wants done to a checkpoint, and the record of what was done, refused where no patch wrote it."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,29 @@ from hf_attn_plugins.core.files import digest, read_json
 RECORD = "hf_attn_patches.json"
 KEPT = "hf_attn_patches"  # folder of the originals, one folder a patch
 DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Patch:
+    """What a recipe wants done to a checkpoint.
+
+    Attributes:
+        recipe: its name.
+        options: what it was asked for, JSON-ready.
+        config: the new config.json.
+        notes: lines that explain to the user what changes.
+        extra: new files beside it: a name and a function that writes it to a path, with its size in bytes.
+        rewritten: contents of other files, which may exist: the model card.
+        verify: called with the folder as it will be, before anything is put in place; raises to stop.
+    """
+
+    recipe: str
+    options: dict[str, Any]
+    config: dict[str, Any]
+    notes: list[str]
+    extra: dict[str, tuple[Callable[[Path], None], int]] = field(default_factory=dict)
+    verify: Callable[[Path], None] | None = None
+    rewritten: dict[str, bytes] = field(default_factory=dict)
 
 
 def interrupted(folder: Path) -> bool:

@@ -9,40 +9,19 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from hf_attn_plugins.checkpoint.card import CARD
 from hf_attn_plugins.checkpoint.config import as_json, naming
-from hf_attn_plugins.checkpoint.record import KEPT, RECORD, interrupted, patches_of
+from hf_attn_plugins.checkpoint.record import KEPT, RECORD, Patch, interrupted, patches_of
 from hf_attn_plugins.checkpoint.source import CONFIG, Source, need_space, open_source
 from hf_attn_plugins.core.files import digest, read_json
 from hf_attn_plugins.core.staging import exclusive, put, staged_folder, sweep
 
 logger = logging.getLogger("hf_attn_plugins")
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
-
-
-@dataclass(frozen=True)
-class Patch:
-    """What a recipe wants done to a checkpoint.
-
-    Attributes:
-        recipe: its name.
-        options: what it was asked for, JSON-ready.
-        config: the new config.json.
-        notes: lines that explain to the user what changes.
-        extra: new files beside it: a name and a function that writes it to a path, with its size in bytes.
-        verify: called with the folder as it will be, before anything is put in place; raises to stop.
-    """
-
-    recipe: str
-    options: dict[str, Any]
-    config: dict[str, Any]
-    notes: list[str]
-    extra: dict[str, tuple[Callable[[Path], None], int]] = field(default_factory=dict)
-    verify: Callable[[Path], None] | None = None
 
 
 def write_copy(source: Source, destination: Path, patch: Patch, hard_link: bool = False) -> None:
@@ -124,7 +103,7 @@ def refuse_in_place(source: Source) -> None:
 
 
 def undo(folder: Path) -> dict[str, Any]:
-    """Take back the last patch of a folder, bit for bit; returns its record.
+    """Take back the last patch of a folder, bit for bit; returns its record. A model card that was edited since stays.
 
     Raises:
         ValueError: nothing was patched there, or a file has changed since; nothing has been touched then.
@@ -143,6 +122,9 @@ def undo(folder: Path) -> dict[str, Any]:
         for name, file in entry["files"].items():
             now = digest(folder / name) if (folder / name).is_file() else None
             if now == file["before"]:
+                continue
+            if now != file["after"] and name == CARD:
+                logger.warning("%s was edited since it was patched: it stays as it is.", folder / name)
                 continue
             if now != file["after"]:
                 raise ValueError(
@@ -166,7 +148,7 @@ def undo(folder: Path) -> dict[str, Any]:
 def _staged(source: Source, beside: Path, patch: Patch, link: Callable[[Path, Path], object]) -> Iterator[Path]:
     """The patched folder under a temporary name; whatever is left of it at the end is removed."""
     with staged_folder(source.folder.name, beside) as stage:
-        changed = {CONFIG, RECORD, *patch.extra}
+        changed = {CONFIG, RECORD, *patch.extra, *patch.rewritten}
         taken = sorted(set(patch.extra) & set(source.files))
         if taken:
             raise ValueError(f"{source.folder} already has {', '.join(taken)}: undo that patch first.")
@@ -177,6 +159,8 @@ def _staged(source: Source, beside: Path, patch: Patch, link: Callable[[Path, Pa
         (stage / CONFIG).write_bytes(as_json(patch.config))
         for name, (write, _) in patch.extra.items():
             write(stage / name)
+        for name, content in patch.rewritten.items():
+            (stage / name).write_bytes(content)
         entries = patches_of(source.folder)
         number = max([0, *(entry["number"] for entry in entries)]) + 1
         kept = stage / KEPT / str(number)
@@ -184,9 +168,20 @@ def _staged(source: Source, beside: Path, patch: Patch, link: Callable[[Path, Pa
         shutil.copyfile(source.folder / CONFIG, kept / CONFIG)
         files: dict[str, Any] = {CONFIG: {"before": digest(source.folder / CONFIG), "after": digest(stage / CONFIG)}}
         files |= {name: {"before": None, "after": digest(stage / name)} for name in patch.extra}
+        for name in patch.rewritten:
+            there = name in source.files
+            if there:
+                shutil.copyfile(source.folder / name, kept / name)
+            before = digest(source.folder / name) if there else None
+            files[name] = {"before": before, "after": digest(stage / name)}
         entries.append({"number": number, "recipe": patch.recipe, "options": patch.options, **_stamp(), "files": files})
         (stage / RECORD).write_bytes(as_json({"patches": entries}))
-        for path in (stage / CONFIG, stage / RECORD, kept / CONFIG, *(stage / name for name in patch.extra)):
+        for path in (
+            stage / CONFIG,
+            stage / RECORD,
+            kept / CONFIG,
+            *(stage / name for name in (*patch.extra, *patch.rewritten)),
+        ):
             shutil.copymode(source.folder / CONFIG, path)
             with path.open("rb") as handle:
                 os.fsync(handle.fileno())
@@ -246,7 +241,8 @@ def _stamp() -> dict[str, str]:
 
 
 def _extra_size(patch: Patch) -> int:
-    return len(as_json(patch.config)) + sum(size for _, size in patch.extra.values())
+    written = len(as_json(patch.config)) + sum(map(len, patch.rewritten.values()))
+    return written + sum(size for _, size in patch.extra.values())
 
 
 def _restore(folder: Path, name: str, original: Path | None) -> None:

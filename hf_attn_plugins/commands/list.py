@@ -7,6 +7,8 @@ import json
 
 from hf_attn_plugins.plugins import PLUGINS
 
+WIDE = 110  # columns of a terminal from which on the table is not cut into narrow columns
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
@@ -16,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the table."""
+    """Print the table; in a narrow terminal one block of lines for each plugin."""
     if arguments.json:
         print(json.dumps([plugin.as_dict() for plugin in PLUGINS.values()], indent=2))
     elif arguments.markdown:
@@ -25,18 +27,31 @@ def run(arguments: argparse.Namespace) -> None:
         from rich.console import Console
         from rich.table import Column, Table
 
+        console = Console()
+        if console.width < WIDE:
+            print(blocks())
+            return
         table = Table(
             Column("name", no_wrap=True), "what it does", "exact", Column("options", overflow="fold"), "source"
         )
         for row in _rows():
             table.add_row(*row)
-        Console().print(table)
+        console.print(table)
 
 
 def markdown() -> str:
     """The table as it stands in the README."""
     head = ["| `attn_implementation=` | what it does | exact? | options | source |", "|---|---|---|---|---|"]
     return "\n".join(head + [f"| `{row[0]}` | " + " | ".join(row[1:]) + " |" for row in _rows()])
+
+
+def blocks() -> str:
+    """The table as one paragraph for each plugin."""
+    heads = ("", "does", "exact", "options", "source")
+    return "\n\n".join(
+        "\n".join([row[0], *(f"  {head:<8} {text}" for head, text in zip(heads[1:], row[1:], strict=True))])
+        for row in _rows()
+    )
 
 
 def _rows() -> list[list[str]]:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hf_attn_plugins.hf.inputs.load import add_model_arguments, check_length, load_for, positions
-from hf_attn_plugins.hf.inputs.texts import read_text
-from hf_attn_plugins.hf.tune import tune
-
-USUAL = 16  # measurements of a search; the bar's end moves where there are more
+from hf_attn_plugins.hf.inputs.arguments import add_model_arguments, check_name
+from hf_attn_plugins.ui.progress import terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,23 +27,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Load, tune, print, and write the report."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
+    """Check the options, load, tune, print, and write the report."""
     out = arguments.out
     if out is not None and not Path(out).resolve().parent.is_dir():
         raise ValueError(f"--out {out}: the folder {Path(out).resolve().parent} does not exist.")
+    if arguments.text is not None and not Path(arguments.text).is_file():
+        raise ValueError(f"--text {arguments.text}: no such file.")
+    for name, least in (("length", 256), ("texts", 2), ("rounds", 1)):
+        if getattr(arguments, name) < least:
+            raise ValueError(f"--{name} {getattr(arguments, name)}: at least {least} is needed.")
+    if arguments.baseline is not None:
+        check_name(arguments.baseline)
+
+    from hf_attn_plugins.hf.inputs.load import check_length, load_for, positions
+    from hf_attn_plugins.hf.inputs.texts import read_text
+    from hf_attn_plugins.hf.tune import USUAL, check_target, tune
+
+    check_target(min_speedup=arguments.min_speedup, max_kl=arguments.max_kl, max_share=arguments.max_share)
     text = None if arguments.text is None else read_text(arguments.text)
     model, tokenizer = load_for(arguments)
     check_length(f"--length {arguments.length}", arguments.length, positions(model.config))
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting", total=USUAL)
-
-        def progress(what: str, done: int) -> None:
-            bar.update(task, description=what, completed=done, total=max(USUAL, done + 4))
-
+    with terminal() as progress:
         found = tune(
             model,
             length=arguments.length,
@@ -60,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
             heads=not arguments.no_heads,
             exact_heads=arguments.exact_heads,
             rounds=arguments.rounds,
-            progress=progress,
+            progress=lambda what, done: progress(what, done, max(USUAL, done + 4)),
         )
     print(found)
     if out is not None:

@@ -6,6 +6,8 @@ An upgrade that takes a name away fails here, with one sentence; tests/core/test
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable
 from types import FunctionType
@@ -166,6 +168,13 @@ def is_transforming() -> bool:
     return peek() is not None or needed(forward_ad, "_current_level", purpose, *_TORCH) >= 0
 
 
+def is_fake(tensor: Any) -> bool:
+    """Whether a tensor holds no numbers because PyTorch only looks at shapes (`FakeTensor`)."""
+    from torch._subclasses import fake_tensor
+
+    return isinstance(tensor, needed(fake_tensor, "FakeTensor", "notice tensors without numbers", *_TORCH))
+
+
 def without_data(cls: type[Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
     """An instance of a subclass of Tensor that holds no elements (`Tensor._make_wrapper_subclass`)."""
     make = needed(Tensor, "_make_wrapper_subclass", _CARRY, *_TORCH)
@@ -190,6 +199,52 @@ def block_mask_type() -> type:
     from torch.nn.attention import flex_attention
 
     return needed(flex_attention, "BlockMask", _CARRY, *_TORCH)
+
+
+# FlexAttention: a public name whose arguments have changed from version to version.
+
+
+@functools.cache
+def flex_attention(compile: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    """FlexAttention as `(query, key, value, score_mod, block_mask, scale, enable_gqa) -> (out, lse)`.
+
+    Args:
+        compile: with torch.compile; one function then serves every shape, and recompiles as often as that takes.
+    """
+    from torch.nn.attention import flex_attention
+
+    module: Any = flex_attention
+    if hasattr(module, "AuxRequest"):
+        asked = module.AuxRequest(lse=True)
+
+        def run(*inputs: Any) -> tuple[Tensor, Tensor]:
+            out, aux = module.flex_attention(*inputs, return_aux=asked)
+            return out, aux.lse
+    else:
+
+        def run(*inputs: Any) -> tuple[Tensor, Tensor]:
+            return module.flex_attention(*inputs, return_lse=True)
+
+    if not compile:
+        return run
+    known = inspect.signature(torch.compile).parameters
+    more: dict[str, Any] = {"recompile_limit": 64, "isolate_recompiles": True}
+    # fullgraph: beyond the limit an error, never the uncompiled form, which makes all scores.
+    return torch.compile(run, fullgraph=True, **{name: value for name, value in more.items() if name in known})
+
+
+def block_mask_of(tiles: Any, size: int, seen: Callable[..., Tensor], lengths: tuple[int, int]) -> Any:
+    """FlexAttention's `BlockMask` from lists of tiles.
+
+    Args:
+        tiles: counts and indices of the tiles to mask, then of those seen whole.
+        size: rows and keys of a tile.
+        seen: (b, h, row, key) -> bool.
+        lengths: rows and keys.
+    """
+    make = needed(block_mask_type(), "from_kv_blocks", "hand masks to FlexAttention", *_TORCH)
+    known = inspect.signature(make).parameters
+    return make(*tiles, BLOCK_SIZE=size, mask_mod=seen, **({"seq_lengths": lengths} if "seq_lengths" in known else {}))
 
 
 # Processes.

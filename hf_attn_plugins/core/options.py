@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 # The kernels of `kernels.choose`, by name; they stand here because options are checked before any kernel is imported.
-KERNELS = ("reference", "aten", "cpu_tiled", "cpu_fused", "triton")
+KERNELS = ("reference", "aten", "cpu_tiled", "cpu_fused", "triton", "flex")
 
 
 MOST_TOKENS = 1 << 31  # longer than any context, and what 32-bit places of tokens can count

@@ -1,4 +1,4 @@
-"""`hf-attn plan cqs`: the Scheduler's lists, the demonstration, the summary and the costs of a plan."""
+"""`hf-attn plan cqs`: summary and costs of a plan; with --steps the Scheduler's lists and every worker's matrices."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ import json
 from collections.abc import Iterator
 
 import hf_attn_plugins.cqs.cost as cost
-import hf_attn_plugins.cqs.show as show
-from hf_attn_plugins.cqs.demo import demonstrate, memory_summary
-from hf_attn_plugins.cqs.draw import draw
 from hf_attn_plugins.cqs.options import MOST_WORKERS
 from hf_attn_plugins.cqs.scheduler import Plan, default_workers, plan
 
@@ -25,6 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--interest-set", type=_numbers, help="difference cover of Z_W, like 0,1,5; default: the smallest"
+    )
+    parser.add_argument(
+        "--steps",
+        action="store_true",
+        help=f"also print the paper's demonstration: lists, workers, tiler; for fewer than {SHOWN_BELOW} tokens",
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed of the demonstration's Q, K, V")
     parser.add_argument("--dim", type=int, default=5, help="elements per row of the demonstration's Q, K, V")
@@ -47,7 +49,13 @@ def run(arguments: argparse.Namespace) -> None:
     """
     shape = _shape(arguments)
     division = _plan(arguments, shape)
+    if arguments.steps and not _shown(arguments):
+        raise ValueError(
+            f"--steps: lists and matrices are printed for fewer than {SHOWN_BELOW} tokens and one level of workers."
+        )
     if arguments.draw:
+        from hf_attn_plugins.cqs.draw import draw
+
         draw(division, arguments.draw)
     if arguments.json:
         print(json.dumps(_numbers_of(division, shape, arguments)))
@@ -57,19 +65,26 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _text(division: Plan, shape: cost.CallShape, arguments: argparse.Namespace) -> Iterator[str]:
-    if _shown(arguments):
+    from hf_attn_plugins.cqs import show
+    from hf_attn_plugins.cqs.demo import demonstrate
+
+    yield f"N = {division.num_tokens}, W = {division.num_workers}, interest set {list(division.interest_set)}"
+    yield from show.summary(division)
+    if not arguments.steps or arguments.budget is not None:
+        yield from show.costs(division, shape, not arguments.full, arguments.budget, cost.WORKSPACE)
+    if arguments.steps:
         demo = demonstrate(division, arguments.dim, arguments.seed)
         yield from show.scheduler(division, arguments.dim)
         yield from show.workers_and_tiler(demo)
         yield f"CQS Attention results is correct:\n{demo.is_correct()}"
-    else:
-        yield f"N = {division.num_tokens}, W = {division.num_workers}, interest set {list(division.interest_set)}"
-    yield from show.summary(division)
-    if not _shown(arguments) or arguments.budget is not None:
-        yield from show.costs(division, shape, not arguments.full, arguments.budget, cost.WORKSPACE)
+    elif _shown(arguments):
+        yield "--steps prints the Scheduler's lists, every worker's matrices and the Tiler's sums."
 
 
 def _numbers_of(division: Plan, shape: cost.CallShape, arguments: argparse.Namespace) -> dict:
+    from hf_attn_plugins.cqs import show
+    from hf_attn_plugins.cqs.demo import demonstrate, memory_summary
+
     numbers = {
         "num_tokens": division.num_tokens,
         "num_workers": [level.num_workers for level in division.levels],

@@ -26,6 +26,7 @@ from hf_attn_plugins.hf.models.attention_modules import (
 )
 from hf_attn_plugins.hf.models.unwrap import unwrapped
 from hf_attn_plugins.plugins import Plugin, plugin
+from hf_attn_plugins.ui.shown import Shown
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ class Verdict:
     reason: str
 
 
-@dataclass(frozen=True)
-class CheckReport:
-    """The verdicts of one model, printable and iterable.
+@dataclass(frozen=True, repr=False)
+class CheckReport(Shown):
+    """The verdicts of one model, printable.
 
     Attributes:
         calls: the attention calls of a prompt of `length` tokens, as `trace` will count them; empty where no length
@@ -83,6 +84,8 @@ class CheckReport:
         lines += [f"  will run       {count} x {text}" for text, count in texts.items()]
         lines += [f"  note           {note}" for note in self.notes]
         return "\n".join(lines)
+
+    __repr__ = __str__
 
 
 def check(model: nn.Module, name: str, length: int | None = None) -> CheckReport:

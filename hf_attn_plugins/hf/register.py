@@ -13,16 +13,19 @@ from typing import Any
 
 from hf_attn_plugins.core.imports import is_being_imported
 from hf_attn_plugins.core.options import Options
-from hf_attn_plugins.hf import saved_choice
+from hf_attn_plugins.hf import batching_hint, saved_choice
 from hf_attn_plugins.hf.import_hooks import forget, is_waiting, when_imported
 from hf_attn_plugins.plugins import PLUGINS, Plugin, resolve
+from hf_attn_plugins.plugins import plugin as find
 
 MODELING = "transformers.modeling_utils"
 CONFIGS = "transformers.configuration_utils"
+BATCHING = "transformers.generation.continuous_batching.continuous_api"
 # Once the module on the left has been imported, the function on the right is called.
 REGISTRATIONS = (
     (MODELING, "hf_attn_plugins.hf.register:register_attention"),
     (CONFIGS, "hf_attn_plugins.hf.saved_choice:keep"),
+    (BATCHING, "hf_attn_plugins.hf.batching_hint:add_hint"),
     ("transformers.pipelines", "hf_attn_plugins.star.hf.pipeline:register_pipeline"),
     ("transformers.models.auto.configuration_auto", "hf_attn_plugins.indexed.hf.config:register"),
     ("transformers.models.auto.modeling_auto", "hf_attn_plugins.indexed.hf.model:register"),
@@ -69,13 +72,19 @@ def unregister(name: str | None = None) -> None:
     Raises:
         ValueError: there is no plugin of this name.
     """
-    if name is not None and name not in PLUGINS:
-        raise ValueError(f"{name!r} is no plugin of hf_attn_plugins: choose one of {', '.join(PLUGINS)}.")
+    if name is not None:
+        find(name)
     if name is None:
         for module, _ in REGISTRATIONS:
             forget(module)
         if CONFIGS in sys.modules:
             saved_choice.forget()
+        if MODELING in sys.modules:
+            from hf_attn_plugins.hf.models import loading
+
+            loading.forget()
+        if BATCHING in sys.modules:
+            batching_hint.forget()
     for each in list(PLUGINS) if name is None else [name]:
         if MODELING in sys.modules:
             remove(each)
@@ -175,11 +184,13 @@ def register_attention() -> None:
     import transformers
 
     from hf_attn_plugins.hf.compat import refuse_old
+    from hf_attn_plugins.hf.models import loading
 
     refuse_old(transformers.__version__)  # first: older versions lack what is imported next
     for plugin in PLUGINS.values():
         if plugin.name not in _WITHDRAWN:
             install(plugin)
+    loading.watch()
 
 
 def install(plugin: Plugin, mask_function: Callable[..., Any] | None = None) -> None:

@@ -12,9 +12,10 @@ from torch import nn
 from hf_attn_plugins.core.decision import Decision
 from hf_attn_plugins.hf.calls import recorder
 from hf_attn_plugins.hf.models.attention_modules import attention_modules
+from hf_attn_plugins.ui.shown import Shown
 
 
-class Trace:
+class Trace(Shown):
     """What a `trace` has seen.
 
     Attributes:

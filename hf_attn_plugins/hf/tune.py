@@ -20,9 +20,11 @@ from hf_attn_plugins.hf.tuning.measuring import Measuring
 from hf_attn_plugins.hf.tuning.report import Tuned, front_of
 from hf_attn_plugins.hf.tuning.search import Search, first_sizes
 from hf_attn_plugins.star.options import StarOptions
+from hf_attn_plugins.ui.progress import python as shown
 
 TUNABLE = "star_attention"
 Progress = Callable[[str, int], None]
+USUAL = 16  # measurements of a search; a bar's end moves where there are more
 
 
 def tune(
@@ -40,7 +42,7 @@ def tune(
     heads: bool = True,
     exact_heads: bool = False,
     rounds: int = 3,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Tuned:
     """Choose block, halo, anchor and dense heads of star for a model, and store them in its config.
 
@@ -62,7 +64,8 @@ def tune(
         heads: False leaves dense heads out.
         exact_heads: also measure every head by a forward of its own, and report how the two orders agree.
         rounds: interleaved rounds of timing.
-        progress: called with what is measured next and how many measurements are done.
+        progress: called with what is measured next and how many measurements are done; None for a bar in notebooks and
+            terminals, False for none.
 
     Returns:
         `Tuned`; its options are stored in the model's configs, beside what was stored there.
@@ -74,7 +77,7 @@ def tune(
     Source: one-forward order of heads and front of halo against dense heads: this package's own measurements
     (docs/tuning.md); heads that need everything: DuoAttention, arXiv 2410.10819.
     """
-    target = _target(min_speedup=min_speedup, max_kl=max_kl, max_share=max_share)
+    target = check_target(min_speedup=min_speedup, max_kl=max_kl, max_share=max_share)
     if name != TUNABLE:
         raise ValueError(f"{name!r} has nothing to tune: {TUNABLE} is the one approximate method here.")
     if length < 256:
@@ -88,11 +91,14 @@ def tune(
 
     def tick(what: str) -> None:
         nonlocal done
-        if progress is not None:
+        if callable(progress):
             progress(what, done)
+        else:
+            bar(what, done, max(USUAL, done + 4))
         done += 1
 
-    with torch.inference_mode(), evaluating(inner), use(inner, name):
+    given = False if callable(progress) else progress
+    with shown(given) as bar, torch.inference_mode(), evaluating(inner), use(inner, name):
         measuring = Measuring(inner, name, baseline, pieces)
         tick(f"{len(pieces)} texts with {baseline}")
         measuring.begin()
@@ -124,7 +130,12 @@ def tune(
     )  # fmt: skip
 
 
-def _target(**targets: float | None) -> dict[str, float]:
+def check_target(**targets: float | None) -> dict[str, float]:
+    """The one target that was given, {"min_speedup": 2.0} for example.
+
+    Raises:
+        ValueError: none or several, or one that is no number in its range.
+    """
     given = {name: value for name, value in targets.items() if value is not None}
     if len(given) != 1:
         raise ValueError(f"one target is needed, got {given or 'none'}: pass min_speedup, max_kl or max_share.")

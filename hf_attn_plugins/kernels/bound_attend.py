@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial
 from hf_attn_plugins.kernels.attend import attend
-from hf_attn_plugins.kernels.choose import choose, choose_rectangles
+from hf_attn_plugins.kernels.choose import PLAIN, choose, choose_rectangles
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,12 @@ class BoundAttend:
         return {"scale": self.scale, "softcap": self.softcap, "dropout": self.dropout, "kernel": self.name}
 
     def with_kernel_for(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> BoundAttend:
-        """A copy that names the kernel chosen for a whole prompt: the parts of a plan alone would look too short."""
+        """A copy that names the kernel chosen for a whole prompt: the parts of a plan alone would look too short.
+
+        On GPUs the length is no question, and each part is chosen by itself.
+        """
+        if query.device.type not in PLAIN:
+            return self
         choice = choose(query, key, value, mask, self.softcap, self.dropout, self.name)
         return dataclasses.replace(self, name=choice.name)
 

@@ -1,4 +1,4 @@
-"""Which kernel runs: the one place that compares kernel names, capability and shape."""
+"""Which kernel runs: the one place that compares kernel names, capability and shape; for GPUs with `on_device.py`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from hf_attn_plugins.core.compat import cpu_has
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.options import KERNELS
 from hf_attn_plugins.core.partial import Partial
+from hf_attn_plugins.core.warn import warn_once
+from hf_attn_plugins.kernels import on_device
 from hf_attn_plugins.kernels.aten import attend as aten
 from hf_attn_plugins.kernels.cpu_fused import build
 from hf_attn_plugins.kernels.cpu_fused import call as fused
-from hf_attn_plugins.kernels.triton import support as triton_support
+from hf_attn_plugins.kernels.flex import attend as flex
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Mask, float, float | None, float], Partial]
 
@@ -30,6 +32,7 @@ class Choice(NamedTuple):
     run: Kernel
 
 
+PLAIN = ("cpu", "meta")  # every other device is decided in `on_device.py`
 ATEN, SHORT = Choice("aten", aten.aten), Choice("aten", aten.run_one_operator)
 
 # Measured with `hf-attn bench tiled` (benchmarks/results/tiled.md): below these sizes tiles cost more than
@@ -56,6 +59,10 @@ def load(name: str) -> Kernel:
         from hf_attn_plugins.kernels.triton.attend import triton
 
         return triton
+    if name == "flex":
+        from hf_attn_plugins.kernels.flex.attend import flex
+
+        return flex
     from hf_attn_plugins.kernels.reference import reference
 
     return reference
@@ -112,7 +119,8 @@ def choose_rectangles(
 ) -> Callable[..., Partial] | None:
     """The function that computes a whole list of rectangles in one launch, or None: each is a call of its own."""
     call = (query, key, value, mask, softcap, dropout)
-    if kernel == "triton" or (kernel is None and _suits_triton(*call)):
+    on_gpu = kernel is None and query.device.type not in PLAIN
+    if kernel == "triton" or (on_gpu and on_device.one_launch(*call)):
         return load_rectangles("triton")
     if kernel == "cpu_fused" or (kernel is None and worth_fusing(query, key)):
         whole = mask.prefix == 0 and not torch.compiler.is_compiling()
@@ -131,10 +139,17 @@ def only_pytorch_runs(
     return plain and softcap is None and not dropout and dtype != torch.bfloat16
 
 
-def _suits_triton(query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float) -> bool:
-    if query.device.type != "cuda":
-        return False
-    return triton_support.reason_against(query, key, value, mask, softcap, dropout) is None
+def _flex_or_next(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, softcap: float | None, dropout: float
+) -> Partial:
+    """FlexAttention, or the next kernel where it cannot be compiled: then once a warning, and it stays off."""
+    try:
+        return flex.flex(query, key, value, mask, scale, softcap, dropout)
+    except flex.Failed as error:
+        flex.turn_off(str(error))
+        choice = choose(query, key, value, mask, softcap, dropout)
+        warn_once(f"FlexAttention is off in this process, '{choice.name}' computes instead: {error}")
+        return choice.run(query, key, value, mask, scale, softcap, dropout)
 
 
 def choose(
@@ -146,18 +161,24 @@ def choose(
     dropout: float,
     kernel: str | None = None,
 ) -> Choice:
-    """What to call: the kernel named `kernel`; by itself Triton on GPUs, PyTorch's operator where nothing else pays.
+    """What to call: the kernel named `kernel`; by itself PyTorch's operators on GPUs, and where nothing else pays.
 
     Raises:
         ValueError: no kernel has this name.
+        NotImplementedError: no kernel computes the call on its device.
     """
     if kernel is not None:
         if kernel not in KERNELS:
             raise ValueError(f"kernel={kernel!r} is unknown: choose one of {', '.join(KERNELS)}, or None.")
+        if kernel == "triton":
+            on_device.triton_passes(
+                query, key, value, mask, softcap, dropout
+            )  # warns; a named kernel runs all the same
         return Choice(kernel, load(kernel))
     call = (query, key, value, mask, softcap, dropout)
-    if _suits_triton(*call):
-        return Choice("triton", load("triton"))
+    if query.device.type not in PLAIN:
+        name = on_device.kernel_for(*call)
+        return Choice(name, _flex_or_next if name == "flex" else load(name))
     if worth_fusing(query, key):
         if fused.reason_against(*call) is None:
             return Choice("cpu_fused", load("cpu_fused"))

@@ -39,7 +39,7 @@ def tiled_op(
         bias = Mask(predicate=mask.predicate).visible(rows, keys, start, query.shape[0])
     offset = mask.offset if isinstance(mask.offset, Tensor) else None
     start = key.shape[2] - query.shape[2] if mask.offset is None else 0 if offset is not None else mask.offset
-    seed = torch.randint(2**62, (1,)) if dropout else None
+    seed = torch.randint(2**62, (1,), device="cpu") if dropout else None
     left, right = (NO_BOUND if side is None else side for side in mask.window)
     structure = (mask.key_padding, mask.query_segments, mask.key_segments, bias, offset, seed)
     return Partial(

@@ -79,9 +79,12 @@ class Sizes(NamedTuple):
     halo: Tensor
 
 
-def masked(mask: Mask, rows: int, options: StarOptions) -> Mask:
-    """`mask` with the pattern as a predicate: right for every mask, but kernels then visit all tiles."""
-    sizes, given = row_sizes(mask, rows, options), mask.predicate
+def masked(mask: Mask, rows: int, options: StarOptions, device: torch.device | None = None) -> Mask:
+    """`mask` with the pattern as a predicate: right for every mask, but kernels then visit all tiles.
+
+    `device` is that of the call; kernels compiled for a GPU take no numbers from the CPU.
+    """
+    sizes, given = row_sizes(mask, rows, options, device), mask.predicate
 
     def star(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         first, block, anchor, context, halo = (size[b] if len(size) > 1 else size for size in sizes)
@@ -96,10 +99,11 @@ def masked(mask: Mask, rows: int, options: StarOptions) -> Mask:
     return mask.replace(predicate=star)
 
 
-def row_sizes(mask: Mask, rows: int, options: StarOptions) -> Sizes:
+def row_sizes(mask: Mask, rows: int, options: StarOptions, device: torch.device | None = None) -> Sizes:
     """What `plan_for` gives for each row of the batch, in tensors: nothing is read from the device."""
     if mask.key_padding is None:
-        first, length = torch.zeros(1, dtype=torch.long), torch.full((1,), rows)
+        first = torch.zeros(1, dtype=torch.long, device=device)
+        length = torch.full((1,), rows, device=device)
     else:
         real = mask.key_padding[:, :rows]
         position = torch.arange(real.shape[1], device=real.device)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hf_attn_plugins.plugins import resolve
 from hf_attn_plugins.star.cost import ModelShape, cost, warnings
 from hf_attn_plugins.star.draw import picture, text
 from hf_attn_plugins.star.plan import PAPER, plan_for
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    config = read_config(arguments.model) if arguments.model else None  # before anything is printed
     sizes = (arguments.block_size, arguments.anchor_size, arguments.query_size, arguments.halo_size, arguments.preset)
     plan = plan_for(arguments.length, *sizes)
     parts = {"halo": plan.halo_size, "anchor": len(plan.anchor), "query": len(plan.query)}
@@ -41,8 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
     pairs, causal = plan.attended_pairs(), plan.causal_pairs()
     print(f"attended pairs {pairs:,} of {causal:,} causal ones ({pairs / max(1, causal):.1%})")
     gain = None
-    if arguments.model:
-        shape = ModelShape.of(read_config(arguments.model))
+    if config is not None:
+        shape = ModelShape.of(config)
         price = cost(plan, shape)
         gain = price.gain
         print(f"prefill FLOPs, head left out: star {price.star:.3e}, dense {price.dense:.3e}")
@@ -59,23 +61,19 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def read_config(model: str) -> dict[str, Any]:
-    """The contents of a model's config.json, from a folder, a file or the hub.
+    """The contents of a model's config.json: of a file, or of a model named as in every other command.
 
     Raises:
-        FileNotFoundError: there is no such folder, file or hub model.
+        FileNotFoundError: a folder without config.json.
+        ValueError: no such folder, or the hub gives no config.
     """
     path = Path(model)
     if path.is_dir():
         path = path / "config.json"
-    if not path.exists() and not Path(model).exists():
-        from huggingface_hub import hf_hub_download
-
-        try:
-            path = Path(hf_hub_download(model, "config.json"))
-        except Exception as error:
-            raise FileNotFoundError(
-                f"--model {model}: no such folder or file, and the hub gave no config: {error}"
-            ) from error
-    if not path.exists():
-        raise FileNotFoundError(f"--model {model}: there is no {path}.")
-    return json.loads(path.read_text(encoding="utf-8"))
+        if not path.exists():
+            raise FileNotFoundError(f"--model {model}: there is no {path}.")
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    # By name, as the plugin table names things: this folder knows no Transformers.
+    config_of = resolve("hf_attn_plugins.hf.inputs.load:config_of")
+    return config_of(model)

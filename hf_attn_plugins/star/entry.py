@@ -114,7 +114,7 @@ def as_predicate(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, kernel: BoundAttend, options: StarOptions
 ) -> Partial:
     """The plan as a mask function: right for every mask, but the kernel visits every tile."""
-    return kernel(query, key, value, mask=masked(mask, query.shape[2], options))
+    return kernel(query, key, value, mask=masked(mask, query.shape[2], options, query.device))
 
 
 def one_launch(

@@ -6,18 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from hf_attn_plugins.tiled import animate, draw
 from hf_attn_plugins.tiled.plan import ORDERS, TilePlan
-from hf_attn_plugins.tiled.report import (
-    Example,
-    checks,
-    checks_text,
-    plan_facts,
-    plan_text,
-    step_facts,
-    steps_text,
-)
-from hf_attn_plugins.tiled.walkthrough import forward
 
 MAX_WALKED_LENGTH, MAX_WALKED_TILES = 1024, 4096
 MAX_BLOCKS = 4_000_000
@@ -54,6 +43,18 @@ def run(arguments: argparse.Namespace) -> None:
         ValueError: sizes do not fit, or a picture has a wrong suffix, would be too large or cannot be written.
         FileNotFoundError: the folder of a picture does not exist.
     """
+    from hf_attn_plugins.tiled import animate, draw
+    from hf_attn_plugins.tiled.report import (
+        Example,
+        checks,
+        checks_text,
+        plan_facts,
+        plan_text,
+        step_facts,
+        steps_text,
+    )
+    from hf_attn_plugins.tiled.walkthrough import forward
+
     plan = TilePlan(arguments.length, arguments.head_dim, arguments.sram, arguments.causal, arguments.order)
     _check(plan, arguments)
     facts = plan_facts(plan, arguments.bytes)
@@ -83,6 +84,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check(plan: TilePlan, arguments: argparse.Namespace) -> None:
+    from hf_attn_plugins.tiled import animate, draw
+
     if plan.num_row_blocks > MAX_BLOCKS:
         raise ValueError(
             f"{plan.num_row_blocks:,} row blocks are more than the {MAX_BLOCKS:,} this command counts: "

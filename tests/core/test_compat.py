@@ -23,6 +23,7 @@ NAMES = [
         "flash_attention_backward",
         "efficient_attention",
         "efficient_attention_backward",
+        "cudnn_attention",
     )
 ]
 
@@ -100,6 +101,41 @@ def test_operators_take_what_we_hand_them():
     ]
     backward = ["grad_out_", "query", "key", "value", "attn_bias", "out", "logsumexp", "philox_seed", "philox_offset"]
     assert arguments(NAMES[5])[:12] == [*backward, "dropout_p", "grad_input_mask", "is_causal"]
+    forward = [
+        "query",
+        "key",
+        "value",
+        "attn_bias",
+        "compute_log_sumexp",
+        "dropout_p",
+        "is_causal",
+        "return_debug_mask",
+    ]
+    assert arguments(NAMES[6])[:8] == forward and "scale" in arguments(NAMES[6])
+    for name in (NAMES[4], NAMES[6]):
+        assert [r.name for r in getattr(torch.ops.aten, name).default._schema.returns][1] in ("log_sumexp", "logsumexp")
+
+
+def test_flex_attention_returns_the_lse_and_takes_tiles():
+    query, key, value = (torch.randn(1, 2, 9, 16) for _ in range(3))
+    one, none = torch.ones(1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, dtype=torch.int32)
+    index = torch.zeros(1, 1, 1, 1, dtype=torch.int32)
+    mask = compat.block_mask_of((one, index, none, index), 128, lambda b, h, q, k: k <= q, (9, 9))
+    out, lse = compat.flex_attention(False)(query, key, value, None, mask, 0.25, False)
+    scores = (query.double() @ key.double().mT * 0.25).masked_fill(torch.ones(9, 9).triu(1) > 0, -torch.inf)
+    torch.testing.assert_close(out, (scores.softmax(-1) @ value.double()).float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lse, scores.logsumexp(-1).float(), rtol=1e-4, atol=1e-5)
+
+
+def test_fake_tensors_are_known(monkeypatch):
+    from torch._subclasses import fake_tensor
+
+    with fake_tensor.FakeTensorMode():
+        assert compat.is_fake(torch.empty(1))
+    assert not compat.is_fake(torch.empty(1))
+    monkeypatch.delattr(fake_tensor, "FakeTensor")
+    with pytest.raises(NotImplementedError, match=sentence("FakeTensor", "notice tensors without numbers")):
+        compat.is_fake(torch.empty(1))
 
 
 def test_random_state_of_flash():

@@ -27,7 +27,7 @@ def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_the_seeds_demonstration(capsys: pytest.CaptureFixture[str]) -> None:
-    text = output(capsys, *PAPER)
+    text = output(capsys, *PAPER, "--steps")
     squeezed = "".join(text.split())
     for line in Path(__file__).with_name("paper_lists.txt").read_text().splitlines():
         assert "".join(line.split()) in squeezed
@@ -48,6 +48,14 @@ def test_the_seeds_demonstration(capsys: pytest.CaptureFixture[str]) -> None:
         assert figure in text
 
 
+def test_the_summary_comes_first_and_fits_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = output(capsys, *PAPER).splitlines()
+    assert len(lines) < 24 and lines[1].startswith("Approximate ratio") and "--steps" in lines[-1]
+    assert not any(line.startswith("[") for line in lines), "matrices are behind --steps"
+    steps = output(capsys, *PAPER, "--steps").splitlines()
+    assert steps.index("==== Scheduler =====") > next(i for i, line in enumerate(steps) if "Longest" in line)
+
+
 def test_workers_add_up_to_plain_softmax() -> None:
     plan = cqs.plan(11, 7, (0, 1, 5))
     demo = demonstrate(plan, seed=3)
@@ -63,7 +71,7 @@ def test_workers_add_up_to_plain_softmax() -> None:
 
 
 def test_seed_option_draws_other_numbers(capsys: pytest.CaptureFixture[str]) -> None:
-    one, same, other = (output(capsys, *PAPER, "--seed", seed) for seed in "001")
+    one, same, other = (output(capsys, *PAPER, "--steps", "--seed", seed) for seed in "001")
     assert one == same != other
 
 
@@ -71,7 +79,7 @@ def test_seed_option_draws_other_numbers(capsys: pytest.CaptureFixture[str]) -> 
     "arguments", [["--length", "0", "--workers", "3"], ["--length", "1"], ["--length", "2", "--workers", "8"]]
 )
 def test_tiny_lengths(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert "correct:\nTrue" in output(capsys, *arguments)
+    assert "correct:\nTrue" in output(capsys, *arguments, "--steps")
 
 
 def test_memory_summary_of_one_worker() -> None:
@@ -120,6 +128,7 @@ def _parsed(*arguments: str) -> argparse.Namespace:
         (["--length", "9", "--workers", "7", "--interest-set", "0,1,2"], "no difference cover"),
         (["--length", "1000000", "--budget", "1KiB"], "too small"),
         (["--length", "9", "--heads", "0"], "--heads 0"),
+        (["--length", "300", "--steps"], "fewer than 30 tokens"),
     ],
 )
 def test_user_errors(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,11 +191,12 @@ def test_pictures_name_the_extra_that_is_missing(tmp_path: Path, monkeypatch: py
 
 
 def test_bench_measures_every_case_and_keeps_earlier_ones(tmp_path: Path) -> None:
+    from hf_attn_plugins.commands.bench import arguments as declared
     from hf_attn_plugins.commands.bench import cqs as bench
 
     def measured(*arguments: str) -> list[dict]:
         parser = argparse.ArgumentParser()
-        bench.add_arguments(parser)
+        declared.cqs(parser)
         bench.run(parser.parse_args([*arguments, "--repeats", "1", "--out", str(tmp_path)]))
         return json.loads((tmp_path / "cqs.json").read_text())["rows"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def test_it_renders_and_nothing_leaves_it(browser, path):
         page.open(path, scheme=scheme)
         assert page.texts("h1") == ["full"] and len(page.texts("section > h2")) == 9
         sizes = "return [...document.querySelectorAll('.plot')].map((e) => [e.clientWidth, e.clientHeight])"
-        assert all(200 < width < 460 and 100 < height < 330 for width, height in page.run(sizes))
+        assert all(200 < width < 570 and 100 < height < 400 for width, height in page.run(sizes))
         page.set("text", "magic")
         asked, errors = page.log()
         assert asked and all(url == path.as_uri() or url.startswith("data:") for url in asked), asked
@@ -162,10 +163,64 @@ def test_series_differ_in_marker_as_well_as_in_colour(page):
 def test_print_is_light_and_without_controls(browser, path):
     page = Page(browser).open(path, scheme="dark", media="print")
     assert page.run("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-    assert page.run("return getComputedStyle(document.querySelector('.filters')).display") == "none"
+    assert page.run("return document.querySelector('.filters').offsetParent") is None
     assert page.run("return document.documentElement.scrollWidth <= innerWidth")
     printed = browser.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})
     assert base64.b64decode(printed["data"]).startswith(b"%PDF")
+
+
+def test_a_print_of_at_most_five_pages_has_its_tables_open(browser, tmp_path):
+    whole = report(fabricated.full(tmp_path / "whole"))  # 22 charts, 105 rows
+    page = Page(browser).open(whole, media="print")
+    page.run(
+        "addEventListener('beforeprint', () => (window.open_ = document.querySelectorAll('.folded[open]').length))"
+    )
+    page.run("addEventListener('afterprint', () => (window.after = document.querySelectorAll('.folded[open]').length))")
+    for width, height in ((8.5, 11), (8.27, 11.69)):
+        options = {"printBackground": True, "paperWidth": width, "paperHeight": height}
+        pdf = base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", options)["data"])
+        assert len(re.findall(rb"/Type\s*/Page\b", pdf)) <= 5
+    assert page.run("return [window.open_, window.after]") == [4, 0]
+
+
+def test_the_verdicts_come_first(page):
+    verdicts = page.texts(".verdicts .verdict")
+    assert len(verdicts) == len(fabricated.ATTENTIONS) - 1
+    assert verdicts[0].startswith("same predictions, ") and verdicts[0].endswith(": safe to switch.")
+    assert verdicts[2].startswith("perplexity +") and "not at these lengths" in verdicts[2]
+    place = "return document.querySelector(arguments[0]).getBoundingClientRect().top"
+    assert page.run(place, ".verdicts") < page.run(place, "nav") < page.run(place, "#overview")
+
+
+def test_a_phone_compares_attentions_side_by_side(browser, path):
+    page = Page(browser).open(path, width=390)
+    shown = "return [...document.querySelectorAll(arguments[0])].map((e) => e.offsetParent !== null)"
+    assert page.run(shown, ".turned") == [True] and page.run(shown, ".headline") == [False]
+    heads = page.texts(".turned thead th")
+    assert heads[:4] == ["", "sdpa", "tiled", "cqs"]
+    cells = """return [...document.querySelectorAll('.turned tbody tr')]
+        .map((row) => [...row.children].map((cell) => cell.textContent))"""
+    rows = {found[0]: found for found in page.run(cells)}
+    assert rows["score, %"][1] != "" and all(len(found) == len(heads) for found in rows.values())
+    top = "return document.querySelector('.turned tbody tr:nth-child(2) td:nth-child(%d)').getBoundingClientRect().top"
+    assert page.run(top % 2) == page.run(top % 3), "one measure of two attentions stands on one line"
+    page.open(path, width=1280)
+    assert page.run(shown, ".turned") == [False] and page.run(shown, ".headline") == [True]
+
+
+def test_two_or_four_charts_stand_in_two_columns(browser, tmp_path):
+    folder = fabricated.full(tmp_path / "four", tasks=["vt"], lengths=[1024, 2048], count=3)
+    page = Page(browser).open(report(folder))
+    tops = """return [...document.querySelectorAll('.charts')].map((group) => [group.children.length,
+        new Set([...group.children].map((e) => Math.round(e.getBoundingClientRect().left))).size])"""
+    for charts, columns in page.run(tops):
+        assert columns == {1: 1, 2: 2, 4: 2}.get(charts, min(3, charts)), (charts, columns)
+
+
+def test_no_line_of_a_prompt_is_cut_in_half(page):
+    box = "const box = document.querySelector('article .prompt'); return [box.clientHeight, box.scrollTop, 20]"
+    height, top, line = page.run(box)
+    assert top > 0 and height % line == 0 and top % line == 0
 
 
 def generations(run: Path) -> dict[str, dict[str, Generation]]:
@@ -195,7 +250,7 @@ def test_filters_agree_with_the_predictions(page, run):
     assert total(page) == sum(any(apart(one, a["sdpa"]) for one in a.values()) for a in answers.values()) > 0
     page.set("attention", str(fabricated.ATTENTIONS.index(STAR)))
     assert total(page) == sum(apart(a[STAR], a["sdpa"]) for a in answers.values()) > 0
-    assert set(page.texts("article .name")) == {"sdpa", STAR} and len(page.texts("article .apart")) > 0
+    assert set(page.texts("article .name")) == {"sdpa", "star block 512"} and len(page.texts("article .apart")) > 0
     page.set("differs", False)
     page.set("outcome", "worse")
     assert total(page) == sum(a[STAR].score < a["sdpa"].score for a in answers.values())
@@ -257,3 +312,37 @@ def test_predictions_stay_text(browser, tmp_path):
     assert browser.title == "run" and page.log()[1] == []
     assert page.texts("article .answer p") == [fabricated.HOSTILE, f"ValueError: {fabricated.HOSTILE}"]
     assert page.texts("article .task") == ["<b>vt</b>"]
+
+
+def test_the_page_of_look_fits_and_asks_for_nothing(browser, tmp_path):
+    """`hf-attn look` shares the report's style: wide, on a phone, dark, printed."""
+    import torch
+
+    from hf_attn_plugins.commands import look_page
+    from hf_attn_plugins.hf.look.by_token import Changes
+    from hf_attn_plugins.hf.look.reach import WINDOWS, HeadReach
+    from hf_attn_plugins.star.plan import Plan
+
+    heads = [HeadReach(i, j, (0.5,) * len(WINDOWS), 0.2, 0.1 * j, not j) for i in range(30) for j in range(8)]
+    first = torch.arange(400)
+    found = Changes(torch.rand(400, dtype=torch.float64), first, first * (first % 9 > 0), "star: blocks 4", 0.5)
+    path = tmp_path / "look.html"
+    text = look_page.page(
+        {"model": "tiny", "tokens": "400"}, [" word"] * 400, heads, Plan(400, 64, 16, 10, 32), {"star": found}, {}
+    )
+    path.write_text(text, encoding="utf-8")
+    page = Page(browser)
+    for width, scheme, media in (
+        (1280, "light", "screen"),
+        (390, "light", "screen"),
+        (1280, "dark", "screen"),
+        (800, "light", "print"),
+    ):
+        page.open(path, width=width, scheme=scheme, media=media)
+        assert page.texts("section > h2") == ["In short", "Where heads look", "Where predictions change"]
+        assert page.run("return document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+        assert page.run("return document.querySelectorAll('.grids td').length") == 240 * len(
+            page.texts(".grids figcaption")
+        )
+        asked, complaints = page.log()
+        assert asked == [path.as_uri()] and not complaints

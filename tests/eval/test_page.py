@@ -155,3 +155,59 @@ def test_a_run_of_errors_only_says_so(tmp_path):
     assert found.sections == ["overview", "tables", "errors", "samples", "run"]
     assert "ruler/vt/64/0000, star: RuntimeError: no memory" in text and "failed in 1 sample" in text
     assert "RuntimeError: no memory" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+
+
+def test_the_verdicts_stand_before_everything_else(tmp_path):
+    text, _ = page(fabricated.full(tmp_path / "run", count=3))
+    body = text[text.index("<main>") :]
+    assert body.index('class="verdicts"') < body.index("<nav") < body.index('id="overview"')
+    first = re.search(r'<span class="verdict">(.*?)</span>', text)[1]
+    assert first.startswith("same predictions, ") and first.endswith(": safe to switch.")
+
+
+def test_panels_that_are_read_together_share_their_scales(tmp_path):
+    text, _ = page(fabricated.full(tmp_path / "run"))
+    for section in ("trade", "position", "speed", "scores"):
+        part = text[text.index(f'<section id="{section}"') :].split("</section>")[0]
+        scales: dict[str, set[tuple[str, ...]]] = {}
+        for plot in re.findall(r'<svg class="plot".*?</svg>', part, re.DOTALL):
+            (unit, *_) = re.findall(r'<text class="name"[^>]*>(.*?)</text>', plot)
+            scales.setdefault(unit, set()).add(tuple(re.findall(r'<text class="tick end"[^>]*>(.*?)</text>', plot)))
+        assert scales and all(len(found) == 1 for found in scales.values()), (section, scales)
+
+
+def test_a_colour_means_an_attention_and_nothing_else():
+    style = (report_command.page.HERE / "page.css").read_text(encoding="utf-8")
+    named = dict(re.findall(r"(--c\d): (#[0-9a-f]{6})", style.split("@media")[0]))
+    others = re.findall(r"(--(?!c\d)[a-z-]+): (#[0-9a-f]{6})", style)
+    assert len(named) == 7 and not set(named.values()) & {value for _, value in others}
+    greys = [value for _, value in others if max(channels(value)) - min(channels(value)) > 24]
+    assert greys == [], "everything that is no attention is ink on paper"
+
+
+def channels(colour: str) -> list[int]:
+    return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+
+
+def test_blocks_are_drawn_where_they_begin(tmp_path):
+    folder = fabricated.full(tmp_path / "run", tasks=["vt"], lengths=[2048], count=1)
+    plan = "star: blocks 4, block_size 512, anchor_size 128, query_size 64; 60% of the causal pairs"
+    lines = []
+    for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if record["kind"] == "agreement" and record["attn"].startswith("star_attention:block_size=512"):
+            record["plan"] = plan
+        lines.append(json.dumps(record))
+    (folder / "predictions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    text, _ = page(folder)
+    assert text.count('<path class="edge c3"') == 3 and "Blocks begin at 512, 1,024, 1,536." in text
+    assert "the first tokens of a block" in text
+    assert 'class="edge' not in page(fabricated.full(tmp_path / "other", count=1))[0].split("<main>")[1]
+
+
+def test_few_samples_are_counts_in_every_chart(tmp_path):
+    text, _ = page(fabricated.full(tmp_path / "run", count=2, tasks=["niah_single_1"], lengths=[1024]))
+    scores = text[text.index('<section id="scores"') :].split("</section>")[0]
+    assert 'class="bar"' not in scores and re.search(r"\((0|1|2) of 2\)", scores)
+    depth = text[text.index('<section id="depth"') :].split("</section>")[0]
+    assert re.search(r">[01]/1<", depth)

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from hf_attn_plugins.commands.bench import arguments as declared
 from hf_attn_plugins.commands.bench import indexed as command
 from hf_attn_plugins.commands.bench import indexed_demo as demo
 from hf_attn_plugins.commands.bench import indexed_timing as bench
@@ -15,7 +16,7 @@ from hf_attn_plugins.commands.bench import indexed_timing as bench
 
 def run(*arguments: str) -> None:
     parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
+    declared.indexed(parser)
     command.run(parser.parse_args(arguments))
 
 

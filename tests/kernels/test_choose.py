@@ -112,7 +112,7 @@ def test_the_choice_is_made_once_per_call(monkeypatch):
     assert len(asked) == 1
 
 
-@pytest.mark.parametrize("kernel", ["reference", "aten", "cpu_tiled", "cpu_fused", "triton"])
+@pytest.mark.parametrize("kernel", ["reference", "aten", "cpu_tiled", "cpu_fused", "triton", "flex"])
 def test_a_named_kernel_is_forced(kernel):
     query = torch.empty(1, 2, 1, 16)
     choice = choosing.choose(query, query, query, Mask(), None, 0.0, kernel)

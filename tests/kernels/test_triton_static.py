@@ -17,9 +17,9 @@ pytestmark = pytest.mark.skipif(not INSTALLED, reason="Triton is not installed")
 
 COMMAND = (
     "import argparse\n"
-    "from hf_attn_plugins.commands.bench import triton as triton_bench\n"
+    "from hf_attn_plugins.commands.bench import arguments, triton as triton_bench\n"
     "parser = argparse.ArgumentParser()\n"
-    "triton_bench.add_arguments(parser)\n"
+    "arguments.triton(parser)\n"
     "raise SystemExit(triton_bench.run(parser.parse_args()))\n"
 )
 
@@ -130,7 +130,7 @@ for name, feature in features.items():
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("target", ["sm80", "sm90", "sm100", "gfx942"])
+@pytest.mark.parametrize("target", ["sm80", "sm90", "sm100", "sm120", "gfx942", "gfx950"])
 def test_every_feature_compiles(target):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", FEATURES, target], capture_output=True, text=True, env=environment)
@@ -139,6 +139,6 @@ def test_every_feature_compiles(target):
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("target", ["sm80", "sm90", "sm100", "gfx942"])
+@pytest.mark.parametrize("target", ["sm80", "sm90", "sm100", "sm120", "gfx942", "gfx950"])
 def test_requirements_on_every_target(tmp_path, target):
     rows_of(tmp_path, start(tmp_path, target, "--head-dims", "64", "128", "256"))

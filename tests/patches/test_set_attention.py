@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def test_the_patched_folder_selects_the_plugin(tmp_path, family, sharded):
     assert fingerprint(source) == before
     after = fingerprint(target)
     assert {name for name in after if after[name] != before.get(name)} == {
-        "config.json", RECORD, KEPT, f"{KEPT}/1", f"{KEPT}/1/config.json"
+        "config.json", "README.md", RECORD, KEPT, f"{KEPT}/1", f"{KEPT}/1/config.json"
     }  # fmt: skip
     old, new = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source, target))
     assert new.config._attn_implementation == "tiled_attention" != old.config._attn_implementation
@@ -262,3 +263,49 @@ def test_an_odd_choice_in_a_config_is_no_choice(tmp_path, odd):
     config = LlamaConfig(attn_implementation="sdpa", hf_attn_plugins_choice=odd)
     config.save_pretrained(tmp_path)
     assert "attn_implementation" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_the_model_card_says_what_the_checkpoint_needs(tmp_path):
+    source, target = checkpoint(tmp_path / "source"), tmp_path / "target"
+    attention(source, target)
+    card = (target / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    for words in ("pip install hf-attn-plugins", "import hf_attn_plugins", "`tiled_attention`", "hf-attn activate"):
+        assert words in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    compile(code, "card", "exec")
+
+
+def test_a_card_that_is_there_keeps_its_words_and_comes_back(tmp_path):
+    folder = checkpoint(tmp_path / "source")
+    own = "---\nlicense: mit\n---\n# Mine\n\nA model of mine, naïve.\n"
+    (folder / "README.md").write_text(own, encoding="utf-8")
+    before = fingerprint(folder)
+    attention(folder, "--in-place")
+    patch("set-attention", folder, "--in-place", "--attn", "star_attention", "--block-size", 8)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert card.startswith(own.rstrip()) and card.count("## Attention: ") == 1, "one section, the last patch's"
+    assert "## Attention: star_attention" in card and '{"block_size": 8}' in card and "by design" in card
+    patch("--undo", folder)
+    assert "## Attention: tiled_attention" in (folder / "README.md").read_text(encoding="utf-8")
+    patch("--undo", folder)
+    assert fingerprint(folder) == before
+    attention(folder, "--in-place")
+    (folder / "README.md").write_text("edited since", encoding="utf-8")
+    patch("--undo", folder)  # what somebody wrote is not lost, and is no obstacle
+    assert (folder / "README.md").read_text(encoding="utf-8") == "edited since"
+    assert fingerprint(folder)["config.json"] == before["config.json"]
+
+
+def test_a_card_that_cannot_be_read_stops_the_patch(tmp_path):
+    folder = checkpoint(tmp_path / "source")
+    (folder / "README.md").write_bytes(b"\xff\xfe\x00")
+    before = fingerprint(folder)
+    with pytest.raises(ValueError, match=r"README\.md is no UTF-8"):
+        attention(folder, "--in-place")
+    assert fingerprint(folder) == before
+
+
+def test_a_dry_run_shows_the_card(tmp_path, capsys):
+    attention(checkpoint(tmp_path / "source"), "--dry-run")
+    assert "+++ b/README.md" in capsys.readouterr().out and not (tmp_path / "source" / "README.md").exists()

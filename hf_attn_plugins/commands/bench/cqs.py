@@ -51,27 +51,6 @@ FlashAttention-style kernel than compared with textbook attention. The paper tim
 its time ratios cannot be compared. A worker cannot take less than its share of the pairs, 1 / W."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768], help="tokens")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 4, 7, 8, 13, 31], help="numbers of workers")
-    parser.add_argument("--masks", nargs="+", choices=["full", "causal"], default=["full", "causal"])
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32"])
-    parser.add_argument("--repeats", type=int, default=3, help="rounds; the median counts (default: 3)")
-    parser.add_argument(
-        "--scores-up-to",
-        type=int,
-        default=32768,
-        help="tokens of the longest case with textbook scores (default: 32768)",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("benchmarks/results"),
-        help="folder for cqs.md and cqs.json; rows of other cases there stay",
-    )
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print row by row, write the table.
 

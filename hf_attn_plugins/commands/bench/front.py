@@ -15,7 +15,6 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from hf_attn_plugins.bench.hardware import describe
 from hf_attn_plugins.bench.timing import synchronize
+from hf_attn_plugins.commands.bench.arguments import FRONT_PARTS as PARTS
 from hf_attn_plugins.commands.bench.front_report import report
 from hf_attn_plugins.commands.bench.front_rows import Row, rows_for
 from hf_attn_plugins.core.staging import put
@@ -33,7 +33,7 @@ from hf_attn_plugins.eval.tasks import task
 from hf_attn_plugins.eval.tasks.needles import passkey
 from hf_attn_plugins.eval.tasks.task import Setting
 from hf_attn_plugins.hf.configure import use
-from hf_attn_plugins.hf.inputs.load import add_model_arguments, load_for
+from hf_attn_plugins.hf.inputs.load import load_for
 from hf_attn_plugins.hf.inputs.texts import prose_tokens
 from hf_attn_plugins.hf.predictions import backbone, divergence, log_probabilities, logits_of, of_tokens
 from hf_attn_plugins.hf.trace import trace
@@ -41,27 +41,10 @@ from hf_attn_plugins.hf.tune import tune
 from hf_attn_plugins.hf.tuning import heads as key_heads
 from hf_attn_plugins.star.options import StarOptions
 
-PARTS = ("agreement", "speed", "passkeys", "needles")
 POSITIONS, CHUNK, TAIL = 2048, 256, 128
 DEPTHS = 5
 NEEDLES = ("niah_multikey_2", "vt")
 BASELINE = "sdpa"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
-    add_model_arguments(parser)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192])
-    parser.add_argument("--texts", type=int, default=4, help="texts for KL and perplexity")
-    parser.add_argument("--passkeys", type=int, default=40, help="passkey prompts: five depths, a seed for every five")
-    parser.add_argument("--needles", type=int, default=8, help="prompts of each task with several needles")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of timing")
-    parser.add_argument(
-        "--targets", type=float, nargs="*", default=[2.0, 2.5], help="speeds that hap.tune is asked for"
-    )
-    parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="measure just these parts")
-    parser.add_argument("--minutes", type=float, help="stop after this time; the same command continues")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for front.json, .md, .svg")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -1,257 +1,188 @@
-"""`hf-attn bench gpu`: check the results of the Triton kernels on a CUDA or ROCm GPU, then time them."""
+"""`hf-attn bench gpu`: everything that a CUDA or ROCm GPU has to show, in eight minutes, the most valuable first."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from hf_attn_plugins.bench.gpu_timing import matrix_peak, medians_ms
+from hf_attn_plugins.bench.gpu_timing import matrix_peak
 from hf_attn_plugins.bench.hardware import describe
-from hf_attn_plugins.bench.timing import markdown_table
-from hf_attn_plugins.core.mask import Mask, padding_from_lengths
-from hf_attn_plugins.kernels.attend import attend
-from hf_attn_plugins.testing import allowed_error, dense_attention
+from hf_attn_plugins.commands.bench.gpu_cases import Case, cases, time_case
+from hf_attn_plugins.commands.bench.gpu_checks import FEATURES, as_line, check
+from hf_attn_plugins.commands.bench.gpu_record import CHECK, RANKS, TIME, Record
+from hf_attn_plugins.core.gpu import arch_of
+from hf_attn_plugins.kernels import measured
 
-HIDDEN, TOKENS = 2048, 16384  # heads x head_dim, and the smallest batch x length
-
-
-class Case(NamedTuple):
-    """One timed shape; `what` is forward, backward (forward and backward together) or decode."""
-
-    what: str
-    length: int
-    head_dim: int
-    causal: bool
-
-    def flops(self) -> float:
-        """FLOPs of the matrix products: 2 products forward, 5 backward; half of them for causal attention."""
-        if self.what == "decode":
-            return 4.0 * 32 * self.length * self.head_dim
-        batch = max(1, TOKENS // self.length)
-        pairs = batch * (HIDDEN // self.head_dim) * self.length**2 / (2 if self.causal else 1)
-        return 4.0 * pairs * self.head_dim * (3.5 if self.what == "backward" else 1.0)
+PEAK_SIZE = 8192
+RANK_CASE = {"length": 8192, "heads": 8, "kv_heads": 2, "head_dim": 128, "layers": 2, "dtype": "bfloat16"}
+# Method -> its options over ranks, and the method that one device computes the same result with.
+METHODS = {"tiled_attention": {}, "cqs_attention": {}, "star_attention": {"block_size": 1024}}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2**n for n in range(10, 18)], help="tokens")
-    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128], help="elements per head")
-    parser.add_argument("--minutes", type=float, default=7.5, help="no case starts after this time (default: 7.5)")
-    parser.add_argument("--repeats", type=int, default=15, help="rounds; the median counts (default: 15)")
-    parser.add_argument("--tune", type=Path, help="also time candidate tile sizes, and write the best to this file")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for gpu.md and gpu.json")
+class Step(NamedTuple):
+    """One step: its name in the record, and what to run, which returns JSON values."""
+
+    name: str
+    run: Callable[[], dict[str, Any]]
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Check the results, tune if `--tune` is given, time and write the table.
+def run(arguments: argparse.Namespace, device: torch.device | None = None) -> int:
+    """Check, time, and write after every step; a run that was interrupted is continued.
+
+    Args:
+        device: a CPU in a rehearsal; None takes the current GPU.
 
     Returns:
-        0, or 1 where a result is wrong: then nothing is timed.
+        0, or 1 where a result is wrong or a check could not run.
 
     Raises:
-        ValueError: there is no GPU, or a length, a head dim or the repeats are below 1.
+        ValueError: there is no GPU, or a length, a head dim, the repeats or the minutes are too small.
     """
-    if not torch.cuda.is_available():
-        raise ValueError("there is no CUDA or ROCm device: `hf-attn bench triton --static` needs none.")
     if min([*arguments.lengths, *arguments.head_dims, arguments.repeats]) < 1:
         raise ValueError("--lengths, --head-dims and --repeats must be at least 1.")
-    device, began = torch.device("cuda", torch.cuda.current_device()), time.monotonic()
-    right = True
-    for line in correctness(device):
-        print(line, flush=True)
-        right &= line.startswith("right")
-    if not right:
-        return 1
+    if not arguments.minutes > 0:
+        raise ValueError(f"--minutes {arguments.minutes}: more than 0 is needed.")
+    if device is None:
+        if not torch.cuda.is_available():
+            raise ValueError("there is no CUDA or ROCm device: `hf-attn bench triton --static` needs none.")
+        device = torch.device("cuda", torch.cuda.current_device())
+    deadline = time.monotonic() + 60 * arguments.minutes
+    record = Record(arguments.out, facts_of(device), settings_of(arguments), arguments.anew)
+    if record.resumed:
+        print(f"{record.path} holds {record.resumed} steps of an earlier run, which are kept (--anew: not)", flush=True)
     if arguments.tune:
         from hf_attn_plugins.commands.bench.gpu_tune import tune
 
-        tune(arguments.tune, device, arguments.head_dims, began + 60 * arguments.minutes / 2)
-    peak = matrix_peak(device)
-    print(f"bfloat16 matrix product: {peak:.0f} TFLOP/s", flush=True)
-    rows = measure(arguments, device, peak, began + 60 * arguments.minutes)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    facts = describe(device) | {
-        "capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
-        "peak_tflops": peak,
-    }
-    (arguments.out / "gpu.json").write_text(
-        json.dumps({"hardware": facts, "rows": rows}, indent=1) + "\n", encoding="utf-8"
-    )
-    page = [
-        "# Attention on a GPU",
-        "",
-        ", ".join(f"{name} {value}" for name, value in facts.items()),
-        "",
-        *markdown_table(rows),
-        "",
-    ]
-    (arguments.out / "gpu.md").write_text("\n".join(page), encoding="utf-8")
-    return 0
+        tune(arguments.tune, device, arguments.head_dims, time.monotonic() + 30 * arguments.minutes)
+    left = carry_out(steps(arguments, device), record, device, deadline)
+    for step in left:
+        print(f"no time was left for: {step}", flush=True)
+    record.finish(left)
+    wrong = record.wrong()
+    print(f"written to {record.page} and {record.path}" + (f"; wrong: {', '.join(wrong)}" if wrong else ""), flush=True)
+    if arguments.save:
+        rows = record.rows()
+        print(f"{len(rows)} rows saved to {measured.save(rows)}" if rows else "nothing was timed: nothing is saved")
+    return 1 if wrong else 0
 
 
-def correctness(device: torch.device, length: int = 1000, heads: tuple[int, int] = (8, 2)) -> Iterator[str]:
-    """One line per feature and dtype: errors of out and gradients from float64, and what the error rule allows.
+def carry_out(todo: list[Step], record: Record, device: torch.device, deadline: float) -> list[str]:
+    """Run the steps that the record lacks, until the deadline.
 
-    A line starts with "right" or "WRONG".
+    Returns:
+        the names of the steps that were not run. They are all that follow, too, where an error leaves the GPU unusable.
     """
-    lengths = torch.tensor([length, length // 3], device=device)
-    right, left = (padding_from_lengths(lengths, length, side) for side in ("right", "left"))
-    packed = torch.arange(length, device=device).mul(5).div(length, rounding_mode="floor").expand(2, length)
-    features: dict[str, tuple[int, int, float | None, Mask]] = {
-        "causal": (length, 128, None, Mask(causal=True)),
-        "full, head_dim 64": (length, 64, None, Mask()),
-        "head_dim 96": (length, 96, None, Mask(causal=True)),
-        "head_dim 256": (length, 256, None, Mask(causal=True)),
-        "window": (length, 128, None, Mask(causal=True, window=(200, None))),
-        "right padding": (length, 128, None, Mask(causal=True, key_padding=right)),
-        "left padding": (length, 64, None, Mask(causal=True, key_padding=left)),
-        "segments": (length, 128, None, Mask(causal=True, query_segments=packed, key_segments=packed)),
-        "prefix": (length, 64, None, Mask(causal=True, prefix=77)),
-        "softcap": (length, 128, 20.0, Mask(causal=True)),
-        "decode": (1, 128, None, Mask(causal=True)),
-        "decode, 5 rows, offset in a tensor": (5, 64, None, Mask(causal=True, offset=torch.tensor(700, device=device))),
-    }
-    for name, (rows, head_dim, softcap, mask) in features.items():
-        for dtype in (torch.bfloat16, torch.float32):
-            yield _check(name, (rows, length), heads, head_dim, softcap, mask, dtype, device)
-
-
-def _check(
-    name: str, shape: tuple[int, int], heads: tuple[int, int], head_dim: int, softcap: float | None, mask: Mask,
-    dtype: torch.dtype, device: torch.device,
-) -> str:  # fmt: skip
-    generator, (rows, keys) = torch.Generator(device).manual_seed(0), shape
-
-    def draw(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, device=device, dtype=torch.float64)
-
-    query, key, value = (draw(2, h, n, head_dim) for h, n in ((heads[0], rows), (heads[1], keys), (heads[1], keys)))
-    inputs, weight = [x.to(dtype) for x in (2 * query, 2 * key, value)], draw(2, heads[0], rows, head_dim)
-    t, s = torch.arange(rows, device=device), torch.arange(keys, device=device)
-    seen = mask.visible(t, s, mask.start(rows, keys), 2)
-    results = []
-    for kind in (torch.float64, dtype, None):
-        leaves = [x.to(kind or dtype).detach().requires_grad_() for x in inputs]
-        if kind is None:
-            out = attend(*leaves, mask=mask, softcap=softcap, kernel="triton").out
-        else:
-            out = dense_attention(leaves[0], leaves[1], leaves[2], seen, softcap=softcap)[0]
-        results.append([out.detach(), *torch.autograd.grad((out * weight.to(out.dtype)).sum(), leaves)])
-    words, good = [], True
-    for which, ref, low, ours in zip(("out", "dq", "dk", "dv"), *results, strict=True):
-        factor = 3.0 if which != "out" or softcap else 2.0
-        error, limit = float((ours.double() - ref).abs().max()), allowed_error(low, ref, factor)
-        good &= error <= limit
-        words.append(f"{which} {error:.1e} (allowed {limit:.1e})")
-    return f"{'right' if good else 'WRONG'}: {name}, {str(dtype)[6:]}: {', '.join(words)}"
-
-
-def cases(lengths: list[int], head_dims: list[int]) -> list[Case]:
-    """The timed cases, the most important ones first: a time limit skips the last ones."""
-    timed = [Case("forward", n, d, True) for d in reversed(head_dims) for n in lengths]
-    timed += [Case("decode", n, d, True) for d in reversed(head_dims) for n in lengths]
-    timed += [Case("backward", n, d, True) for d in reversed(head_dims) for n in lengths]
-    timed += [Case("forward", n, d, False) for d in reversed(head_dims) for n in lengths]
-    middle = [case for case in timed if 4096 <= case.length <= 32768]
-    return middle + [case for case in timed if case not in middle]
-
-
-def measure(arguments: argparse.Namespace, device: torch.device, peak: float, deadline: float) -> list[dict[str, Any]]:
-    """Time the cases until the deadline; print each row when it is measured."""
-    rows = []
-    for case in cases(arguments.lengths, arguments.head_dims):
-        if time.monotonic() > deadline:
-            print(f"time is up: {case} and the cases after it were not run", flush=True)
-            break
-        found, failed = time_case(case, device, arguments.repeats)
-        best = min((ms for name, ms in found.items() if name.startswith("sdpa")), default=float("nan"))
-        ours = found.get("triton", float("nan"))
-        rate = case.flops() / ours / 1e9
-        row: dict[str, Any] = case._asdict() | {
-            "triton_ms": ours, "tflops": rate, "share_of_peak": rate / peak, "speed_over_best_sdpa": best / ours,
-        }  # fmt: skip
-        row |= {f"{name}_ms": found.get(name, failed.get(name)) for name in alternatives(case) if name != "triton"}
-        rows.append(row)
-        print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
-    return rows
-
-
-def time_case(case: Case, device: torch.device, repeats: int) -> tuple[dict[str, float], dict[str, str]]:
-    """Median milliseconds by alternative, and the error text of each alternative that could not run."""
-    if case.what == "decode":
-        shapes = [(1, 32, 1), (1, 8, case.length), (1, 8, case.length)]
-    else:
-        shapes = [(max(1, TOKENS // case.length), HIDDEN // case.head_dim, case.length)] * 3
-    inputs = []
-    for _ in range(3):
-        given = [torch.randn(*shape, case.head_dim, device=device, dtype=torch.bfloat16) for shape in shapes]
-        inputs.append([x.requires_grad_(case.what == "backward") for x in given])
-    runs = alternatives(case)
-    if case.what == "backward":
-        runs = {name: _with_backward(run) for name, run in runs.items()}
-    return medians_ms(runs, inputs, device, repeats)
-
-
-def _with_backward(run: Callable[..., Tensor]) -> Callable[..., Any]:
-    def both(*inputs: Tensor) -> Any:
-        out = run(*inputs)
-        return torch.autograd.grad(out, inputs, out)
-
-    return both
-
-
-def alternatives(case: Case) -> dict[str, Callable[..., Tensor]]:
-    """Our kernels, SDPA's flash and cuDNN backends, compiled FlexAttention, and flash-attn if it is installed."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    causal = case.causal and case.what != "decode"  # the last row sees every key
-    grouped = case.what == "decode"
-
-    def sdpa(backend: SDPBackend) -> Callable[..., Tensor]:
-        def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=grouped)
-
-        return run
-
-    runs: dict[str, Callable[..., Tensor]] = {
-        "triton": lambda q, k, v: attend(q, k, v, is_causal=causal, kernel="triton").out,
-        "sdpa_flash": sdpa(SDPBackend.FLASH_ATTENTION),
-        "sdpa_cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
-        "flex": _flex(case, causal),
-    }
-    try:
-        from flash_attn import flash_attn_func
-    except ImportError:
-        return runs
-    runs["flash_attn"] = lambda q, k, v: flash_attn_func(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=causal
-    ).transpose(1, 2)
-    return runs
-
-
-def _flex(case: Case, causal: bool) -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    prepared: dict[str, Any] = {}
-
-    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if not prepared:
-            rows, keys = query.shape[2], key.shape[2]
-            prepared["mask"] = (
-                create_block_mask(lambda b, h, q, k: q >= k, None, None, rows, keys, device=str(query.device))
-                if causal
-                else None
+    left: list[str] = []
+    for step in todo:
+        if step.name in record:
+            continue
+        if left or time.monotonic() > deadline:
+            left.append(step.name)
+            continue
+        record.begin(step.name)
+        try:
+            found = step.run()
+        except KeyboardInterrupt:
+            record.finish([])  # the step is not to blame: the next run repeats it
+            raise
+        except Exception as error:  # a step that cannot run must not take the others with it
+            found = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+        record.end(step.name, found)
+        print(line_of(step.name, found), flush=True)
+        if "error" in found and not usable(device):
+            print(
+                "the GPU is unusable after this error: run the command again, it goes on behind this step", flush=True
             )
-            prepared["call"] = torch.compile(flex_attention)
-        return prepared["call"](query, key, value, block_mask=prepared["mask"], enable_gqa=case.what == "decode")
+            left += [each.name for each in todo if each.name not in record and each.name not in left]
+            break
+    return left
 
-    return run
+
+def usable(device: torch.device) -> bool:
+    """Whether the GPU still answers: after an illegal access every call of a process fails."""
+    try:
+        torch.zeros(1, device=device).add_(1).item()
+    except RuntimeError:
+        return False
+    return True
+
+
+def steps(arguments: argparse.Namespace, device: torch.device) -> list[Step]:
+    """All steps, the most valuable first."""
+
+    def checked(name: str, dtype: torch.dtype, kernel: str | None) -> Step:
+        title = f"{CHECK}: {name}, {str(dtype)[6:]}, {kernel or 'default'}"
+        return Step(title, lambda: check(name, dtype, kernel, device))
+
+    def timed(case: Case) -> Step:
+        return Step(
+            f"{TIME}: {case.name}", lambda: {"case": list(case), **time_case(case, device, arguments.repeats)}
+        )  # fmt: skip
+
+    timings = [timed(case) for case in cases(arguments.lengths, arguments.head_dims)]
+    first = [step for step in timings if step.name.startswith((f"{TIME}: forward", f"{TIME}: plan"))]
+    found = [
+        *(checked(name, torch.bfloat16, "triton") for name in FEATURES),
+        *(checked(name, torch.bfloat16, None) for name in FEATURES),
+        Step("peak", lambda: {"tflops": matrix_peak(device, PEAK_SIZE)}),
+        *first[: max(4, len(first) // 2)],
+    ]
+    found += [step for step in timings if step not in found]
+    if device.type == "cpu" or torch.cuda.device_count() > 1:
+        found.append(Step(f"{RANKS}: context_parallel", lambda: on_ranks(device)))
+    return found + [checked(name, torch.float32, kernel) for kernel in ("triton", None) for name in FEATURES]
+
+
+def on_ranks(device: torch.device, ranks: int | None = None) -> dict[str, Any]:
+    """`gpu_rank` on all GPUs: what rank 0 found, by method.
+
+    Raises:
+        OSError: the launch failed; the message has its last error.
+    """
+    ranks = ranks or max(2, torch.cuda.device_count())
+    alone = dict.fromkeys(METHODS, "sdpa") | {"star_attention": "star_attention"}
+    case = {**RANK_CASE, "device": device.type, "methods": METHODS, "alone": alone}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "case.json")
+        path.write_text(json.dumps(case), encoding="utf-8")
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        done = subprocess.run(
+            [*launcher, "-m", "hf_attn_plugins.commands.bench.gpu_rank", str(path)],
+            capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if "Error: " in line] or done.stderr.splitlines()
+            raise OSError(f"the launch of {ranks} ranks failed: {errors[0] if errors else done.returncode}")
+        return json.loads(path.with_name("out.json").read_text(encoding="utf-8"))
+
+
+def facts_of(device: torch.device) -> dict[str, Any]:
+    """Hardware and versions."""
+    facts = describe(device)
+    return facts | {"arch": arch_of(device), "gpus": torch.cuda.device_count()} if device.type == "cuda" else facts
+
+
+def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What has to agree for one run to continue another."""
+    names = ("lengths", "head_dims", "repeats")
+    return {name: getattr(arguments, name) for name in names} | {"versions": measured.versions()}
+
+
+def line_of(step: str, found: dict[str, Any]) -> str:
+    """A step's result on one line."""
+    if "error" in found:
+        return f"FAILED: {step}: {found['error']}"
+    if "errors" in found:
+        return as_line(step.removeprefix(f"{CHECK}: "), found)
+    shown = found.get("ms", found)
+    words = [f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()]
+    return f"{step}: {'  '.join(words)}"

@@ -4,41 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from hf_attn_plugins.commands.bench import indexed_demo as demo
 from hf_attn_plugins.commands.bench import indexed_timing as bench
+from hf_attn_plugins.commands.bench.arguments import INDEXED_PARTS as PARTS
 from hf_attn_plugins.indexed.plan import CallSizes
-
-PARTS = ("stages", "scaling", "text")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `hf-attn bench indexed`."""
-    sizes = bench.PUBLISHED_SIZES
-    parser.add_argument("--only", choices=PARTS, help="measure this part alone; the others are kept in --output")
-    parser.add_argument("--words", type=int, default=sizes.words, help="number of words (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=sizes.length, help="characters per word (default: %(default)s)")
-    parser.add_argument(
-        "--characters", type=int, default=sizes.characters, help="size of the character set (default: %(default)s)"
-    )
-    parser.add_argument("--width", type=int, default=sizes.width, help="embedding dimension (default: %(default)s)")
-    parser.add_argument(
-        "--repeats", type=int, default=7, help="turns per form; the median counts (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--text", type=Path, help="a UTF-8 text file for the part `text` (default: the Python language reference)"
-    )
-    parser.add_argument("--steps", type=int, default=150, help="training steps on the text (default: %(default)s)")
-    parser.add_argument(
-        "--query",
-        nargs="+",
-        default=["attenton", "dictionnary", "implementation"],
-        metavar="WORD",
-        help="words whose nearest words of the text are shown (default: %(default)s)",
-    )
-    parser.add_argument("--output", type=Path, help="folder for indexed.md and indexed.json (default: print only)")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_attn_plugins.commands.bench.arguments import PUBLISHED
 from hf_attn_plugins.indexed.attention import (
     column_weights,
     indexed_attention,
@@ -24,7 +25,7 @@ from hf_attn_plugins.indexed.direct import direct_attention, direct_scores, proj
 from hf_attn_plugins.indexed.plan import CallSizes, direct_cost, table_cost
 from hf_attn_plugins.indexed.tables import Projections, build_tables, project_tables, sinusoids
 
-PUBLISHED_SIZES = CallSizes(words=500, length=32, characters=64, width=512)  # those of ISDPA's published notebook
+PUBLISHED_SIZES = CallSizes(**PUBLISHED)
 SWEEPS = {
     "words": (1, 2, 5, 20, 100, 500, 2000),
     "characters": (16, 64, 256, 1024, 4096, 8192),

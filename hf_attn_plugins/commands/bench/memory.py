@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,15 +17,6 @@ from hf_attn_plugins.kernels.cpu_fused import build as fused
 
 KERNELS = ("cpu_fused", "cpu_tiled", "aten")
 HEADS, HEAD_DIM, MIB = 8, 64, 2**20
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384], help="numbers of keys")
-    parser.add_argument("--rows", type=int, default=512, help="query rows (default: 512)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("benchmarks/results"), help="folder for memory.md and memory.json"
-    )
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -19,30 +19,6 @@ SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 NAME, TITLE = "parallel", "Several ranks: what each method sends, holds and computes"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
-    parser.add_argument("--length", type=int, default=2048, help="tokens of the prompt")
-    parser.add_argument("--ranks", type=int, nargs="+", default=list(range(1, 9)), help="numbers of ranks to count for")
-    parser.add_argument(
-        "--measure-up-to", type=int, default=4, help="measure with up to this many processes; 0 only counts"
-    )
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument(
-        "--kv-heads", type=int, nargs="+", default=[8, 2], help="numbers of key heads; one table row for each"
-    )
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=2, help="layers of the random Llama that is measured")
-    parser.add_argument("--dtype", choices=SIZES, default="float32")
-    parser.add_argument("--block-size", type=int, help="tokens of Star's blocks; default: an eighth of the prompt")
-    parser.add_argument("--halo-size", type=int, help="tokens just before a block that Star's blocks see as well")
-    parser.add_argument("--workers", type=int, help="workers of CQS; default: chosen for each number of ranks")
-    parser.add_argument("--rounds", type=int, default=1, help="exchanges per layer of CQS")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds that one measured launch may take")
-    parser.add_argument(
-        "--out", type=Path, default=Path("benchmarks/results"), help="folder for parallel.md and parallel.json"
-    )
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Count, measure, print row by row, write the table.
 

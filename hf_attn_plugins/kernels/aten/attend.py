@@ -8,7 +8,8 @@ from torch import Tensor
 
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial, merge
-from hf_attn_plugins.kernels.aten.ops import FlashCPU, FlashCUDA, flash_cpu
+from hf_attn_plugins.kernels.aten import gpu
+from hf_attn_plugins.kernels.aten.ops import FlashCPU, flash_cpu
 
 # Up to so many rows, heads that share keys become rows, and one call with a bias is faster than one per prompt.
 FOLDED_ROWS = 16
@@ -53,6 +54,8 @@ def reason_against(
         return "segments, a prefix or a predicate in the mask"
     if mask.window != (None, None):
         return "a sliding window shorter than the sequence"
+    if query.device.type not in ("cpu", "meta"):
+        return _reason_on_device(query, key, value, mask)
     if mask.bias is not None:
         return _reason_against_bias(query, mask)
     if mask.key_padding is not None and torch.compiler.is_compiling():
@@ -65,13 +68,35 @@ def reason_against(
     return None
 
 
+def _reason_on_device(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> str | None:
+    if query.device.type != "cuda":
+        return f"{query.device.type}: PyTorch has no operator there that returns the lse"
+    as_bias = on_device_as_bias(query, mask)
+    if not gpu.able(query, key, value, as_bias):
+        return f"{query.dtype} on {gpu.arch_of(query.device)}"
+    if mask.bias is not None:
+        return _reason_against_bias(query, mask)
+    if not as_bias and torch.compiler.is_compiling():
+        if mask.key_padding is not None:
+            return "padding lengths of many rows, which cannot be read while compiling"
+        if mask.causal and isinstance(mask.offset, Tensor):
+            return "many rows with an offset held in a tensor, which cannot be read while compiling"
+    return None
+
+
+def on_device_as_bias(query: Tensor, mask: Mask) -> bool:
+    """Whether a GPU computes this call with a mask tensor: few rows, so that nothing is read from the device."""
+    in_tensors = mask.key_padding is not None or (mask.causal and isinstance(mask.offset, Tensor))
+    return mask.bias is not None or (in_tensors and query.shape[2] <= FOLDED_ROWS)
+
+
 def _reason_against_bias(query: Tensor, mask: Mask) -> str | None:
     assert mask.bias is not None
     if mask.bias.requires_grad:
         return "a float mask that needs a gradient"
     if mask.causal or mask.key_padding is not None:
         return "a mask tensor on top of a structured mask"
-    return "a mask tensor off the CPU" if query.device.type != "cpu" else None
+    return "a mask tensor off the CPU" if query.device.type == "meta" else None
 
 
 def aten(
@@ -88,6 +113,8 @@ def aten(
     rows, num_keys = query.shape[2], key.shape[2]
     if mask.bias is not None:
         return _biased(query, key, value, mask.bias, scale)
+    if on_gpu(query) and on_device_as_bias(query, mask):
+        return _few_rows(query, key, value, mask, scale)
     if mask.key_padding is not None:
         return _padded(query, key, value, mask, scale)
     if not mask.causal:
@@ -97,10 +124,44 @@ def aten(
         head = Partial.empty(query[:, :, :-start], value.shape[-1])
         tail = aten(query[:, :, -start:], key, value, mask.replace(offset=0), scale, None, 0.0)
         return Partial.cat([head, tail])
+    if start + rows > num_keys:  # the last rows see every key
+        inside = max(0, num_keys - start)
+        tail = _full(query[:, :, inside:], key, value, scale)
+        if not inside:
+            return tail
+        head = aten(query[:, :, :inside], key, value, mask.replace(offset=start), scale, None, 0.0)
+        return Partial.cat([head, tail])
     square = _flash(query, key[:, :, start:], value[:, :, start:], True, scale)
     if start == 0:
         return square
     return merge([_full(query, key[:, :, :start], value[:, :, :start], scale), square])
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether PyTorch's operators for GPUs compute what lies here; tests of them on a CPU replace this function."""
+    return tensor.device.type not in ("cpu", "meta")
+
+
+def _few_rows(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> Partial:
+    """Few rows under padding or an offset held in a tensor, as one call with a mask tensor; nothing waits for the GPU.
+
+    Heads that share keys become rows of one head, so that no key is repeated.
+    """
+    batch, heads, rows, head_dim = query.shape
+    t, s = torch.arange(rows, device=query.device), torch.arange(key.shape[2], device=query.device)
+    if mask.causal:
+        offset = key.shape[2] - rows if mask.offset is None else mask.offset
+        seen = (s[None] <= t[:, None] + offset)[None, None]
+    else:
+        seen = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool, device=query.device)
+    if mask.key_padding is not None:
+        seen = seen & mask.key_padding[:, None, None]
+    group_size = heads // key.shape[1]
+    if seen.shape[2] > 1:
+        seen = seen.repeat(1, 1, group_size, 1)
+    folded = query.reshape(batch, key.shape[1], group_size * rows, head_dim)
+    part = _biased(folded, key, value, seen, scale)
+    return Partial(part.out.reshape(batch, heads, rows, -1), part.lse.reshape(batch, heads, rows))
 
 
 def _full(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Partial:
@@ -108,7 +169,7 @@ def _full(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Partial:
     group_size = heads // key.shape[1]
     # The operator gives each thread whole heads. Folded heads are fewer, and may leave threads idle: then a single
     # float32 row per head is faster.
-    idle = rows == 1 and query.dtype == torch.float32 and batch * key.shape[1] % _threads()
+    idle = rows == 1 and query.dtype == torch.float32 and not on_gpu(query) and batch * key.shape[1] % _threads()
     if group_size == 1 or not 0 < rows <= FOLDED_ROWS or idle:
         return _flash(query, key, value, False, scale)
     # Heads that share keys become rows of one head: (B, Hkv, group_size * T, D). Only a full mask allows that.
@@ -167,9 +228,15 @@ def _biased(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: floa
         bias = torch.where(bias, 0.0, -torch.inf).to(query.dtype)
     else:
         seen = bias > -torch.inf
+    some = seen.any(-1)
+    if on_gpu(query):
+        # The operators for GPUs give NaN where a row sees no key: such a row sees all of them here, and is emptied
+        # below, where its gradients become 0.
+        part = _flash(query, key, value, False, scale, bias.masked_fill(~some.unsqueeze(-1), 0))
+        return Partial(part.out.masked_fill(~some.unsqueeze(-1), 0), part.lse.masked_fill(~some, -torch.inf))
     part = _flash(query, key, value, False, scale, bias.to(query.dtype))
     # The operator returns lse 0 for rows that see no key.
-    return Partial(part.out, part.lse.masked_fill(~seen.any(-1), -torch.inf))
+    return Partial(part.out, part.lse.masked_fill(~some, -torch.inf))
 
 
 def _flash(
@@ -179,12 +246,12 @@ def _flash(
     head_dim, head_dim_v = query.shape[-1], value.shape[-1]
     if query.numel() == 0 or key.numel() == 0:  # the operators divide by these sizes
         return Partial.empty(query, head_dim_v)
+    if on_gpu(query) or query.device.type == "meta":
+        return Partial(*gpu.fused(query, key, value, is_causal, scale, bias))
     if head_dim != head_dim_v:
         width = max(head_dim, head_dim_v)
         query, key, value = (F.pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
-    if query.device.type != "cpu":
-        out, lse = FlashCUDA.apply(query, key, value, is_causal, scale, bias)
-    elif torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         out, lse = FlashCPU.apply(query, key, value, is_causal, scale, bias)
     else:
         out, lse = flash_cpu(query, key, value, is_causal, scale, bias)

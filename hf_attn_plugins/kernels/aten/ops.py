@@ -1,4 +1,4 @@
-"""PyTorch's fused attention operators as functions that return (out, lse), differentiable in query, key and value."""
+"""PyTorch's fused attention operator for CPUs: functions that return (out, lse), with gradients."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_attn_plugins.core.compat import fused_operator, rng_state_of_flash
-from hf_attn_plugins.core.partial import lse_dtype
+from hf_attn_plugins.core.compat import fused_operator
 
 
 def flash_cpu(
@@ -56,7 +55,7 @@ class FlashCPU(torch.autograd.Function):
         query, key, value, out, lse, bias = ctx.saved_tensors
         is_causal, scale = ctx.options
         width = value.shape[-1]
-        grad_out, query, key, value, out = _lse_as_column(grads, query, key, value, out)
+        grad_out, query, key, value, out = lse_as_column(grads, query, key, value, out)
         operator = fused_operator("_scaled_dot_product_flash_attention_for_cpu_backward")
         d_query, d_key, d_value = operator(
             grad_out, query, key, value, out, lse, 0.0, is_causal, attn_mask=bias, scale=scale
@@ -64,7 +63,7 @@ class FlashCPU(torch.autograd.Function):
         return d_query[..., :width], d_key[..., :width], d_value[..., :width], None, None, None
 
 
-def _lse_as_column(
+def lse_as_column(
     grads: tuple[Tensor | None, ...], query: Tensor, key: Tensor, value: Tensor, out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Arguments that pass the gradient of the lse to an operator which takes only the gradient of out.
@@ -84,51 +83,3 @@ def _lse_as_column(
     out[..., -2], out[..., -1] = -high, -(grad_lse - high.to(grad_lse.dtype)).to(out.dtype)
     grad_out[..., -2:] = 1
     return grad_out, query, key, value, out
-
-
-class FlashCUDA(torch.autograd.Function):
-    """As `FlashCPU`, on CUDA: PyTorch's flash kernel in half precision, else its memory-efficient kernel."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        query, key, value = elements_side_by_side(query, key, value)
-        ctx.group_size = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(ctx.group_size, 1) if ctx.group_size > 1 else x for x in (key, value))
-        ctx.half = query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0
-        if ctx.half:
-            operator = fused_operator("_scaled_dot_product_flash_attention")
-            out, lse, *rest = operator(query, key, value, 0.0, is_causal, False, scale=scale)
-            ctx.rest = rng_state_of_flash(rest)
-        else:
-            operator = fused_operator("_scaled_dot_product_efficient_attention")
-            out, lse, *ctx.rest = operator(query, key, value, None, True, 0.0, is_causal, scale=scale)
-        ctx.save_for_backward(query, key, value, out, lse)
-        ctx.options = (is_causal, scale)
-        return out, lse[..., : query.shape[2]].to(lse_dtype(query))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse = ctx.saved_tensors
-        is_causal, scale = ctx.options
-        width = value.shape[-1]
-        grad_out, query, key, value, out = _lse_as_column(grads, query, key, value, out)
-        if ctx.half:
-            operator = fused_operator("_scaled_dot_product_flash_attention_backward")
-            cum_q, cum_k, max_q, max_k, seed, offset = ctx.rest
-            d_query, d_key, d_value = operator(
-                grad_out, query, key, value, out, lse, cum_q, cum_k, max_q, max_k, 0.0, is_causal, seed, offset,
-                scale=scale,
-            )  # fmt: skip
-        else:
-            operator = fused_operator("_scaled_dot_product_efficient_attention_backward")
-            seed, offset = ctx.rest
-            d_query, d_key, d_value, _ = operator(
-                grad_out, query, key, value, None, out, lse, seed, offset, 0.0, [True, True, True, False], is_causal,
-                scale=scale,
-            )  # fmt: skip
-        if ctx.group_size > 1:
-            d_key, d_value = (x.unflatten(1, (-1, ctx.group_size)).sum(2) for x in (d_key, d_value))
-        return d_query[..., :width], d_key[..., :width], d_value[..., :width], None, None, None

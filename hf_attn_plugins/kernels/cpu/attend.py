@@ -31,7 +31,7 @@ def cpu_tiled(
         q, k, v = (x.reshape(1, x.shape[0] * x.shape[1], *x.shape[2:]) for x in (query, key, value))
         out, lse = cpu_tiled(q, k, v, mask, scale, softcap, dropout)
         return Partial(out.view(*query.shape[:3], value.shape[-1]), lse.view(query.shape[:3]))
-    seed = int(torch.randint(2**62, ())) if dropout else 0
+    seed = int(torch.randint(2**62, (), device="cpu")) if dropout else 0
     return Partial(*_Tiled.apply(query, key, value, mask.bias, mask, scale, softcap, dropout, seed))
 
 

@@ -98,7 +98,7 @@ class _Tiles:
         self.tiles, self.scale, self.softcap, self.heads = tiles, scale, softcap, heads
         self.kv_heads, self.group_size = key.shape[0], query.shape[0] // key.shape[0]
         self.acc_dtype = lse_dtype(query)
-        self.tile_masks = TileMasks(tiles, heads, self.group_size, self.acc_dtype)
+        self.tile_masks = TileMasks(tiles, heads, self.group_size, self.acc_dtype, query.device)
         most_rows, most_keys = self.group_size * tiles.row_tile, tiles.key_tile
         most_parts = max(most_rows, most_keys) * max(query.shape[-1], value.shape[-1])
         # Products are written to buffers: new memory for each of them would cost page faults.
@@ -177,7 +177,7 @@ class _FastTiles(_Tiles):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         dtype = self.query.dtype
-        self.tile_masks = TileMasks(self.tiles, self.heads, self.group_size, dtype)
+        self.tile_masks = TileMasks(self.tiles, self.heads, self.group_size, dtype, self.query.device)
         log2_lse = (self.lse * LOG2_E).clamp_max(HUGE)
         self.query_columns = torch.cat([self.query * (self.scale * LOG2_E), _split(-log2_lse, dtype)], -1)
         self.grad_columns = torch.cat([self.grad_out, _split(-self.delta, dtype)], -1)

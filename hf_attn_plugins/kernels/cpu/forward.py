@@ -77,7 +77,7 @@ class _Rows:
         self.tiles, self.scale, self.softcap, self.heads = tiles, scale, softcap, heads
         self.kv_heads, self.group_size = key.shape[0], query.shape[0] // key.shape[0]
         self.acc_dtype = lse_dtype(query)
-        self.tile_masks = TileMasks(tiles, heads, self.group_size, self.acc_dtype)
+        self.tile_masks = TileMasks(tiles, heads, self.group_size, self.acc_dtype, query.device)
 
     def scores(self, index: int, tile: KeyTile) -> Tensor:
         """(kv heads, group_size * rows, keys) scaled, capped, biased and masked scores in `self.acc_dtype`."""
@@ -123,7 +123,7 @@ class _FastRows(_Rows):
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, tiles: TileMap, *rest: Any) -> None:
         super().__init__(query, key, value, tiles, *rest)
         self.key_blocks, self.value_blocks = key_blocks(key, tiles, 1), key_blocks(value, tiles, 0)
-        self.tile_masks = TileMasks(tiles, self.heads, self.group_size, query.dtype)
+        self.tile_masks = TileMasks(tiles, self.heads, self.group_size, query.dtype, query.device)
         most_rows = self.group_size * tiles.row_tile
         self.rows = query.new_empty(self.kv_heads, most_rows, query.shape[-1] + 1)
         self.weights = query.new_empty(self.kv_heads * most_rows * tiles.key_tile)
@@ -168,7 +168,7 @@ class _FastRows(_Rows):
         near_rows = rows[..., :head_dim].unflatten(1, (self.group_size, -1))[:, :, :size].unflatten(2, (count, -1))
         near_keys = self.key[:, first : first + size].unflatten(1, (count, -1))
         scores = torch.matmul(near_rows, near_keys.unsqueeze(1).mT)
-        hidden = torch.ones(NEAR_KEYS, NEAR_KEYS, dtype=torch.bool).triu_(1)
+        hidden = torch.ones(NEAR_KEYS, NEAR_KEYS, dtype=torch.bool, device=scores.device).triu_(1)
         best = scores.masked_fill_(hidden, -torch.inf).amax(-1).flatten(2)
         row_max.view(shape)[:, :, :size] = torch.maximum(row_max.view(shape)[:, :, :size], best)
         rows[..., -1] = -row_max

@@ -17,16 +17,15 @@ def dropout_generator(seed: int, b: int, heads: slice, index: int, tile: KeyTile
 
 def keep_mask(scores: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
     """0 for dropped weights, 1 / (1 - p) for kept ones, in the shape and dtype of `scores`."""
-    return torch.empty_like(scores).bernoulli_(1.0 - dropout, generator=generator).div_(1.0 - dropout)
+    kept = torch.empty_like(scores, device="cpu").bernoulli_(1.0 - dropout, generator=generator)
+    return kept.div_(1.0 - dropout).to(scores.device)
 
 
 class TileMasks:
     """Masks of the tiles that need one, as 0 and -inf to add. Masks that depend on positions only are cached."""
 
-    def __init__(self, tiles: TileMap, heads: slice, group_size: int, dtype: torch.dtype) -> None:
-        self.tiles, self.heads, self.group_size, self.dtype = tiles, heads, group_size, dtype
-        tensors = (tiles.mask.key_padding, tiles.mask.query_segments, tiles.mask.bias)
-        self.device = next((tensor.device for tensor in tensors if tensor is not None), None)
+    def __init__(self, tiles: TileMap, heads: slice, group_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.tiles, self.heads, self.group_size, self.dtype, self.device = tiles, heads, group_size, dtype, device
         self.cache: dict[tuple[int, int, int], Tensor] = {}
 
     def bias(self, t0: int, t1: int, tile: KeyTile) -> Tensor:
@@ -42,7 +41,7 @@ class TileMasks:
         """Add a float bias, and -inf for hidden pairs, to scores (kv heads, group_size, rows, keys) in place."""
         bias = self.tiles.mask.bias
         if bias is not None and bias.is_floating_point():
-            rows, keys = torch.arange(t0, t1), torch.arange(tile.begin, tile.end)
+            rows, keys = self._places(t0, t1, tile)
             view += per_head(self.tiles.mask.bias_tile(rows, keys)[0].to(self.dtype), self.heads, self.group_size)
         if tile.needs_mask:
             view += self.bias(t0, t1, tile)
@@ -56,10 +55,12 @@ class TileMasks:
             view.tril_(t0 + self.tiles.start - tile.begin)
 
     def _build(self, t0: int, t1: int, tile: KeyTile) -> Tensor:
-        rows = torch.arange(t0, t1, device=self.device)
-        keys = torch.arange(tile.begin, tile.end, device=self.device)
+        rows, keys = self._places(t0, t1, tile)
         visible = self.tiles.mask.visible(rows, keys, self.tiles.start)[0]
         return per_head(torch.where(visible, 0.0, -torch.inf).to(self.dtype), self.heads, self.group_size)
+
+    def _places(self, t0: int, t1: int, tile: KeyTile) -> tuple[Tensor, Tensor]:
+        return torch.arange(t0, t1, device=self.device), torch.arange(tile.begin, tile.end, device=self.device)
 
 
 def per_head(tensor: Tensor, heads: slice, group_size: int) -> Tensor:

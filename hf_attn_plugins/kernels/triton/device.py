@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_attn_plugins.core.gpu import arch_of
+
 
 class Launch(NamedTuple):
     """One recorded launch, which `static.py` compiles.
@@ -58,15 +60,7 @@ def architecture(device: torch.device) -> str:
     """The name of a GPU's architecture, such as "sm90" or "gfx942"; "interpreter" for the CPU."""
     if _recording is not None:
         return _recording[0]
-    return "interpreter" if device.type == "cpu" else _architecture(device)
-
-
-@functools.cache
-def _architecture(device: torch.device) -> str:
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm{major}{minor}"
+    return "interpreter" if device.type == "cpu" else arch_of(device)
 
 
 @functools.cache

@@ -33,7 +33,7 @@ class Chip:
     Attributes:
         backend, arch, warp: Triton's names of the target, and threads of a warp.
         block_shared, chip_shared: bytes of shared memory that one block and one multiprocessor have.
-        peak: dense bfloat16 matrix TFLOP/s from the vendor's data sheet (A100, H100 SXM, B200, MI300X).
+        peak: dense bfloat16 matrix TFLOP/s from the vendor's data sheet (A100, H100, B200, RTX 5090, MI300X, MI355X).
     """
 
     backend: str
@@ -48,7 +48,9 @@ CHIPS = {
     "sm80": Chip("cuda", 80, 32, 163 * 1024, 164 * 1024, 312.0),
     "sm90": Chip("cuda", 90, 32, 227 * 1024, 228 * 1024, 989.0),
     "sm100": Chip("cuda", 100, 32, 227 * 1024, 228 * 1024, 2250.0),
+    "sm120": Chip("cuda", 120, 32, 99 * 1024, 100 * 1024, 209.5),
     "gfx942": Chip("hip", "gfx942", 64, 64 * 1024, 64 * 1024, 1307.0),
+    "gfx950": Chip("hip", "gfx950", 64, 160 * 1024, 160 * 1024, 2500.0),
 }
 TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
@@ -245,7 +247,7 @@ def problems(rows: list[Resources]) -> list[str]:
         where = f"{row.kernel} {row.target} {row.dtype} head_dim {row.head_dim} {'causal' if row.causal else 'full'}"
         if row.shared > CHIPS[row.target].block_shared:
             found.append(f"{where}: {row.shared} bytes of shared memory, the chip has {CHIPS[row.target].block_shared}")
-        if row.dtype != "bf16" or row.head_dim > 128 or row.target == "gfx942":
+        if row.dtype != "bf16" or row.head_dim > 128 or row.target.startswith("gfx"):
             continue
         strict = row.kernel == "forward" or (row.kernel in ("dq", "dkdv") and row.target == "sm90")
         if strict and row.spilled:

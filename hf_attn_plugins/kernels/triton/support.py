@@ -8,6 +8,7 @@ import os
 import torch
 from torch import Tensor
 
+from hf_attn_plugins.core.gpu import arch_of, generation
 from hf_attn_plugins.core.mask import Mask
 
 MAX_HEAD_DIM = 256
@@ -25,15 +26,13 @@ def reason_against(
     """Why `triton` cannot compute this call; None when it can."""
     if not INSTALLED:
         return "anything, because Triton is not installed (pip install 'hf-attn-plugins[triton]')"
-    if query.device.type != "cuda" and not interpreting():
+    if query.device.type in ("cpu", "meta") and not interpreting():
         return (
             f"tensors on {query.device.type} (its interpreter can, with TRITON_INTERPRET=1 set before Triton's import)"
         )
-    if (
-        query.device.type == "cuda"
-        and not torch.version.hip
-        and torch.cuda.get_device_capability(query.device) < (8, 0)
-    ):
+    if query.device.type not in ("cuda", "cpu", "meta"):
+        return f"tensors on {query.device.type}"
+    if query.device.type == "cuda" and 0 < generation(arch_of(query.device)) < 80:
         return "GPUs older than sm_80"
     if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"{query.dtype}"

@@ -27,7 +27,8 @@ from typing import NamedTuple
 
 import torch
 
-ARCHITECTURES = ("sm80", "sm90", "sm100", "gfx942")
+ARCHITECTURES = ("sm80", "sm86", "sm90", "sm100", "gfx942")
+SMALL = (86, 87, 89)  # consumer Ampere and Ada: 99 KiB of shared memory per block, where sm_80 has 163
 KINDS = ("forward", "dq", "dkdv", "decode")
 HEAD_DIMS = (64, 128, 256)
 
@@ -49,15 +50,28 @@ class Config(NamedTuple):
     tma: bool = False
 
 
-def _split(sm80: Config, sm90: Config, sm100: Config, gfx942: Config) -> dict[str, Config]:
-    return {"sm80": sm80, "sm90": sm90, "sm100": sm100, "gfx942": gfx942}
+def _split(sm80: Config, sm90: Config, sm100: Config, gfx942: Config, sm86: Config | None = None) -> dict[str, Config]:
+    """By architecture; sm86, which stands for `SMALL`, is as sm80 where it is not given."""
+    return {"sm80": sm80, "sm86": sm86 or sm80, "sm90": sm90, "sm100": sm100, "gfx942": gfx942}
 
 
 # kind -> head_dim -> one Config for every architecture, or one each.
 HALF: dict[str, dict[int, Config | dict[str, Config]]] = {
     "forward": {
-        64: _split(Config(128, 64, 4, 3), Config(128, 128, 8, 2), Config(128, 64, 4, 3), Config(128, 64, 4, 3)),
-        128: _split(Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 64, 4, 1)),
+        64: _split(
+            Config(128, 64, 4, 3),
+            Config(128, 128, 8, 2),
+            Config(128, 64, 4, 3),
+            Config(128, 64, 4, 3),
+            Config(128, 64, 8, 2),
+        ),
+        128: _split(
+            Config(128, 64, 8, 3),
+            Config(128, 64, 8, 3),
+            Config(128, 64, 8, 3),
+            Config(128, 64, 4, 1),
+            Config(64, 64, 8, 2),
+        ),
         256: _split(Config(64, 32, 8, 2), Config(128, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 4, 1)),
     },
     "dq": {
@@ -68,12 +82,20 @@ HALF: dict[str, dict[int, Config | dict[str, Config]]] = {
     "dkdv": {
         64: _split(Config(64, 128, 8, 2), Config(64, 128, 8, 2), Config(64, 128, 8, 2), Config(32, 64, 4, 1)),
         128: _split(Config(32, 64, 4, 2), Config(32, 128, 8, 2), Config(32, 128, 8, 2), Config(32, 64, 4, 1)),
-        256: _split(Config(32, 64, 8, 1), Config(32, 32, 8, 1), Config(32, 64, 8, 1), Config(16, 32, 4, 1)),
+        256: _split(
+            Config(32, 64, 8, 1), Config(32, 32, 8, 1), Config(32, 64, 8, 1), Config(16, 32, 4, 1), Config(32, 32, 8, 1)
+        ),
     },
     "decode": {64: Config(16, 64, 4, 3), 128: Config(16, 64, 4, 3), 256: Config(16, 32, 4, 2)},
 }
 SINGLE: dict[str, dict[int, Config | dict[str, Config]]] = {
-    "forward": {64: Config(64, 32, 4, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 16, 8, 1)},
+    "forward": {
+        64: Config(64, 32, 4, 2),
+        128: _split(
+            Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 1)
+        ),
+        256: Config(32, 16, 8, 1),
+    },
     "dq": {64: Config(32, 32, 4, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
     "dkdv": {64: Config(32, 32, 4, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
     "decode": {64: Config(16, 32, 4, 2), 128: Config(16, 32, 4, 2), 256: Config(16, 16, 4, 1)},
@@ -106,8 +128,8 @@ def nearest(arch: str) -> str:
     if arch.startswith("gfx"):
         return "gfx942"
     number = int(arch.removeprefix("sm"))
-    if number >= 110:  # consumer Blackwell has Ampere's shared memory
-        return "sm80"
+    if number in SMALL or number >= 110:  # consumer Blackwell is sm_120
+        return "sm86"
     return next(name for name in ("sm100", "sm90", "sm80") if number >= int(name[2:]) or name == "sm80")
 
 

@@ -33,6 +33,7 @@ from hf_attn_plugins.parallel.method import Method, Step, method_for
 from hf_attn_plugins.plugins import Plugin, plugin
 from hf_attn_plugins.star.hf.fingerprint import fingerprint
 from hf_attn_plugins.star.hf.model import check_model, text_config
+from hf_attn_plugins.ui.shown import Shown
 
 _NUMBERS = itertools.count()
 
@@ -61,16 +62,16 @@ class Layer(Options):
         return Layer(index)
 
 
-class Session:
+class Session(Shown):
     """The object that `with context_parallel(...) as session` gives.
 
     Attributes:
         group: the ranks; `group.rank` and `group.size` are this process and their number.
-        method: the attention method on these ranks.
+        method: the attention method on these ranks; `plugin` is its name.
     """
 
-    def __init__(self, model: nn.Module, group: Group, method: Method) -> None:
-        self.group, self.method = group, method
+    def __init__(self, model: nn.Module, group: Group, method: Method, plugin: str) -> None:
+        self.group, self.method, self.plugin = group, method, plugin
         self.forward = Forward(model, group, method)
         self.name = f"context_parallel_{next(_NUMBERS)}"
 
@@ -122,6 +123,8 @@ class Session:
 
     def summary(self) -> str:
         """What this rank computed, stores and sent, as lines to print."""
+        if self.size == 1:
+            return f"one process: plain {self.plugin}, nothing is sent"
         merge = self.traffic()["merge"]
         lines = [
             f"rank {self.rank} of {self.size}: {self.prefill_tokens} tokens of the last prompt computed, "
@@ -132,6 +135,11 @@ class Session:
             each = merge.sent / (self.size - 1) / self.forward.merged_rows
             lines.append(f"merge: {each:g} bytes per token and layer, from each rank to each other one")
         return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return f"context_parallel with {self.plugin}: {self.summary()}"
+
+    __repr__ = __str__
 
     def attention(
         self,
@@ -225,7 +233,7 @@ def context_parallel(model: nn.Module, name: str, *, timeout: float = 60.0, **op
     try:
         if group.size == 1:
             with use(model, name, **_plugin_options(name, options)):
-                yield Session(model, group, method)
+                yield Session(model, group, method, name)
         else:
             with _session(model, group, method, {"method": name, "options": options}) as session:
                 yield session
@@ -247,7 +255,7 @@ def _session(model: nn.Module, group: Group, method: Method, settings: dict[str,
     agree(group, {**settings, "model": fingerprint(model, whole=True), **versions, "size": group.size}, what="set-up")
     check_model(model)
     method = method.settle(text_config(model).to_dict(), group)
-    session = Session(model, group, method)
+    session = Session(model, group, method, settings.get("method", type(method).__name__))
     row = Plugin(session.name, "one session of context_parallel", True, "", session.attention, Layer)
     with installed(row, session.mask):
         try:

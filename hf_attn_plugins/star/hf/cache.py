@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from hf_attn_plugins.hf.compat import dynamic_layer, grow_layers
 from hf_attn_plugins.star.plan import Plan
+from hf_attn_plugins.ui.shown import Shown
 
 Layers = list[tuple[Tensor, Tensor]]
 
@@ -75,7 +76,7 @@ class StarLayer(DynamicLayer):
         return super().update(key_states, value_states, *args, **kwargs)
 
 
-class StarCache(DynamicCache):
+class StarCache(Shown, DynamicCache):
     """A `DynamicCache` without sliding layers: the mask cuts windows, so that cropping and branching stay possible.
 
     Attributes:
@@ -91,6 +92,23 @@ class StarCache(DynamicCache):
             self.update(key[:, :, :0], value[:, :, :0], index)
             layer: Any = self.layers[index]
             layer.keys, layer.values = key, value
+
+    def __str__(self) -> str:
+        layers: list[Any] = [layer for layer in self.layers if getattr(layer, "keys", None) is not None]
+        held = sum(x.numel() * x.element_size() for layer in layers for x in (layer.keys, layer.values))
+        size = f"{len(layers)} layers, {held / 2**20:.1f} MiB of keys and values"
+        if self.star is None:
+            return f"StarCache being encoded: {size}"
+        plan, rows = self.star.plan, self.star.context_ids.shape[0]
+        tokens = f"{self.star.length} tokens" + (f" x {rows} rows" if rows > 1 else "")
+        heads = sum(map(len, self.star.dense_heads or ()))
+        later = max(0, (layers[0].keys.shape[-2] if layers else 0) - self.star.length)
+        return (
+            f"StarCache: {tokens} in {plan.num_blocks} blocks of {plan.block_size}, anchor {len(plan.anchor)}, "
+            f"halo {plan.halo_size}{f', {heads} dense heads' if heads else ''}; {later} tokens behind them; {size}"
+        )
+
+    __repr__ = __str__
 
 
 def cache_of(layers: Layers, record: Record | None = None) -> Any:

@@ -1,0 +1,1 @@
+"""What people see: the parser of the command line, suggestions for typos, progress bars, tables as text and HTML."""

@@ -1,0 +1,48 @@
+"""The argument parser of `hf-attn`: argparse, whose errors also say what was probably meant."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator
+from typing import NoReturn
+
+from hf_attn_plugins.ui.suggest import nearest
+
+
+class Parser(argparse.ArgumentParser):
+    """An `argparse.ArgumentParser` that suggests the nearest option or choice for a misspelt one."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and the message with its suggestions on stderr, and exit with status 2."""
+        super().error("; ".join([message, *self._suggestions(message)]))
+
+    def _suggestions(self, message: str) -> Iterator[str]:
+        if message.startswith("unrecognized arguments: "):
+            for word in message.removeprefix("unrecognized arguments: ").split():
+                flag = word.partition("=")[0]
+                meant = nearest(flag, options_of(self)) if flag.startswith("-") else None
+                if meant is not None:
+                    yield f"did you mean {meant}?"
+            return
+        wrong = re.search(r"invalid choice: '([^']*)' \((?:maybe.*)?choose from (.*)\)", message)
+        if wrong is not None:
+            meant = nearest(wrong[1], re.findall(r"[\w.:-]+", wrong[2]))
+            if meant is not None:
+                yield f"did you mean {meant}?"
+
+
+def options_of(parser: argparse.ArgumentParser) -> list[str]:
+    """Every option of a parser and of its sub-commands, by its written forms."""
+    found = list(parser._option_string_actions)  # argparse has no public list of what was added
+    for name in subcommands_of(parser):
+        found += options_of(subcommands_of(parser)[name])
+    return found
+
+
+def subcommands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parsers of a parser's sub-commands, by name."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return dict(action.choices)
+    return {}

@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 # A CPU build of torch first, so that no other package pulls in one of several gigabytes.
 TORCH_INDEX ?=
 
-.PHONY: demo eval compatibility test test-grid test-slow test-gpu test-versions test-floor lint format bench readme clean
+.PHONY: demo eval compatibility test test-grid test-slow test-gpu test-versions test-floor lint format bench readme docs clean
 
 $(VENV)/.dev: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -67,6 +67,15 @@ bench: $(VENV)/.dev
 
 readme: $(VENV)/.dev
 	$(BIN)/python -m tests.readme
+
+$(VENV)/.docs: $(VENV)/.dev
+	$(BIN)/python -m pip install -q -e ".[docs]"
+	touch $@
+
+# The site in build/site: warnings are errors, and nothing is loaded from other hosts, so it can be read offline.
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python -m tests.docs.offline build/site
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hf_attn_plugins.hf.compare import compare, compare_all
     from hf_attn_plugins.hf.configure import configure, use
     from hf_attn_plugins.hf.continuous import continuous_batching
+    from hf_attn_plugins.hf.inputs.load import demo_folder
     from hf_attn_plugins.hf.intercept import intercept
     from hf_attn_plugins.hf.trace import trace
     from hf_attn_plugins.hf.tune import tune
@@ -33,6 +34,7 @@ __all__ = [
     "context_parallel",
     "continuous_batching",
     "cqs",
+    "demo_folder",
     "indexed",
     "intercept",
     "kernels",
@@ -56,6 +58,7 @@ _VERBS = {
     "configure": "hf.configure",
     "context_parallel": "parallel.hf.session",
     "continuous_batching": "hf.continuous",
+    "demo_folder": "hf.inputs.load",
     "intercept": "hf.intercept",
     "trace": "hf.trace",
     "tune": "hf.tune",

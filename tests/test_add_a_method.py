@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import re
@@ -21,6 +20,7 @@ from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.options import Options
 from hf_attn_plugins.hf.register import registered
 from hf_attn_plugins.testing import dense_attention, sharp_inputs
+from tests.docs.blocks import run
 from tests.eval.tiny import model_folder
 from tests.families import build
 
@@ -49,15 +49,9 @@ def page(tmp_path_factory):
     """The names that the page's blocks define, after all of them ran in order; what they printed; both registries."""
     place = tmp_path_factory.mktemp("page")
     names = {"folder": model_folder(place / "model"), "runs": place / "runs"}
-    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    before, between, printed = named(), None, (place / "printed.txt").open("w+", encoding="utf-8")
-    with contextlib.redirect_stdout(printed):
-        for number, block in enumerate(blocks):
-            exec(compile(block, f"{PAGE.name}, block {number + 1}", "exec"), names)
-            if "hap" in names and between is None:
-                between = named()
-    printed.seek(0)
-    return {**names, "printed": printed.read(), "before": before, "between": between, "after": named()}
+    before, seen = named(), []
+    printed = run(PAGE, names, after=lambda names: seen.append(named()) if "hap" in names else None)
+    return {**names, "printed": printed, "before": before, "between": seen[0], "after": named()}
 
 
 def test_the_page_registers_its_method_and_takes_it_out(page):

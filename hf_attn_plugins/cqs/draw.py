@@ -7,6 +7,8 @@ from typing import Any
 
 from hf_attn_plugins.cqs.scheduler import Plan
 
+NUMBERED = 20  # workers at most that are drawn in colours of their own, with their numbers
+
 
 def partition(plan: Plan) -> list[list[int]]:
     """W x W table: the worker that computes the block of groups (row, column)."""
@@ -33,16 +35,28 @@ def draw(plan: Plan, path: str | os.PathLike[str]) -> None:
     owner = partition(plan)
     if used:
         blocks = [[owner[a][b] for b in used] for a in used]
-        mesh = matrix.pcolormesh(edges, edges, blocks, cmap="turbo", vmin=0, vmax=max(1, plan.num_workers - 1))
-        figure.colorbar(mesh, ax=matrix, label="worker")
+        few = plan.num_workers <= NUMBERED
+        # Workers are names, not amounts: few of them get unlike colours and their number, many a scale.
+        colours = {"cmap": "tab20", "vmax": 19} if few else {"cmap": "turbo", "vmax": plan.num_workers - 1}
+        mesh = matrix.pcolormesh(edges, edges, blocks, vmin=0, edgecolors="white" if few else "none", **colours)
+        if few:
+            centres = [(group.start + group.stop) / 2 for group in groups]
+            for y, row in zip(centres, blocks, strict=True):
+                for x, worker in zip(centres, row, strict=True):
+                    matrix.text(x, y, str(worker), ha="center", va="center")
+        else:
+            figure.colorbar(mesh, ax=matrix, label="worker")
     matrix.invert_yaxis()
     matrix.set(aspect="equal", xlabel="key position", ylabel="query position")
     matrix.set_title(
-        f"Pairs by worker: N = {plan.num_tokens}, W = {plan.num_workers}, set {list(plan.interest_set)[:8]}"
+        f"Who computes which pairs: {plan.num_tokens} tokens, {plan.num_workers} workers, "
+        f"interest set {list(plan.interest_set)[:8]}"
     )
     lengths.bar(range(plan.num_workers), plan.lengths, color="tab:blue")
+    if plan.num_workers <= NUMBERED:
+        lengths.set_xticks(range(plan.num_workers))
     lengths.axhline(plan.num_tokens, color="tab:red", label="whole sequence")
-    lengths.set(xlabel="worker", ylabel="tokens", title="Subsequence lengths")
+    lengths.set(xlabel="worker", ylabel="tokens", title="Tokens that each worker reads")
     lengths.set_ylim(0, 1.15 * max(1, plan.num_tokens))
     lengths.legend(loc="upper right")
     figure.savefig(path, dpi=100)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from hf_attn_plugins.core.imports import is_being_imported
 from hf_attn_plugins.core.options import Options
 from hf_attn_plugins.hf import batching_hint, saved_choice
 from hf_attn_plugins.hf.import_hooks import forget, is_waiting, when_imported
@@ -212,4 +213,8 @@ def remove(name: str) -> None:
 
 
 def _call(action: str) -> None:
+    module, _, name = action.partition(":")
+    found = sys.modules.get(module)
+    if is_being_imported(found) and not hasattr(found, name):
+        return  # this import is what brought Transformers' module: the last line of ours registers
     resolve(action)()

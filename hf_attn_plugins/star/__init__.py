@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from hf_attn_plugins.star.hf.ask import ask
     from hf_attn_plugins.star.hf.cache import branch
     from hf_attn_plugins.star.hf.encode import append, encode, plan_of
+    from hf_attn_plugins.star.hf.pipeline import split_prompts
     from hf_attn_plugins.star.hf.store import load, save
 
-__all__ = ["Plan", "append", "ask", "branch", "encode", "load", "plan_for", "plan_of", "save"]
+__all__ = ["Plan", "append", "ask", "branch", "encode", "load", "plan_for", "plan_of", "save", "split_prompts"]
 
 _HF = {"ask": "ask", "branch": "cache", "append": "encode", "encode": "encode", "plan_of": "encode"}
-_HF |= {"load": "store", "save": "store"}
+_HF |= {"load": "store", "save": "store", "split_prompts": "pipeline"}
 __getattr__, __dir__ = lazy(__name__, {name: f"{__name__}.hf.{module}:{name}" for name, module in _HF.items()})

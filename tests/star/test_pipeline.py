@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -19,6 +21,25 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+
+FIRST = """
+import sys
+import hf_attn_plugins.indexed.hf.config
+import hf_attn_plugins.indexed.hf.model
+assert "transformers.pipelines" not in sys.modules
+import hf_attn_plugins.star.hf.pipeline
+from transformers import AutoConfig, AutoModel
+from transformers.pipelines import PIPELINE_REGISTRY
+assert "star-text-generation" in PIPELINE_REGISTRY.get_supported_tasks()
+config = AutoConfig.for_model("character_word_encoder", hidden_size=16, num_attention_heads=2)
+assert type(AutoModel.from_config(config)).__name__ == "CharacterWordEncoder"
+"""
+
+
+def test_our_modules_can_be_imported_before_those_of_transformers_that_they_extend():
+    done = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.fixture(scope="module")

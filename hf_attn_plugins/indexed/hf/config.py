@@ -57,3 +57,6 @@ class CharacterWordEncoderConfig(PreTrainedConfig):
 def register() -> None:
     """Make the config known to AutoConfig. Idempotent."""
     AutoConfig.register(CharacterWordEncoderConfig.model_type, CharacterWordEncoderConfig, exist_ok=True)
+
+
+register()  # whoever imports this module first finds the name registered, too

@@ -76,3 +76,6 @@ class CharacterWordEncoder(PreTrainedModel):
 def register() -> None:
     """Make the model known to AutoModel. Idempotent."""
     AutoModel.register(CharacterWordEncoderConfig, CharacterWordEncoder, exist_ok=True)
+
+
+register()  # whoever imports this module first finds the name registered, too

@@ -150,3 +150,6 @@ def split_prompts(
         chats.common([tokenize(head), *prompts]), *(len(prompt) - 1 for prompt in prompts)
     )  # a query is not empty
     return prompts[0][:length], [prompt[length:] for prompt in prompts]
+
+
+register_pipeline()  # whoever imports this module first finds the name registered, too

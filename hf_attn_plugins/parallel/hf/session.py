@@ -82,9 +82,8 @@ class Session(Shown):
     def sum_gradients(self) -> None:
         """Replace every parameter's gradient by its sum over all ranks.
 
-        Call it on every rank, after the last backward pass of an optimizer step and before clipping. The loss of a
-        sharded forward is the loss over all tokens, but its gradient on a rank comes from that rank's tokens only.
-        After the sum, all ranks of the group have the same gradients.
+        Call it on every rank, after the last backward pass of an optimizer step and before clipping: a rank's gradient
+        comes from its own tokens only.
 
         Raises:
             ValueError: the session was opened with `averaged=True`.
@@ -240,7 +239,8 @@ def context_parallel(
     error: BaseException | None = None
     try:
         if group.size == 1:
-            with use(model, name, **_plugin_options(name, options)):
+            known = plugin(name).options_type().names()
+            with use(model, name, **{key: value for key, value in options.items() if key in known}):
                 yield Session(model, group, method, name, averaged)
         else:
             settings = {"method": name, "options": options, "averaged": averaged}
@@ -276,7 +276,3 @@ def _session(
                 yield session
         finally:
             session.forward.detach()
-
-
-def _plugin_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if key in plugin(name).options_type().names()}

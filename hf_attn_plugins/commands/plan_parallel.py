@@ -5,20 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_attn_plugins.cqs.cost import CallShape
-from hf_attn_plugins.parallel.costs import costs
-from hf_attn_plugins.parallel.forms import FORMS, Form, ring
-from hf_attn_plugins.parallel.method import Cost
 from hf_attn_plugins.plugins import plugin, resolve
 from hf_attn_plugins.star.command import read_config
 from hf_attn_plugins.star.cost import ModelShape
+
+if TYPE_CHECKING:  # they import torch, which --help does not need
+    from hf_attn_plugins.parallel.forms import Form
+    from hf_attn_plugins.parallel.method import Cost
 
 COLUMNS = ("method", "exact", "GB moved", "all ranks GB", "link s", "GB held", "cache GB", "pairs", "rows", "decode KB")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
     parser.add_argument("--length", type=int, required=True, help="tokens of the prompt")
     parser.add_argument("--ranks", type=int, required=True, help="number of processes")
     parser.add_argument("--model", required=True, help="folder, config.json or hub id of a model")
@@ -41,6 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
             f"--length {arguments.length} --ranks {arguments.ranks} --link {arguments.link}: a length and ranks of at "
             "least 1 and a positive link are needed."
         )
+    from hf_attn_plugins.parallel.forms import FORMS
+
     model = ModelShape.of(read_config(arguments.model))
     rows = [row(form, arguments, model) for form in FORMS]
     print(_table(rows))
@@ -79,6 +83,9 @@ def row(form: Form, arguments: argparse.Namespace, model: ModelShape) -> dict[st
 
 
 def _costs(form: Form, arguments: argparse.Namespace, shape: CallShape) -> list[Cost]:
+    from hf_attn_plugins.parallel.costs import costs
+    from hf_attn_plugins.parallel.forms import ring
+
     if form.name is None:
         return ring(arguments.length, arguments.ranks, shape)
     given = {"block_size": arguments.block_size, "halo_size": arguments.halo_size, "workers": arguments.workers}

@@ -57,7 +57,7 @@ def test_from_the_command_line(tmp_path, capsys):
     model, out = model_folder(tmp_path / "model"), tmp_path / "look.html"
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
     words = ["look", str(model), "--dtype", "float32", "--text", str(tmp_path / "text.txt"), "--length", "96"]
-    star = "star_attention:block_size=16,halo_size=8"
+    star = "star_attention:block_size=16,halo_size=8,query_size=8"
     assert cli.main([*words, "--attn", f"tiled_attention,{star}", "--out", str(out)]) == 0
     page = out.read_text()
     assert star in page and "blocks of 16, halo 8, 24 first tokens" in page and page.count('class="text"') == 2

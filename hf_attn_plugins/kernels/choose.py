@@ -57,6 +57,7 @@ FUSED_FROM = {
     ("avx2", torch.float32): FusedFrom(192, 1024, 4096),
     ("avx2", torch.bfloat16): FusedFrom(192, 512, 256),
 }
+LEAST_ROWS, LEAST_FEW = (min(sizes[i] for sizes in FUSED_FROM.values()) for i in (0, 2))  # short calls ask no more
 
 
 def load(name: str) -> Kernel:
@@ -110,9 +111,9 @@ def fused_from(dtype: torch.dtype) -> FusedFrom | None:
     """
     chosen = best(dtype, allowed())
     sizes = None if isinstance(chosen, str) else FUSED_FROM.get((chosen.name, dtype))
-    if sizes is None or (dtype == torch.bfloat16 and _cpu_has("amx_tile")) or build.unavailable(dtype) is not None:
+    if sizes is None or (dtype == torch.bfloat16 and _cpu_has("amx_tile")) or isinstance(chosen, str):
         return None
-    return sizes
+    return sizes if build.reason_against(chosen) is None else None
 
 
 @functools.cache
@@ -133,15 +134,16 @@ def _arm_features() -> str:
 
 def worth_fusing(query: Tensor, key: Tensor, mask: Mask, is_plan: bool = False) -> bool:
     """Whether `cpu_fused` would pay: a CPU and a dtype for which it was measured, and enough keys."""
-    if query.device.type != "cpu" or query.dtype not in STORED:
+    few, keys = query.shape[2] < fused.SPLIT_ROWS, key.shape[2]
+    if keys < (LEAST_FEW if few else LEAST_ROWS) or query.dtype not in STORED or query.device.type != "cpu":
         return False
     sizes = fused_from(query.dtype)
     if sizes is None:
         return False
-    if query.shape[2] < fused.SPLIT_ROWS:
-        return key.shape[2] >= sizes.few
+    if few:
+        return keys >= sizes.few
     full = not (mask.causal or mask.prefix or is_plan) and mask.window == (None, None) and mask.has_no_tensors()
-    return key.shape[2] >= (sizes.full if full else sizes.rows)
+    return keys >= (sizes.full if full else sizes.rows)
 
 
 def choose_rectangles(

@@ -27,13 +27,19 @@ def flash_cpu(
     return operator(query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale)
 
 
-def elements_side_by_side(*tensors: Tensor) -> list[Tensor]:
+def elements_side_by_side(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The tensors with stride 1 in their last dimension; those with another stride are copied.
 
     The operators ignore this stride and read a head's elements as neighbours. `F.scaled_dot_product_attention` checks
     the stride before it calls them.
     """
-    return [tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous() for tensor in tensors]
+    if query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:  # asked in every short call
+        return query, key, value
+    return _copied(query), _copied(key), _copied(value)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 class FlashCPU(torch.autograd.Function):

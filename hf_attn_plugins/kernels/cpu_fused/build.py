@@ -43,7 +43,12 @@ class Unavailable(RuntimeError):
 def unavailable(dtype: torch.dtype = torch.bfloat16) -> str | None:
     """None where kernels for `dtype` can run, else the reason why not. Compiles them, the first time it is asked."""
     chosen = best(dtype, allowed())
-    return chosen if isinstance(chosen, str) else _state(chosen.name)[1]
+    return chosen if isinstance(chosen, str) else reason_against(chosen)
+
+
+def reason_against(chosen: InstructionSet) -> str | None:
+    """None where the kernels of an instruction set of this CPU can run, else the reason why not; compiles them."""
+    return _state(chosen.name)[1]
 
 
 def library(chosen: InstructionSet | None = None) -> ctypes.CDLL:

@@ -73,7 +73,8 @@ def check_call(
 
     Args:
         luck: factor of the rule's limits. In random cases of a few float32 numbers, the plain computation, by whose
-            worst error the rule measures, is sometimes exact by chance: 3 there, and one rounding of the largest score.
+            worst error the rule measures, is sometimes exact by chance: 3 there, and one rounding of the largest score
+            in the lse and in the weights.
     """
     query, _, value = inputs
     shape = query.shape[:3]
@@ -102,6 +103,8 @@ def check_call(
             assert_close_to_reference(part_lse, low_lse, ref_lse, 3.0 * luck, "lse" + name)
     for which, one, other, reference in zip(("query", "key", "value"), got, low, ref, strict=True):
         spare = cancelled(inputs, grads[0], which, scale) if luck > 1 or shape[2] < FEW else 0.0
+        if which == "value":  # a weight is off by half a rounding of its score
+            spare = 0.5 * torch.finfo(torch.float32).eps * largest * float(grads[0].abs().max())
         if not torch.allclose(one.double(), reference, rtol=0, atol=spare):
             assert_close_to_reference(one, other, reference, 3.0 * luck, f"grad_{which}")
 

@@ -15,12 +15,12 @@ from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.options import KERNELS
 from hf_attn_plugins.core.partial import Partial
 from hf_attn_plugins.core.warn import warn_once
-from hf_attn_plugins.kernels import on_device
 from hf_attn_plugins.kernels.aten import attend as aten
 from hf_attn_plugins.kernels.cpu_fused import build
 from hf_attn_plugins.kernels.cpu_fused import call as fused
 from hf_attn_plugins.kernels.cpu_fused.instruction_sets import STORED, allowed, best
 from hf_attn_plugins.kernels.flex import attend as flex
+from hf_attn_plugins.kernels.on_device import before_named_triton, kernel_for, one_launch
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Mask, float, float | None, float], Partial]
 
@@ -152,7 +152,7 @@ def choose_rectangles(
     """The function that computes a whole list of rectangles in one launch, or None: each is a call of its own."""
     call = (query, key, value, mask, softcap, dropout)
     on_gpu = kernel is None and query.device.type not in PLAIN
-    if kernel == "triton" or (on_gpu and on_device.one_launch(*call)):
+    if kernel == "triton" or (on_gpu and one_launch(*call)):
         return load_rectangles("triton")
     if kernel == "cpu_fused" or (kernel is None and worth_fusing(query, key, mask, True)):
         whole = mask.prefix == 0 and not torch.compiler.is_compiling()
@@ -204,11 +204,11 @@ def choose(
         if kernel not in KERNELS:
             raise ValueError(f"kernel={kernel!r} is unknown: choose one of {', '.join(KERNELS)}, or None.")
         if kernel == "triton":
-            on_device.triton_passes(query, key, value, mask, softcap, dropout)  # a named kernel runs after a warning
+            before_named_triton(query, key, value, mask, softcap, dropout)
         return Choice(kernel, load(kernel))
     call = (query, key, value, mask, softcap, dropout)
     if query.device.type not in PLAIN:
-        name = on_device.kernel_for(*call)
+        name = kernel_for(*call)
         return Choice(name, _flex_or_next if name == "flex" else load(name))
     if worth_fusing(query, key, mask):
         if fused.reason_against(*call) is None:

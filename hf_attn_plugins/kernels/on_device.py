@@ -11,10 +11,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from hf_attn_plugins.core.mask import Mask
-from hf_attn_plugins.kernels import measured
 from hf_attn_plugins.kernels.aten import attend as aten
 from hf_attn_plugins.kernels.aten import gpu as aten_gpu
 from hf_attn_plugins.kernels.flex import attend as flex
+from hf_attn_plugins.kernels.measured import fastest, has_rows
 from hf_attn_plugins.kernels.triton import support as triton_support
 
 TILES = "cpu_tiled"
@@ -49,7 +49,7 @@ def ranked(
     able: tuple[str, ...] = ()  # contenders of `measured`: PyTorch's operators are several, of one kernel
     if aten.reason_against(*call) is None:
         able = aten_gpu.able(query, key, value, aten.on_device_as_bias(query, mask))
-        if not measured.has_rows():
+        if not has_rows():
             return ["aten"]
     if flex.reason_against(*call) is None:
         able = (*able, "flex")
@@ -58,7 +58,7 @@ def ranked(
     if len(able) > 1:
         kind = kind or aten_gpu.kind_of(query, key, value)
         shape = (query.device, query.dtype, query.shape[-1], kind, aten_gpu.length_of(key))
-        first = measured.fastest(*shape, able)
+        first = fastest(*shape, able)
         if first is not None:
             able = (first, *able)
     kernels: list[str] = []
@@ -67,6 +67,13 @@ def ranked(
         if kernel not in kernels:
             kernels.append(kernel)
     return kernels
+
+
+def before_named_triton(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float
+) -> None:
+    """Let the self-test warn where it fails; a kernel that was named runs all the same."""
+    triton_passes(query, key, value, mask, softcap, dropout)
 
 
 def triton_passes(

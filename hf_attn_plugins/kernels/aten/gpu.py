@@ -20,8 +20,8 @@ from torch import Tensor
 from hf_attn_plugins.core.compat import fused_operator, rng_state_of_flash
 from hf_attn_plugins.core.gpu import arch_of, generation
 from hf_attn_plugins.core.partial import lse_dtype
-from hf_attn_plugins.kernels import measured
 from hf_attn_plugins.kernels.aten.ops import lse_as_column
+from hf_attn_plugins.kernels.measured import fastest
 
 OPERATORS = ("flash", "efficient", "cudnn")
 HALF = (torch.float16, torch.bfloat16)
@@ -100,7 +100,7 @@ def operator_for(query: Tensor, key: Tensor, value: Tensor, bias: bool) -> str:
     if len(names) == 1 or query.device.type != "cuda":
         return names[0]
     shape = (query.device, query.dtype, query.shape[-1], kind_of(query, key, value), length_of(key))
-    return measured.fastest(*shape, names) or names[0]
+    return fastest(*shape, names) or names[0]
 
 
 def _on_meta(query: Tensor, bias: bool) -> tuple[str, ...]:

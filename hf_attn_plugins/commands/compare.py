@@ -12,6 +12,7 @@ from hf_attn_plugins.hf.inputs.arguments import (
     Attention,
     add_model_arguments,
     attention,
+    check_files,
     check_name,
     split_attn,
     with_options,
@@ -56,10 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     lengths, target = _lengths(arguments.length), arguments.json
     if arguments.repeats < 1:
         raise ValueError(f"--repeats {arguments.repeats}: at least 1 is needed.")
-    if target not in (None, "-") and not Path(target).resolve().parent.is_dir():
-        raise ValueError(f"--json {target}: the folder {Path(target).resolve().parent} does not exist.")
-    if arguments.text is not None and not Path(arguments.text).is_file():
-        raise ValueError(f"--text {arguments.text}: no such file.")
+    check_files(arguments.text, "--json", None if target == "-" else target)
     limits = {name: getattr(arguments, name) for name in LIMITS if getattr(arguments, name) is not None}
     attentions = _attentions(arguments)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hf_attn_plugins.hf.inputs.arguments import add_model_arguments, attention, check_name, split_attn
+from hf_attn_plugins.hf.inputs.arguments import add_model_arguments, attention, check_files, check_name, split_attn
 from hf_attn_plugins.ui.progress import terminal
 
 STAR = "star_attention"
@@ -30,10 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Check the options, load, look, and write the page."""
     out = Path(arguments.out)
-    if not out.resolve().parent.is_dir():
-        raise ValueError(f"--out {out}: the folder {out.resolve().parent} does not exist.")
-    if arguments.text is not None and not Path(arguments.text).is_file():
-        raise ValueError(f"--text {arguments.text}: no such file.")
+    check_files(arguments.text, "--out", out)
     if arguments.length < 2:
         raise ValueError(f"--length {arguments.length}: at least 2 tokens are needed.")
     attentions = [attention(label) for label in split_attn(arguments.attn)]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from hf_attn_plugins.hf.inputs.arguments import add_model_arguments, check_name
+from hf_attn_plugins.hf.inputs.arguments import add_model_arguments, check_files, check_name
 from hf_attn_plugins.ui.progress import terminal
 
 
@@ -29,10 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Check the options, load, tune, print, and write the report."""
     out = arguments.out
-    if out is not None and not Path(out).resolve().parent.is_dir():
-        raise ValueError(f"--out {out}: the folder {Path(out).resolve().parent} does not exist.")
-    if arguments.text is not None and not Path(arguments.text).is_file():
-        raise ValueError(f"--text {arguments.text}: no such file.")
+    check_files(arguments.text, "--out", out)
     for name, least in (("length", 256), ("texts", 2), ("rounds", 1)):
         if getattr(arguments, name) < least:
             raise ValueError(f"--{name} {getattr(arguments, name)}: at least {least} is needed.")

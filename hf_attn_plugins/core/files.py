@@ -1,14 +1,24 @@
-"""Files that somebody else may have written: JSON objects that are refused with one line, and digests of contents."""
+"""Files that somebody else may have written (JSON objects, refused with one line), digests, and the cache folder."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 LARGEST_JSON = 1 << 26  # bytes; the index of a model of a thousand billion parameters has some ten million
 DEEPEST_JSON = 64
+
+
+def cache_folder() -> Path:
+    """The package's folder in the user's cache, which need not exist: in $XDG_CACHE_HOME, else in ~/.cache.
+
+    Raises:
+        RuntimeError: this user has no home.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_attn_plugins"
 
 
 def read_json(path: Path) -> dict[str, Any]:

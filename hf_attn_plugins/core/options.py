@@ -82,6 +82,19 @@ class Options:
             raise ValueError(f"kernel={shown(name)} is unknown: choose one of {', '.join(KERNELS)}, or None.")
 
 
+@dataclass(frozen=True)
+class OfLayer(Options):
+    """The options of a row that only has to know which layer a call comes from: probes, and sessions over ranks."""
+
+    by_layer = ("layer",)
+
+    layer: int | None = None
+
+    def for_layer(self, index: int | None) -> OfLayer:
+        """The options of layer `index`."""
+        return OfLayer(index)
+
+
 def _plain(value: Any) -> Any:
     """Tuples as lists: what a JSON file gives back."""
     return [_plain(each) for each in value] if isinstance(value, tuple) else value

@@ -62,6 +62,11 @@ def logits_at(model: nn.Module, ids: Tensor, output: Any, start: int, end: int) 
     return logits_of(model, ids[:, start:end], output, output.last_hidden_state[:, start:end])
 
 
+def log_probabilities_at(model: nn.Module, ids: Tensor, output: Any, places: Tensor) -> Tensor:
+    """(n, V) log-probabilities of one text at positions `places` (n,), from the backbone's output for `ids` (1, T)."""
+    return log_probabilities(logits_of(model, ids[:, places], output, output.last_hidden_state[:, places])[0])
+
+
 def logits_of(model: nn.Module, ids: Tensor, output: Any, states: Tensor) -> Tensor:
     """(B, n, V) logits, as `logits_at`, for finished hidden states (B, n, D) and token ids (B, n) of any positions."""
     base = backbone(model)

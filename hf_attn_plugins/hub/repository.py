@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_attn_plugins._version import __version__
+from hf_attn_plugins.core.staging import put
 from hf_attn_plugins.hub.card import card
 from hf_attn_plugins.hub.sources import PACKAGE, exported
 
@@ -98,4 +99,4 @@ def _write(folder: Path, texts: dict[str, str], metadata: dict[str, object]) -> 
 
 def _put(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text.encode())
+    put(path, lambda temporary: temporary.write_bytes(text.encode()))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hf_attn_plugins.core.files import read_json
+from hf_attn_plugins.core.files import cache_folder, read_json
 from hf_attn_plugins.core.gpu import name_of
 from hf_attn_plugins.core.staging import put
 from hf_attn_plugins.core.warn import warn_once
@@ -61,11 +60,6 @@ def versions() -> str:
         except PackageNotFoundError:
             found.append(f"{package} -")
     return ", ".join(found)
-
-
-def cache_folder() -> Path:
-    """The package's folder in the user's cache, which need not exist: in $XDG_CACHE_HOME, else in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_attn_plugins"
 
 
 def user_file() -> Path:

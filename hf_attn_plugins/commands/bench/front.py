@@ -35,7 +35,7 @@ from hf_attn_plugins.eval.tasks.task import Setting
 from hf_attn_plugins.hf.configure import use
 from hf_attn_plugins.hf.inputs.load import load_for
 from hf_attn_plugins.hf.inputs.texts import prose_tokens
-from hf_attn_plugins.hf.predictions import backbone, divergence, log_probabilities, logits_of, of_tokens
+from hf_attn_plugins.hf.predictions import backbone, divergence, log_probabilities, log_probabilities_at, of_tokens
 from hf_attn_plugins.hf.trace import trace
 from hf_attn_plugins.hf.tune import tune
 from hf_attn_plugins.hf.tuning import heads as key_heads
@@ -172,8 +172,7 @@ class Front:
             for places in (*key_heads.sampled(length, POSITIONS).split(CHUNK), torch.arange(length)[-TAIL:]):
                 wanted, targets = None, ids[0, places[places < length - 1] + 1]
                 for got, kls, nlls in zip(runs, kl, nll, strict=True):
-                    states = got.last_hidden_state[:, places]
-                    found = log_probabilities(logits_of(model, ids[:, places], got, states)[0])
+                    found = log_probabilities_at(model, ids, got, places)
                     wanted = found if wanted is None else wanted
                     kls.append(divergence(wanted, found))
                     nlls.append(-of_tokens(found[: len(targets)], targets))

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hf_attn_plugins.plugins import PLUGINS, Plugin
@@ -114,6 +115,14 @@ def check_options(row: Plugin, options: Mapping[str, Any], label: str | None = N
             f"{', '.join(fields)}."
         )
     row.options_type()(**options)
+
+
+def check_files(text: str | None, option: str, target: str | Path | None) -> None:
+    """Raise ValueError where the file of --text is not there, or the folder that `option`'s file will stand in."""
+    if target is not None and not Path(target).resolve().parent.is_dir():
+        raise ValueError(f"{option} {target}: the folder {Path(target).resolve().parent} does not exist.")
+    if text is not None and not Path(text).is_file():
+        raise ValueError(f"--text {text}: no such file.")
 
 
 def check_name(name: str, more: Mapping[str, Plugin] | None = None) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hf_attn_plugins.core.files import cache_folder
 from hf_attn_plugins.hf.compat import implementation_of, set_implementation
 from hf_attn_plugins.hf.inputs.arguments import DEMO
 from hf_attn_plugins.hf.models.families import own_backend
@@ -218,7 +218,7 @@ def demo_folder() -> Path:
     Raises:
         ImportError: the package is not installed.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hf_attn_plugins" / DEMO
+    folder = cache_folder() / DEMO
     if (folder / "config.json").is_file():
         return folder
     spec = importlib.util.find_spec(DEMO_PACKAGE)  # found, not imported: importing it needs its own dependencies

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_attn_plugins.hf.configure import use
-from hf_attn_plugins.hf.predictions import CHUNK, backbone, divergence, log_probabilities, logits_of
+from hf_attn_plugins.hf.predictions import CHUNK, backbone, divergence, log_probabilities_at
 from hf_attn_plugins.hf.trace import trace
 
 
@@ -68,10 +68,10 @@ def changes(
         length = ids.shape[1]
         first, chosen, kl = [], [[] for _ in attentions], [[] for _ in attentions]  # type: ignore[var-annotated]
         for places in torch.arange(length - 1).split(CHUNK):
-            wanted = _predicted(model, ids, runs[0], places)
+            wanted = log_probabilities_at(model, ids, runs[0], places)
             first.append(wanted.argmax(-1))
             for index, run in enumerate(runs[1:]):
-                found = _predicted(model, ids, run, places)
+                found = log_probabilities_at(model, ids, run, places)
                 chosen[index].append(found.argmax(-1))
                 kl[index].append(divergence(wanted, found))
     nothing = torch.tensor([-1])
@@ -86,8 +86,3 @@ def changes(
         )
         for index, ((label, _, _), seen) in enumerate(zip(attentions, traces[1:], strict=True))
     }
-
-
-def _predicted(model: nn.Module, ids: Tensor, run: Any, places: Tensor) -> Tensor:
-    states = run.last_hidden_state[:, places]
-    return log_probabilities(logits_of(model, ids[:, places], run, states)[0])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_attn_plugins.core.mask import Mask
-from hf_attn_plugins.core.options import Options
+from hf_attn_plugins.core.options import OfLayer
 from hf_attn_plugins.core.partial import Partial
 from hf_attn_plugins.hf.configure import use
 from hf_attn_plugins.hf.register import registered
@@ -43,19 +43,6 @@ class HeadReach:
     dense: bool
 
 
-@dataclass(frozen=True)
-class _LayerOptions(Options):
-    """Which layer a call belongs to."""
-
-    by_layer = ("layer",)
-
-    layer: int | None = None
-
-    def for_layer(self, index: int | None) -> _LayerOptions:
-        """The options of layer `index`."""
-        return _LayerOptions(index)
-
-
 class _Probe:
     """Dense attention that looks at some rows' weights on the way."""
 
@@ -70,11 +57,11 @@ class _Probe:
             exact=True,
             source="softmax attention by its definition, arXiv 1706.03762, section 3.2.1",
             entry=self.attention,
-            options=_LayerOptions,
+            options=OfLayer,
         )
 
     def attention(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, *, options: _LayerOptions, **numbers: Any
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, *, options: OfLayer, **numbers: Any
     ) -> Partial:
         exact = self.dense.attention()(query, key, value, mask, options=self.dense.options_type()(), **numbers)
         layer = options.layer

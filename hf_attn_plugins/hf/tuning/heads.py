@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_attn_plugins.core.mask import Mask
-from hf_attn_plugins.core.options import Options
+from hf_attn_plugins.core.options import OfLayer, Options
 from hf_attn_plugins.core.partial import Partial
 from hf_attn_plugins.hf.configure import use
 from hf_attn_plugins.hf.models.attention_modules import attention_modules
@@ -25,19 +24,6 @@ from hf_attn_plugins.plugins import Plugin, plugin
 
 SAMPLED = 512  # positions at which heads are measured, evenly spread over the prompt
 Losses = dict[int, list[float]]  # for every layer one number per key head
-
-
-@dataclass(frozen=True)
-class ProbeOptions(Options):
-    """Which layer a call of the probe belongs to."""
-
-    by_layer = ("layer",)
-
-    layer: int | None = None
-
-    def for_layer(self, index: int | None) -> ProbeOptions:
-        """The options of layer `index`."""
-        return ProbeOptions(index)
 
 
 class Probe:
@@ -60,11 +46,11 @@ class Probe:
             exact=True,
             source="DuoAttention, arXiv 2410.10819, for the question; the measure is this package's own",
             entry=self.attention,
-            options=ProbeOptions,
+            options=OfLayer,
         )
 
     def attention(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, *, options: ProbeOptions, **numbers: Any
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Mask, *, options: OfLayer, **numbers: Any
     ) -> Partial:
         """The dense result; `lost` is what the plan's result differs by."""
         exact = self.dense.attention()(query, key, value, mask, options=self.dense.options_type()(), **numbers)

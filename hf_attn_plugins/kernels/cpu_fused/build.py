@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from hf_attn_plugins.core.files import cache_folder
 from hf_attn_plugins.core.staging import put
 from hf_attn_plugins.kernels.cpu_fused.instruction_sets import SETS, InstructionSet, allowed, best
 
@@ -142,7 +143,7 @@ def _cache() -> Path:
     group or others.
     """
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_attn_plugins"
+        folder = cache_folder()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if _ours(folder, stat.S_ISDIR) and os.access(folder, os.W_OK):
             return folder

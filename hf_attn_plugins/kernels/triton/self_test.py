@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from hf_attn_plugins.core.compat import is_fake, is_transforming
-from hf_attn_plugins.core.files import read_json
+from hf_attn_plugins.core.files import cache_folder, read_json
 from hf_attn_plugins.core.gpu import name_of
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.rectangle import Rectangle
 from hf_attn_plugins.core.staging import put
 from hf_attn_plugins.core.warn import warn_once
-from hf_attn_plugins.kernels.measured import cache_folder, versions
+from hf_attn_plugins.kernels.measured import versions
 from hf_attn_plugins.kernels.triton import trial as small
 from hf_attn_plugins.kernels.triton.trial import Trial, trial_of
 

@@ -1,11 +1,10 @@
-"""What one layer's attention call carries inside a session: the forward that it belongs to, and its layer."""
+"""What one layer's attention call carries inside a session: the forward that it belongs to."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from hf_attn_plugins.core.mask import Mask
-from hf_attn_plugins.core.options import Options
 from hf_attn_plugins.parallel.method import Step
 
 
@@ -19,15 +18,3 @@ class StepMask(Mask):
     """
 
     step: Step | None = None
-
-
-@dataclass(frozen=True)
-class Layer(Options):
-    """The options that a session registers: which layer a call comes from, for methods with options by layer."""
-
-    by_layer = ("index",)
-
-    index: int | None = None
-
-    def for_layer(self, index: int | None) -> Layer:
-        return Layer(index)

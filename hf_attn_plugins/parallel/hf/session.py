@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hf_attn_plugins import _version
 from hf_attn_plugins.core.mask import Mask
+from hf_attn_plugins.core.options import OfLayer
 from hf_attn_plugins.core.partial import Partial
 from hf_attn_plugins.hf.check import check
 from hf_attn_plugins.hf.configure import use
@@ -26,7 +27,7 @@ from hf_attn_plugins.parallel.comm.group import Group
 from hf_attn_plugins.parallel.comm.traffic import Traffic
 from hf_attn_plugins.parallel.decode import later
 from hf_attn_plugins.parallel.hf.forward import Forward
-from hf_attn_plugins.parallel.hf.layer_call import Layer, StepMask
+from hf_attn_plugins.parallel.hf.layer_call import StepMask
 from hf_attn_plugins.parallel.hf.training import same_batches, sum_gradients
 from hf_attn_plugins.parallel.hf.weights import check_device, is_sharded, refuse_placement
 from hf_attn_plugins.parallel.method import Method, method_for
@@ -138,7 +139,7 @@ class Session(Shown):
         scale: float,
         softcap: float | None,
         dropout: float,
-        options: Layer,
+        options: OfLayer,
     ) -> Partial:
         """The layers' attention call: `method.attention` for a sharded prompt, `decode.later` for all later rows.
 
@@ -157,7 +158,7 @@ class Session(Shown):
                 "config.attention_dropout=0 to train inside context_parallel."
             )
         kernel = BoundAttend(scale, softcap, dropout, getattr(self.method, "kernel", None))
-        run = later if step.layout is None else self.method.for_layer(options.index).attention
+        run = later if step.layout is None else self.method.for_layer(options.layer).attention
         self.forward.merged_rows += len(query) * (query.shape[2] if step.layout is None else step.layout.merged)
         return run(query, key, value, mask.window, step, kernel, self.group)
 
@@ -268,7 +269,7 @@ def _session(
     check_model(model)
     method = method.settle(text_config(model).to_dict(), group)
     session = Session(model, group, method, settings.get("method", type(method).__name__), averaged)
-    row = Plugin(session.name, "one session of context_parallel", True, "", session.attention, Layer)
+    row = Plugin(session.name, "one session of context_parallel", True, "", session.attention, OfLayer)
     with installed(row, session.mask):
         try:
             with use(model, session.name):

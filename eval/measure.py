@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 import math
@@ -106,29 +107,38 @@ def ends(model: Any, eos: int | Sequence[int] | None = None) -> list[int]:
     return list(dict.fromkeys([*_several(of_model), *_several(eos)]))
 
 
-@torch.inference_mode()
 def answer_logits(model: Any, ids: list[int], answer_ids: list[int]) -> Tensor:
-    """(n, V) logits at which the n tokens of an answer behind a prompt are predicted.
+    """(n, V) logits at which the n tokens of an answer behind a prompt are predicted; see `answers_logits`."""
+    return answers_logits(model, ids, [([], answer_ids)])[0]
 
-    The prompt is prefilled into an empty cache, as for generating. Then the answer's tokens are run over that cache in
-    one call, as a later turn is. An attention that treats a prefill otherwise than later tokens is so measured as it
-    answers.
+
+@torch.inference_mode()
+def answers_logits(model: Any, ids: list[int], asked: Sequence[tuple[list[int], list[int]]]) -> list[Tensor]:
+    """For each (question, answer) behind a document, (n, V) logits at which the answer's n tokens are predicted.
+
+    The document is prefilled once into an empty cache, as for generating. Then the tokens of a question, which may be
+    none, and of its answer are run over a copy of that cache in one call, as a later turn is. An attention that treats
+    a prefill otherwise than later tokens is so measured as it answers.
 
     Raises:
         ValueError: an empty answer.
     """
-    if not answer_ids:
+    if not all(answer for _, answer in asked):
         raise ValueError("an answer without tokens has no likelihood.")
     inputs = torch.tensor([ids], device=model.device)
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     filled = model(inputs, use_cache=True, **last_only)
-    first = filled.logits[0, -1:]
-    if len(answer_ids) == 1:
-        return first
-    fed = torch.tensor([answer_ids[:-1]], device=model.device)
-    mask = torch.ones(1, len(ids) + fed.shape[1], dtype=torch.long, device=model.device)
-    cache = {cache_keyword(model): returned_cache(filled)}
-    return torch.cat([first, model(fed, attention_mask=mask, use_cache=True, **cache).logits[0]])
+    found = []
+    for question, answer in asked:
+        logits, fed = filled.logits[0, -1:], [*question, *answer[:-1]]
+        if fed:
+            held = returned_cache(filled)
+            mask = torch.ones(1, len(ids) + len(fed), dtype=torch.long, device=model.device)
+            cache = {cache_keyword(model): held if len(asked) == 1 else copy.deepcopy(held)}
+            turn = model(torch.tensor([fed], device=model.device), attention_mask=mask, use_cache=True, **cache)
+            logits = torch.cat([logits, turn.logits[0]])
+        found.append(logits[-len(answer) :])
+    return found
 
 
 def reference_nll(model: Any, ids: list[int], answer_ids: list[int]) -> float:

@@ -1,4 +1,5 @@
-"""Needles in a haystack: how they are hidden, for RULER's tasks, and the passkeys that `hf-attn bench star` asks for.
+"""Needles in a haystack: how they are hidden, for RULER's tasks, and the passkeys that `hf-attn bench star` and
+`front` ask for.
 
 A passkey is a number in real prose. Its prompt has an exact length and ends directly before the number.
 """
@@ -6,7 +7,7 @@ A passkey is a number in real prose. Its prompt has an exact length and ends dir
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -42,6 +43,17 @@ class Passkey:
     answer: list[int]
 
 
+@dataclass(frozen=True)
+class Passkeys:
+    """Token ids of a document that hides several numbers, and a question for each.
+
+    The document and a question's tokens behind it are a whole prompt, which ends directly before the number.
+    """
+
+    document: list[int]
+    asked: tuple[Passkey, ...]
+
+
 def passkey(tokenizer: Any, prose: Sequence[int], length: int, depth: float, seed: int) -> Passkey:
     """A passkey prompt of exactly `length` tokens with the number at `depth` (0 = head, 1 = tail) of the prose.
 
@@ -56,21 +68,45 @@ def passkey(tokenizer: Any, prose: Sequence[int], length: int, depth: float, see
     """
     draw = random.Random(f"{seed} {depth} {length}")
     names = {"city": draw.choice(CITIES), "number": str(draw.randrange(10_000, 100_000))}
-    message = TASK + MARK + QUESTION.format(**names)
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    frame = render(tokenizer, message).text if has_template else message + "\n\n"
-    before, after = (frame + ANSWER.format(**names)).split(MARK)
-    head, tail = ids(tokenizer, before), ids(tokenizer, after)
-    needle, answer = ids(tokenizer, NEEDLE.format(**names)), ids(tokenizer, " " + names["number"])
-    room = length - len(head) - len(tail) - len(needle)
+    whole = _document(tokenizer, prose, length, {depth: names})
+    return Passkey([*whole.document, *whole.asked[0].prompt], whole.asked[0].answer)
+
+
+def passkeys(tokenizer: Any, prose: Sequence[int], length: int, depths: Sequence[float], seed: int) -> Passkeys:
+    """A document with a number at each depth, of a city of its own, and a question for each, in the order of depths.
+
+    With the longest question the prompt has exactly `length` tokens. Arguments and errors as for `passkey`; at most
+    as many depths as `CITIES`.
+    """
+    draw = random.Random(f"{seed} {length}")
+    cities = draw.sample(CITIES, len(depths))
+    hidden = {
+        depth: {"city": city, "number": str(draw.randrange(10_000, 100_000))}
+        for depth, city in zip(depths, cities, strict=True)
+    }
+    return _document(tokenizer, prose, length, hidden)
+
+
+def _document(tokenizer: Any, prose: Sequence[int], length: int, hidden: Mapping[float, Mapping[str, str]]) -> Passkeys:
+    """Prose with numbers at some depths; for each the names of its city and number are given."""
+    asked, head = [], []
+    for names in hidden.values():
+        message = TASK + MARK + QUESTION.format(**names)
+        has_template = bool(getattr(tokenizer, "chat_template", None))
+        frame = render(tokenizer, message).text if has_template else message + "\n\n"
+        before, after = (frame + ANSWER.format(**names)).split(MARK)
+        head = ids(tokenizer, before)
+        asked.append(Passkey(ids(tokenizer, after), ids(tokenizer, " " + names["number"])))
+    needles = [ids(tokenizer, NEEDLE.format(**names)) for names in hidden.values()]
+    room = length - len(head) - max(len(each.prompt) for each in asked) - sum(map(len, needles))
     if room < 1 or room > len(prose):
         raise ValueError(
             f"a passkey prompt of {length} tokens cannot be made from {len(prose)} tokens of text: {length - room} go "
             "to question and number. Ask for a longer prompt, or give a longer text."
         )
     text = list(prose[:room])
-    place = _sentence_end(tokenizer, text, round(depth * room))
-    return Passkey([*head, *hide(text, [needle], [place]), *tail], answer)
+    places = [_sentence_end(tokenizer, text, round(depth * room)) for depth in hidden]
+    return Passkeys([*head, *hide(text, needles, places)], tuple(asked))
 
 
 def _sentence_end(tokenizer: Any, text: list[int], near: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_attn_plugins.eval.tasks.needles import hide, passkey
+from hf_attn_plugins.eval.tasks.needles import hide, passkey, passkeys
 
 from hf_attn_plugins import cli
 from hf_attn_plugins.commands.bench import star as bench_star
@@ -59,6 +59,22 @@ def test_passkey_prompts_have_their_exact_length() -> None:
     assert passkey(tokenizer, haystack, 900, 0.5, 0) == passkey(tokenizer, haystack, 900, 0.5, 0)
     with pytest.raises(ValueError, match="cannot be made"):
         passkey(tokenizer, haystack[:100], 900, 0.5, 0)
+
+
+def test_a_document_hides_a_number_at_every_depth() -> None:
+    tokenizer, depths = Letters(), [0, 0.25, 0.5, 0.75, 1]
+    found = passkeys(tokenizer, tokenizer("Some prose. " * 300)["input_ids"], 2000, depths, 3)
+    text = tokenizer.decode(found.document)
+    assert max(len(found.document) + len(each.prompt) for each in found.asked) == 2000
+    assert len({tokenizer.decode(each.prompt) for each in found.asked}) == 5
+    for depth, each in zip(depths, found.asked, strict=True):
+        question, number = tokenizer.decode(each.prompt), tokenizer.decode(each.answer)
+        city = question.rsplit(" for ", 1)[1].removesuffix(" is")
+        assert question.count(city) == 2 and text.count(number) == 1
+        assert f"The secret magic number for {city} is{number}." in text
+        assert abs(text.index(number) / len(text) - depth) < 0.15
+    with pytest.raises(ValueError, match="cannot be made"):
+        passkeys(tokenizer, [5] * 100, 2000, depths, 3)
 
 
 def test_score_is_that_of_one_forward() -> None:

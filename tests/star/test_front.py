@@ -28,7 +28,7 @@ def model(monkeypatch: pytest.MonkeyPatch):
 
 
 def run(folder: Path, *words: object) -> int:
-    sizes = ["--lengths", LENGTH, "--texts", 2, "--passkeys", 2, "--rounds", 2, "--targets", "--out", folder]
+    sizes = ["--lengths", LENGTH, "--texts", 2, "--passkeys", 10, "--rounds", 2, "--targets", "--out", folder]
     return cli.main(["bench", "front", *map(str, sizes), *map(str, words)])
 
 
@@ -47,7 +47,7 @@ def test_every_row_is_measured_once_and_the_run_goes_on(model, tmp_path: Path, c
     assert run(tmp_path, *parts) == 0
     assert capsys.readouterr().out.splitlines() == [f"written to {tmp_path / 'front.md'}"]
     table = (tmp_path / "front.md").read_text()
-    assert all(f"| {name} |" in table for name in ["sdpa", *names]) and "2 texts, 2 passkeys, 0 needles" in table
+    assert all(f"| {name} |" in table for name in ["sdpa", *names]) and "2 texts, 10 passkeys, 0 needles" in table
     assert (tmp_path / "front.svg").exists()
 
 
@@ -65,15 +65,17 @@ def test_figures_are_those_of_compare(model, tmp_path: Path) -> None:
 
 
 def test_the_likelihood_of_an_answer_is_that_of_one_dense_forward(model, tmp_path: Path) -> None:
-    assert run(tmp_path, "--only", "passkeys", "--passkeys", 1) == 0
+    assert run(tmp_path, "--only", "passkeys", "--passkeys", 5) == 0
     done = json.loads((tmp_path / "front.json").read_text())["passkeys"][str(LENGTH)]
-    asked = front.passkey(Letters(), prose_tokens(Letters(), LENGTH).tolist(), LENGTH, 0.0, 0)
-    ids = torch.tensor([[*asked.prompt, *asked.answer]])
-    with torch.no_grad(), hap.use(model, "sdpa"):
-        logp = model(ids).logits[0].log_softmax(-1)
-    wanted = -logp[len(asked.prompt) - 1 : -1].gather(1, torch.tensor(asked.answer)[:, None]).mean()
-    assert done["tiled"][0]["nll"] == pytest.approx(float(wanted), rel=1e-4)
-    assert done["sdpa"][0]["nll"] == pytest.approx(float(wanted), rel=1e-4)
+    depths = [0, 0.25, 0.5, 0.75, 1]
+    found = front.passkeys(Letters(), prose_tokens(Letters(), LENGTH).tolist(), LENGTH, depths, 0)
+    for index, asked in enumerate(found.asked):
+        ids = torch.tensor([[*found.document, *asked.prompt, *asked.answer]])
+        with torch.no_grad(), hap.use(model, "sdpa"):
+            logp = model(ids).logits[0, -len(asked.answer) - 1 : -1].log_softmax(-1)
+        wanted = -logp.gather(1, torch.tensor(asked.answer)[:, None]).mean()
+        assert done["tiled"][0][index]["nll"] == pytest.approx(float(wanted), rel=1e-4)
+        assert done["sdpa"][0][index]["nll"] == pytest.approx(float(wanted), rel=1e-4)
 
 
 def test_a_file_about_another_model_is_refused(model, tmp_path: Path, capsys) -> None:

@@ -39,8 +39,10 @@ def front(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192])
     parser.add_argument("--texts", type=int, default=4, help="texts for KL and perplexity")
-    parser.add_argument("--passkeys", type=int, default=40, help="passkey prompts: five depths, a seed for every five")
-    parser.add_argument("--needles", type=int, default=8, help="prompts of each task with several needles")
+    parser.add_argument("--passkeys", type=int, default=40, help="passkeys: five in a document, one at each depth")
+    parser.add_argument(
+        "--needles", type=int, default=16, help="prompts with several needles: RULER's niah_multikey_2 and vt in turns"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="rounds of timing")
     parser.add_argument(
         "--targets", type=float, nargs="*", default=[2.0, 2.5], help="speeds that hap.tune is asked for"

@@ -27,10 +27,10 @@ from hf_attn_plugins.commands.bench.front_report import report
 from hf_attn_plugins.commands.bench.front_rows import Row, rows_for
 from hf_attn_plugins.core.staging import put
 from hf_attn_plugins.eval.baselines import registered
-from hf_attn_plugins.eval.measure import answer_logits
+from hf_attn_plugins.eval.measure import answers_logits
 from hf_attn_plugins.eval.prompts import Prompter
 from hf_attn_plugins.eval.tasks import task
-from hf_attn_plugins.eval.tasks.needles import passkey
+from hf_attn_plugins.eval.tasks.needles import passkeys
 from hf_attn_plugins.eval.tasks.task import Setting
 from hf_attn_plugins.hf.configure import use
 from hf_attn_plugins.hf.inputs.load import load_for
@@ -110,7 +110,8 @@ class Front:
             for target in a.targets if "speed" in a.only else ():
                 if f"{target:g}" not in self.done["tuned"].get(key, {}):
                     yield f"{length}: tune for {target:g}x", partial(self.tuned, length, target)
-        counts = {"agreement": a.texts, "speed": a.rounds, "passkeys": a.passkeys, "needles": a.needles}
+        documents = -(-a.passkeys // DEPTHS)
+        counts = {"agreement": a.texts, "speed": a.rounds, "passkeys": documents, "needles": a.needles}
         for part in PARTS:
             if part not in a.only:
                 continue
@@ -206,29 +207,40 @@ class Front:
                     self.add("speed", length, row, index, time.perf_counter() - start)
 
     def passkeys(self, length: int, index: int, rows: list[Row]) -> None:
-        """A number in prose: its likelihood, and whether greedy decoding gives it."""
+        """Numbers in prose, one at each depth, each asked for by itself over one prefill of the document."""
         tokenizer = self.model()[1]
-        depth, seed = index % DEPTHS / (DEPTHS - 1), index // DEPTHS
-        asked = passkey(tokenizer, self.prose(0, length).tolist(), length, depth, seed)
-        self.ask("passkeys", length, index, rows, asked.prompt, asked.answer)
+        depths = [depth / (DEPTHS - 1) for depth in range(DEPTHS)]
+        found = passkeys(tokenizer, self.prose(0, length).tolist(), length, depths, index)
+        self.ask("passkeys", length, index, rows, found.document, [(one.prompt, one.answer) for one in found.asked])
 
     def needles(self, length: int, index: int, rows: list[Row]) -> None:
         """One prompt of RULER's tasks with several needles, in turns."""
         setting = Setting(Prompter(self.model()[1]), haystack="pydoc")
         item = task(NEEDLES[index % len(NEEDLES)], setting).item(length, index // len(NEEDLES))
-        self.ask("needles", length, index, rows, item.ids, item.answer_ids)
+        self.ask("needles", length, index, rows, item.ids, [([], item.answer_ids)])
 
-    def ask(self, part: str, length: int, index: int, rows: list[Row], prompt: list[int], answer: list[int]) -> None:
-        """The mean negative log-likelihood of an answer's tokens, and whether each is the first choice."""
+    def ask(
+        self,
+        part: str,
+        length: int,
+        index: int,
+        rows: list[Row],
+        document: list[int],
+        asked: list[tuple[list[int], list[int]]],
+    ) -> None:
+        """For every (question, answer): the answer's mean negative log-likelihood, whether each token comes first."""
         model, _ = self.model()
-        wanted = torch.tensor(answer, device=model.device)
         for row in (Row(BASELINE, BASELINE), *rows):
             if index < len(self.done[part][str(length)].get(row.name, [])):
                 continue
             with use(model, row.attn, **row.options):
-                logp = log_probabilities(answer_logits(model, prompt, answer))
-            nll, exact = -of_tokens(logp, wanted).mean(), (logp.argmax(-1) == wanted).all()
-            self.add(part, length, row, index, {"nll": float(nll), "exact": bool(exact)})
+                logits = answers_logits(model, document, asked)
+            found = []
+            for (_, answer), each in zip(asked, logits, strict=True):
+                wanted, logp = torch.tensor(answer, device=each.device), log_probabilities(each)
+                nll, exact = -of_tokens(logp, wanted).mean(), (logp.argmax(-1) == wanted).all()
+                found.append({"nll": float(nll), "exact": bool(exact)})
+            self.add(part, length, row, index, found)
 
     def add(self, part: str, length: int, row: Row, index: int, value: Any) -> None:
         held = self.done[part][str(length)].setdefault(row.name, [])

@@ -34,7 +34,8 @@ def report(done: dict[str, Any], folder: Path) -> Path:
         "(smallest to largest). Pairs: attended over causal ones. KL: nats against sdpa, mean over 2048 positions "
         "spread evenly over each text (smallest to largest text). Perplexity: ratio to sdpa's, at the same positions. "
         "NLL: mean negative log-likelihood of an answer's tokens. Found: answers all of whose tokens are the first "
-        "choice. Needles: RULER's niah_multikey_2 and vt in turns. Heads and tuned options were chosen on other texts.",
+        "choice. Passkeys: five numbers in a document, each asked for by itself over one prefill. Needles: RULER's "
+        "niah_multikey_2 and vt in turns. Heads and tuned options were chosen on other texts.",
         "",
     ]
     for length, rows in done["rows"].items():
@@ -52,13 +53,14 @@ def table(done: dict[str, Any], length: str, rows: list[dict[str, Any]]) -> list
     for name in ["sdpa", *names]:
         cells = [name, speed(done, length, name), *agreement(done, length, name)]
         for part in ("passkeys", "needles"):
-            asked = done[part].get(length, {}).get(name, [])
+            asked = answers(done, part, length, name)
             nll = f"{statistics.fmean(each['nll'] for each in asked):.3f}" if asked else ""
             cells += [nll, f"{sum(each['exact'] for each in asked)}/{len(asked)}" if asked else ""]
         lines.append("| " + " | ".join(cells) + " |")
-    counts = {part: len(done[part].get(length, {}).get(names[0], [])) for part in ("agreement", "passkeys", "needles")}
+    counts = {"texts": len(done["agreement"].get(length, {}).get(names[0], []))}
+    counts |= {part: len(answers(done, part, length, names[0])) for part in ("passkeys", "needles")}
     counts["rounds"] = len(done["speed"].get(length, {}).get("sdpa", []))
-    said = ", ".join(f"{count} {part.replace('agreement', 'texts')}" for part, count in counts.items())
+    said = ", ".join(f"{count} {part}" for part, count in counts.items())
     lines += ["", f"{length} tokens: {said}.", ""]
     for target, tuned in sorted(done["tuned"].get(length, {}).items()):
         lines += [f"Tuned for {target}x: {_found(tuned)}", ""]
@@ -73,6 +75,11 @@ def _found(tuned: dict[str, Any]) -> str:
     heads = sum(map(len, tuned["options"].get("dense_heads") or ()))
     kl = ", ".join(f"{each:.4f}" for each in tuned["kl"])
     return f"{options}, {heads} dense heads; KL {kl} on texts that its search did not see."
+
+
+def answers(done: dict[str, Any], part: str, length: str, name: str) -> list[dict[str, Any]]:
+    """What a row's answers were like, those of all documents in one list."""
+    return [each for document in done[part].get(length, {}).get(name, []) for each in document]
 
 
 def ratios(done: dict[str, Any], length: str, name: str) -> list[float]:

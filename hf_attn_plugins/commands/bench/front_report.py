@@ -30,9 +30,10 @@ def report(done: dict[str, Any], folder: Path) -> Path:
         "",
         f"`hf-attn bench front`: {done['model']} in {done['dtype']}. {hardware}.",
         "",
-        "Speed: seconds of sdpa's prefill over the row's, median over rounds in which all rows run one after another "
-        "(smallest to largest). Pairs: attended over causal ones. KL: nats against sdpa, mean over 2048 positions "
-        "spread evenly over each text (smallest to largest text). Perplexity: ratio to sdpa's, at the same positions. "
+        "Speed: sdpa's seconds for a prefill over the row's, medians over rounds in which all rows run one after "
+        "another in an order drawn anew (from the row's longest time to its shortest). Pairs: attended over causal "
+        "ones. KL: nats against sdpa, mean over 2048 positions spread evenly over each text (smallest to largest "
+        "text). Perplexity: ratio to sdpa's, at the same positions. "
         "NLL: mean negative log-likelihood of an answer's tokens. Found: answers all of whose tokens are the first "
         "choice. Passkeys: five numbers in a document, each asked for by itself over one prefill. Needles: RULER's "
         "niah_multikey_2 and vt in turns. Heads and tuned options were chosen on other texts.",
@@ -82,15 +83,18 @@ def answers(done: dict[str, Any], part: str, length: str, name: str) -> list[dic
     return [each for document in done[part].get(length, {}).get(name, []) for each in document]
 
 
-def ratios(done: dict[str, Any], length: str, name: str) -> list[float]:
-    """sdpa's seconds over the row's, round by round."""
+def speeds(done: dict[str, Any], length: str, name: str) -> list[float]:
+    """The median of sdpa's seconds over the row's median, its longest and its shortest time; empty without timing."""
     held = done["speed"].get(length, {})
-    return [base / own for base, own in zip(held.get("sdpa", []), held.get(name, []), strict=False)]
+    base, own = held.get("sdpa", []), held.get(name, [])
+    if not own:
+        return []
+    return [statistics.median(base) / seconds for seconds in (statistics.median(own), max(own), min(own))]
 
 
 def speed(done: dict[str, Any], length: str, name: str) -> str:
-    found = ratios(done, length, name)
-    return f"{statistics.median(found):.2f} ({min(found):.2f} - {max(found):.2f})" if found else ""
+    found = speeds(done, length, name)
+    return "{:.2f} ({:.2f} - {:.2f})".format(*found) if found else ""
 
 
 def agreement(done: dict[str, Any], length: str, name: str) -> list[str]:
@@ -122,9 +126,9 @@ def chart(done: dict[str, Any], path: Path) -> None:
         for axes, length in zip(figure.subplots(1, len(lengths), squeeze=False)[0], lengths, strict=True):
             for kind, colour in COLOURS.items():
                 points = [
-                    (statistics.median(ratios(done, length, row["name"])), _kl(done, length, row["name"]))
+                    (speeds(done, length, row["name"])[0], _kl(done, length, row["name"]))
                     for row in done["rows"][length]
-                    if row["kind"] == kind and ratios(done, length, row["name"])
+                    if row["kind"] == kind and speeds(done, length, row["name"])
                 ]
                 points = [(x, y) for x, y in sorted(points) if y is not None]
                 line = "-" if kind in ("near tokens", "paper's star", "dense heads") else ""

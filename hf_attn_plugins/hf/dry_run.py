@@ -73,7 +73,7 @@ def dry_run(model: nn.Module, name: str, length: int | None = None) -> DryRun:
 
 
 def _about_meta(error: Exception) -> bool:
-    return not isinstance(error, ValueError | NotImplementedError) or "meta" in str(error)
+    return not isinstance(error, ValueError | NotImplementedError) or "meta" in str(error).lower()
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import hf_attn_plugins as hap
 from hf_attn_plugins.star.plan import Plan
 from tests.older import needs_common_masks
 
-from .families import FAMILIES, MOVING, exact, oracle, recomputed, tiny, tokens
+from .families import FAMILIES, MOVING, exact, oracle, recomputed, seen_by_plan, tiny, tokens
 
 SIZES = {"block_size": 8, "anchor_size": 4, "query_size": 4}
 
@@ -189,3 +189,28 @@ def test_recurrent_layers_are_passed_by() -> None:
     assert (star[:, 8:] - dense[:, 8:]).abs().max() > 1e-4
     with pytest.raises(NotImplementedError, match="recurrent"):
         hap.star.encode(model, ids)
+
+
+def test_llama_4_is_star_within_its_chunks() -> None:
+    """Three layers see only their own chunk of 16 tokens, each a prompt of its own; the fourth sees everything."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    config = Llama4TextConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, intermediate_size_mlp=48, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, attention_chunk_size=16, num_local_experts=2,
+        pad_token_id=0, no_rope_layers=[1, 1, 1, 0],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Llama4ForCausalLM(config).double().eval()
+    needs_common_masks(model)
+    ids = tokens(40)
+    chunks = [seen_by_plan(Plan(length, 8, 4, 4)) for length in (16, 16, 8)]
+    masks = {"full_attention": seen_by_plan(Plan(40, 8, 4, 4)), "chunked_attention": torch.block_diag(*chunks).bool()}
+    expected = logits(model, ids, attention_mask={name: mask[None, None] for name, mask in masks.items()})
+    assert hap.check(model, "star_attention").ok
+    with hap.use(model, "star_attention", **SIZES), hap.trace(model) as seen:
+        got = logits(model, ids)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    assert seen.methods == {"star": 4} and seen.share == pytest.approx(
+        (3 * sum(int(chunk.sum()) for chunk in chunks) + int(masks["full_attention"].sum())) / (3 * 308 + 820)
+    )

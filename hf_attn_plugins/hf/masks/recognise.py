@@ -85,6 +85,8 @@ def _known(function: MaskFunction, place: Place) -> Recognised | None:
         return Recognised(Mask(window=(size, size)), False, (f"window {size} on both sides",))
     if maker == "chunked_overlay":
         size, padding = cells["chunk_size"], cells["left_padding"]
+        if padding.is_meta:  # of a dry run, which has no padding; a plan reads where the chunks end
+            padding = torch.zeros_like(padding, device="cpu")
         queries, keys = (
             torch.div(index - padding.view(-1, 1), size, rounding_mode="floor")
             for index in (place.query_index().to(padding.device), place.key_index().to(padding.device))

@@ -39,6 +39,7 @@ FLOORS = (
     ("hf_attn_plugins.parallel",),
     ("hf_attn_plugins.parallel.comm",),
     ("hf_attn_plugins.tiled", "hf_attn_plugins.star", "hf_attn_plugins.cqs", "hf_attn_plugins.indexed"),
+    ("hf_attn_plugins.cqs.planning",),
     ("hf_attn_plugins.bench",),
     ("hf_attn_plugins.hub",),
     ("hf_attn_plugins.kernels.hub_entry",),

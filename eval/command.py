@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = RunFolder(settings.out)
     resumed = _check_folder(folder, settings)
     with network(settings.online), processes(settings.device) as group:
-        from .runner import Runner
+        from .running.runner import Runner
 
         model, tokenizer = load(
             settings.model,

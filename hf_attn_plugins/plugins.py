@@ -113,7 +113,7 @@ PLUGINS: dict[str, Plugin] = {
             options="hf_attn_plugins.star.options:StarOptions",
             decide="hf_attn_plugins.star.decide:decide",
             command="hf_attn_plugins.star.command",
-            bench="hf_attn_plugins.commands.bench.star",
+            bench="hf_attn_plugins.commands.bench.star.command",
             ranks="hf_attn_plugins.parallel.star:Star",
         ),
         Plugin(

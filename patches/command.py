@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from types import ModuleType
 
-from hf_attn_plugins.patches import RECIPES
+from hf_attn_plugins.patches.recipes import RECIPES
 
 from hf_attn_plugins.checkpoint.source import CONFIG, Source, as_json, open_source
 from hf_attn_plugins.checkpoint.write import (

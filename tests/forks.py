@@ -28,7 +28,7 @@ SERVER.set_forkserver_preload(
         "hf_attn_plugins",
         "hf_attn_plugins.cli",
         "hf_attn_plugins.eval.command",
-        "hf_attn_plugins.eval.runner",
+        "hf_attn_plugins.eval.running.runner",
         "hf_attn_plugins.parallel.hf.session",
         "tests.families",
         "tests.parallel.cases",

@@ -1,4 +1,5 @@
-"""The house: every import falls, from the top of `FLOORS` to its bottom, and no two modules import each other.
+"""The house: imports fall from the top of `FLOORS` to its bottom, no two modules import each other, and none imports
+through the front door of its own folder.
 
 Imports are found by parsing, so lazy ones inside functions and those under TYPE_CHECKING count like any other.
 """
@@ -39,6 +40,7 @@ FLOORS = (
     ("hf_attn_plugins.parallel",),
     ("hf_attn_plugins.parallel.comm",),
     ("hf_attn_plugins.tiled", "hf_attn_plugins.star", "hf_attn_plugins.cqs", "hf_attn_plugins.indexed"),
+    ("hf_attn_plugins.cqs.planning",),
     ("hf_attn_plugins.bench",),
     ("hf_attn_plugins.hub",),
     ("hf_attn_plugins.kernels.hub_entry",),
@@ -139,6 +141,38 @@ def circles(graph: dict[str, set[str]]) -> list[set[str]]:
     return [circle for i, circle in enumerate(found) if circle not in found[:i]]
 
 
+def offered(path: Path, package: str) -> set[str]:
+    """The names that the front door of a folder binds, but for the folder's own modules; an empty one binds none."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Import):
+            names |= {alias.asname or alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module != package and (node.level, node.module) != (1, None):
+            names |= {alias.asname or alias.name for alias in node.names}
+    return names
+
+
+def through_own_front_door(modules: dict[str, Path]) -> list[str]:
+    """The imports of a front door by modules of its folder or below, as "module -> what it imports"."""
+    doors = {
+        package: names
+        for module, path in modules.items()
+        if module.endswith(".__init__") and (names := offered(path, package := module.removesuffix(".__init__")))
+    }
+    wrong = []
+    for module, path in modules.items():
+        inside = {package for package in doors if module.startswith(f"{package}.") and module != f"{package}.__init__"}
+        for name in sorted(imported(path, module)):
+            folder, _, last = name.rpartition(".")
+            if name in inside or (folder in inside and (last == "*" or last in doors[folder])):
+                wrong.append(f"{module} -> {name}")
+    return wrong
+
+
 @pytest.fixture(scope="module")
 def house() -> dict[str, Path]:
     return modules_of(TREES)
@@ -150,6 +184,11 @@ def test_every_import_falls(house):
 
 def test_there_is_no_circle(house):
     assert circles(arrows(house)) == []
+
+
+def test_nobody_imports_through_the_front_door_of_a_folder_it_is_in(house):
+    """Such an import works only after the front door has been read to its end, whatever stands there."""
+    assert through_own_front_door(house) == []
 
 
 def test_transformers_is_known_in_its_places_only(house):
@@ -219,3 +258,44 @@ def test_a_circle_is_found(small):
     (small / "bottom" / "c.py").write_text("from pkg.bottom import d\n", encoding="utf-8")
     (small / "bottom" / "d.py").write_text("def f():\n    import pkg.bottom.c\n", encoding="utf-8")
     assert circles(arrows(modules_of({"pkg": small}))) == [{"pkg.bottom.c", "pkg.bottom.d"}]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from pkg.bottom import f\n",
+        "from . import f\n",
+        "from pkg.bottom import *\n",
+        "from pkg import bottom\n",
+        "import pkg.bottom\n",
+        "import pkg.bottom as below\n",
+        "import pkg.bottom.f as f\n",  # the function, although there is a module f, too
+        "def late():\n    from ..bottom import f\n",
+        "from pkg import g\n",
+    ],
+)
+@pytest.mark.parametrize("inner", ["bottom/d", "bottom/deep/d"])
+def test_an_import_through_the_own_front_door_is_found(small, text, inner):
+    (small / "__init__.py").write_text("from pkg.bottom.c import g\n", encoding="utf-8")
+    (small / "bottom" / "__init__.py").write_text("from pkg.bottom.f import f\n", encoding="utf-8")
+    (small / "bottom" / "f.py").write_text("def f(): ...\n", encoding="utf-8")
+    (small / "bottom" / "deep").mkdir()
+    (small / "bottom" / "deep" / "__init__.py").write_text('"""Nothing but words."""\n', encoding="utf-8")
+    (small / "middle" / "b.py").write_text("from pkg.bottom import f\n", encoding="utf-8")  # from outside
+    assert through_own_front_door(modules_of({"pkg": small})) == []
+    if inner == "bottom/deep/d":
+        text = text.replace("from . ", "from .. ").replace("from ..bottom", "from ...bottom")
+    (small / f"{inner}.py").write_text(text, encoding="utf-8")
+    (wrong,) = through_own_front_door(modules_of({"pkg": small}))
+    assert wrong.startswith(f"pkg.{inner.replace('/', '.')} -> pkg")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["from pkg.bottom import c\n", "from . import c\n", "from pkg.bottom.f import f\n", "from pkg import middle\n"],
+)
+def test_a_module_of_the_own_folder_is_no_front_door(small, text):
+    (small / "bottom" / "__init__.py").write_text("from . import c\nfrom pkg.bottom.f import f\n", encoding="utf-8")
+    (small / "bottom" / "f.py").write_text("def f(): ...\n", encoding="utf-8")
+    (small / "bottom" / "d.py").write_text(text, encoding="utf-8")
+    assert through_own_front_door(modules_of({"pkg": small})) == []

@@ -80,7 +80,7 @@ def test_wheel_has_every_module_and_nothing_loose(wheel):
     inside = {n.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for n in names if n.endswith(".py")}
     assert inside == modules()
     for part in ("page.html", "page.css", "page.js", "samples.html"):
-        assert f"hf_attn_plugins/eval/report/{part}" in names, f"the report needs {part}"
+        assert f"hf_attn_plugins/eval/report/page/{part}" in names, f"the report needs {part}"
 
 
 def test_wheel_carries_the_data_that_the_code_reads(wheel):

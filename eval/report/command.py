@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..records import Prediction, RunFolder
-from . import leaderboard, page, tables
-from .samples import sample_data
-from .summary import summarise_folder
-from .verdict import verdicts
+from . import leaderboard, tables
+from .page import page
+from .page.samples import sample_data
+from .summary.summary import summarise_folder
+from .wording.verdict import verdicts
 
 
 def run(arguments: argparse.Namespace) -> None:

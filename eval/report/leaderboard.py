@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..records import RunFolder, Sample
-from .summary import summarise_folder
+from .summary.summary import summarise_folder
 
 Row = dict[str, Any]
 # What makes two scores comparable; the rest (device, attention, threads) is what a leaderboard compares.

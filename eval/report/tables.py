@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import figures
-from .verdict import verdicts
+from .wording import figures
+from .wording.verdict import verdicts
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable

@@ -7,7 +7,7 @@ from html import escape
 from itertools import groupby
 from pathlib import Path
 
-from hf_attn_plugins.eval.report import page as report
+from hf_attn_plugins.eval.report.page import page as report
 from hf_attn_plugins.hf.look.by_token import Changes
 from hf_attn_plugins.hf.look.reach import FIRST, WINDOWS, HeadReach
 from hf_attn_plugins.star.plan import Plan

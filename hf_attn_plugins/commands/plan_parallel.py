@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_attn_plugins.cqs.cost import CallShape
+from hf_attn_plugins.cqs.planning.cost import CallShape
 from hf_attn_plugins.plugins import plugin, resolve
 from hf_attn_plugins.star.command import read_config
 from hf_attn_plugins.star.cost import ModelShape

@@ -49,12 +49,12 @@ BENCH = "hf_attn_plugins.commands.bench"
 SAME_OUT = "run the same command to continue, with the same --out"
 
 _BENCH = {
-    "front": "accuracy against speed: star's plans, tuned ones, windows and exact attention",
-    "gpu": "Triton kernels on a GPU: check the results, then measure speed",
-    "indexed": "speed of indexed attention against the direct form; training on a real text",
-    "memory": "peak memory of one attention call for several lengths",
-    "parallel": "bytes, memory and work per rank of each method on several ranks",
-    "triton": "registers and instructions of the compiled Triton kernels; needs no GPU",
+    "front": ("front.command", "accuracy against speed: star's plans, tuned ones, windows and exact attention"),
+    "gpu": ("gpu.command", "Triton kernels on a GPU: check the results, then measure speed"),
+    "indexed": ("indexed.command", "speed of indexed attention against the direct form; training on a real text"),
+    "memory": ("memory", "peak memory of one attention call for several lengths"),
+    "parallel": ("parallel.command", "bytes, memory and work per rank of each method on several ranks"),
+    "triton": ("triton", "registers and instructions of the compiled Triton kernels; needs no GPU"),
 }
 
 
@@ -66,7 +66,7 @@ def commands() -> Table:
         for row in rows
         if row.bench
     }
-    bench |= {name: _bench(name, what, f"{BENCH}.{name}") for name, what in _BENCH.items()}
+    bench |= {name: _bench(name, what, f"{BENCH}.{module}") for name, (module, what) in _BENCH.items()}
     return {
         "list": Entry("hf_attn_plugins.commands.list", "the table of attention plugins"),
         "check": Entry("hf_attn_plugins.commands.check", "what a plugin would do in every attention module of a model"),
@@ -135,6 +135,6 @@ def commands() -> Table:
 
 
 def _bench(name: str, what: str, module: str) -> Entry:
-    own = module == f"{BENCH}.{name}"  # a plugin of the user's declares its options in its own module
+    own = module.startswith(f"{BENCH}.")  # a plugin of the user's declares its options in its own module
     arguments = f"{BENCH}.arguments:{name}" if own else ""
     return Entry(module, what, arguments, SAME_OUT if name in ("front", "star") else Entry._field_defaults["go_on"])

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hf_attn_plugins.core.lazy import lazy
-from hf_attn_plugins.cqs.difference_covers import interest_set
-from hf_attn_plugins.cqs.scheduler import Plan, plan
-from hf_attn_plugins.cqs.worker_share import Leaf, Piece
+from hf_attn_plugins.cqs.planning.difference_covers import interest_set
+from hf_attn_plugins.cqs.planning.scheduler import Plan, plan
+from hf_attn_plugins.cqs.planning.worker_share import Leaf, Piece
 
 if TYPE_CHECKING:
     from hf_attn_plugins.cqs.run_plan import attention

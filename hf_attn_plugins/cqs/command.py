@@ -6,9 +6,9 @@ import argparse
 import json
 from collections.abc import Iterator
 
-import hf_attn_plugins.cqs.cost as cost
+import hf_attn_plugins.cqs.planning.cost as cost
 from hf_attn_plugins.cqs.options import MOST_WORKERS
-from hf_attn_plugins.cqs.scheduler import Plan, default_workers, plan
+from hf_attn_plugins.cqs.planning.scheduler import Plan, default_workers, plan
 
 SHOWN_BELOW = 30  # tokens; the paper's notebook prints its lists below this length, too
 ITEM_SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"--steps: lists and matrices are printed for fewer than {SHOWN_BELOW} tokens and one level of workers."
         )
     if arguments.draw:
-        from hf_attn_plugins.cqs.draw import draw
+        from hf_attn_plugins.cqs.show.draw import draw
 
         draw(division, arguments.draw)
     if arguments.json:
@@ -65,8 +65,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _text(division: Plan, shape: cost.CallShape, arguments: argparse.Namespace) -> Iterator[str]:
-    from hf_attn_plugins.cqs import show
-    from hf_attn_plugins.cqs.demo import demonstrate
+    from hf_attn_plugins.cqs.show import text as show
+    from hf_attn_plugins.cqs.show.demo import demonstrate
 
     yield f"N = {division.num_tokens}, W = {division.num_workers}, interest set {list(division.interest_set)}"
     yield from show.summary(division)
@@ -82,8 +82,8 @@ def _text(division: Plan, shape: cost.CallShape, arguments: argparse.Namespace) 
 
 
 def _numbers_of(division: Plan, shape: cost.CallShape, arguments: argparse.Namespace) -> dict:
-    from hf_attn_plugins.cqs import show
-    from hf_attn_plugins.cqs.demo import demonstrate, memory_summary
+    from hf_attn_plugins.cqs.show import text as show
+    from hf_attn_plugins.cqs.show.demo import demonstrate, memory_summary
 
     numbers = {
         "num_tokens": division.num_tokens,

@@ -6,7 +6,7 @@ import dataclasses
 
 from hf_attn_plugins.core.decision import CallFacts, Decision, causal_pairs, later_rows
 from hf_attn_plugins.cqs.options import CQSOptions
-from hf_attn_plugins.cqs.scheduler import default_workers
+from hf_attn_plugins.cqs.planning.scheduler import default_workers
 
 
 def decide(call: CallFacts, options: CQSOptions) -> Decision:

@@ -21,8 +21,8 @@ from torch import Tensor
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial
 from hf_attn_plugins.cqs.options import CQSOptions
+from hf_attn_plugins.cqs.planning.scheduler import Plan, default_workers, plan
 from hf_attn_plugins.cqs.run_plan import attention as by_plan
-from hf_attn_plugins.cqs.scheduler import Plan, default_workers, plan
 from hf_attn_plugins.kernels.attend import attend
 from hf_attn_plugins.kernels.bound_attend import BoundAttend
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import hf_attn_plugins.cqs.difference_covers as difference_covers
+import hf_attn_plugins.cqs.planning.difference_covers as difference_covers
 from hf_attn_plugins.core.options import MOST_TOKENS, Options, shown
 
 MOST_WORKERS = 1024  # every new length needs a plan, and planning takes time quadratic in the workers

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_attn_plugins.cqs.planning.worker_share import Range
 from hf_attn_plugins.cqs.tokens import TOKENS, Tokens
-from hf_attn_plugins.cqs.worker_share import Range
 
 
 class Source:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import hf_attn_plugins.cqs.cost as cost
+import hf_attn_plugins.cqs.planning.cost as cost
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial, lse_dtype, merge, with_sinks
-from hf_attn_plugins.cqs.scheduler import Plan
+from hf_attn_plugins.cqs.planning.scheduler import Plan
 from hf_attn_plugins.cqs.storage import Source, file_tensor
 from hf_attn_plugins.cqs.sub_masks import check_lengths
 from hf_attn_plugins.cqs.tiler import Ledger

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from hf_attn_plugins.core.mask import Mask, Predicate
-from hf_attn_plugins.cqs.scheduler import Plan
-from hf_attn_plugins.cqs.worker_share import Piece, Range
+from hf_attn_plugins.cqs.planning.scheduler import Plan
+from hf_attn_plugins.cqs.planning.worker_share import Piece, Range
 
 
 def calls(mask: Mask, piece: Piece) -> list[tuple[tuple[Range, ...], Mask]]:

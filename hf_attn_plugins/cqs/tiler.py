@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from hf_attn_plugins.core.partial import Partial, merge
+from hf_attn_plugins.cqs.planning.worker_share import Leaf
 from hf_attn_plugins.cqs.tokens import TOKENS
-from hf_attn_plugins.cqs.worker_share import Leaf
 from hf_attn_plugins.cqs.workers import WorkerResult
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hf_attn_plugins.cqs.worker_share import Range, joined
+from hf_attn_plugins.cqs.planning.worker_share import Range, joined
 
 TOKENS = 2  # the dimension of tokens in (B, H, N, D)
 

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial, merge
+from hf_attn_plugins.cqs.planning.worker_share import Leaf, Range
 from hf_attn_plugins.cqs.sub_masks import calls
 from hf_attn_plugins.cqs.tokens import Tokens
-from hf_attn_plugins.cqs.worker_share import Leaf, Range
 from hf_attn_plugins.kernels.attend import attend
 
 

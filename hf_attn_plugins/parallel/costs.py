@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hf_attn_plugins.cqs.cost import CallShape
+from hf_attn_plugins.cqs.planning.cost import CallShape
 from hf_attn_plugins.parallel.method import Cost, method_for
 
 # Names in `Traffic` of the exchanges that attention over a sharded prompt makes.

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from hf_attn_plugins.core.mask import Mask, Window
 from hf_attn_plugins.core.partial import Partial
-from hf_attn_plugins.cqs.cost import CallShape
 from hf_attn_plugins.cqs.options import CQSOptions
+from hf_attn_plugins.cqs.planning.cost import CallShape
 from hf_attn_plugins.kernels.bound_attend import BoundAttend
 from hf_attn_plugins.parallel.comm.group import Group
 from hf_attn_plugins.parallel.cqs_exchange import attention

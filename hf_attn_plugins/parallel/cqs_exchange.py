@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial, merge
+from hf_attn_plugins.cqs.planning.worker_share import Range
 from hf_attn_plugins.cqs.tokens import TOKENS, Parts
-from hf_attn_plugins.cqs.worker_share import Range
 from hf_attn_plugins.cqs.workers import work
 from hf_attn_plugins.parallel.cqs_messages import CallPlan
 from hf_attn_plugins.parallel.cqs_plan import RankPlan

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_attn_plugins.cqs.planning.worker_share import Range
 from hf_attn_plugins.cqs.tokens import TOKENS
-from hf_attn_plugins.cqs.worker_share import Range
 from hf_attn_plugins.parallel.comm.collectives import exchange
 from hf_attn_plugins.parallel.cqs_plan import RankPlan
 

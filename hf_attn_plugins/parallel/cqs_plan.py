@@ -13,10 +13,10 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hf_attn_plugins.cqs.cost import CallShape
-from hf_attn_plugins.cqs.division import group_range
-from hf_attn_plugins.cqs.scheduler import Plan, default_workers, plan
-from hf_attn_plugins.cqs.worker_share import Leaf, Range
+from hf_attn_plugins.cqs.planning.cost import CallShape
+from hf_attn_plugins.cqs.planning.division import group_range
+from hf_attn_plugins.cqs.planning.scheduler import Plan, default_workers, plan
+from hf_attn_plugins.cqs.planning.worker_share import Leaf, Range
 
 
 @dataclass(frozen=True)

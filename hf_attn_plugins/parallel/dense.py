@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_attn_plugins.core.mask import Mask, Window
 from hf_attn_plugins.core.partial import Partial
-from hf_attn_plugins.cqs.cost import CallShape
+from hf_attn_plugins.cqs.planning.cost import CallShape
 from hf_attn_plugins.kernels.bound_attend import BoundAttend
 from hf_attn_plugins.parallel import heads
 from hf_attn_plugins.parallel.comm.collectives import tie

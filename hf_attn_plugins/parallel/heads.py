@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_attn_plugins.core.partial import Partial, lse_dtype
-from hf_attn_plugins.cqs.cost import CallShape
+from hf_attn_plugins.cqs.planning.cost import CallShape
 from hf_attn_plugins.parallel.comm.collectives import anchor_of, swap, tie
 from hf_attn_plugins.parallel.comm.group import Group
 from hf_attn_plugins.parallel.partition import contiguous

@@ -21,7 +21,7 @@ from torch import Tensor
 from hf_attn_plugins.core.mask import Mask, Window
 from hf_attn_plugins.core.partial import Partial, merge
 from hf_attn_plugins.core.warn import warn_once
-from hf_attn_plugins.cqs.cost import CallShape
+from hf_attn_plugins.cqs.planning.cost import CallShape
 from hf_attn_plugins.kernels.attend_rectangles import attend_rectangles
 from hf_attn_plugins.kernels.bound_attend import BoundAttend
 from hf_attn_plugins.parallel.comm.collectives import tie

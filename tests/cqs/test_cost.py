@@ -3,7 +3,7 @@
 import pytest
 
 from hf_attn_plugins import cqs
-from hf_attn_plugins.cqs import cost
+from hf_attn_plugins.cqs.planning import cost
 
 ONE_HEAD = cost.CallShape(heads=1, kv_heads=1, head_dim=1, head_dim_v=1, itemsize=4)
 LLAMA = cost.CallShape(heads=32, kv_heads=8, head_dim=128, head_dim_v=128)

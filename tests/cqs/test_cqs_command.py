@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from hf_attn_plugins import cqs
-from hf_attn_plugins.cqs import command, show
-from hf_attn_plugins.cqs.demo import demonstrate, memory_summary
-from hf_attn_plugins.cqs.draw import draw, partition
+from hf_attn_plugins.cqs import command
+from hf_attn_plugins.cqs.show import text as show
+from hf_attn_plugins.cqs.show.demo import demonstrate, memory_summary
+from hf_attn_plugins.cqs.show.draw import draw, partition
 from tests.steps import steps
 
 PAPER = ["--length", "11", "--workers", "7", "--interest-set", "0,1,5"]

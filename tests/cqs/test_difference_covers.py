@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from hf_attn_plugins.cqs import difference_covers as covers
+from hf_attn_plugins.cqs.planning import difference_covers as covers
 
 # Smallest possible sizes for 1 .. 150 workers (Luk and Wong 1997; OEIS A283297; exhaustive search beyond), as run ends.
 OPTIMAL = [

@@ -14,7 +14,7 @@ from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.rectangle import Rectangle
 from hf_attn_plugins.cqs import entry as plugin
 from hf_attn_plugins.cqs.options import CQSOptions
-from hf_attn_plugins.cqs.rectangles import of_plan, rectangles_of
+from hf_attn_plugins.cqs.planning.rectangles import of_plan, rectangles_of
 from tests.kernels.triton_cases import ONE_LAUNCH_EACH, check, count_launches, draw, needs_interpreter, padding
 
 

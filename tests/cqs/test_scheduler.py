@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_attn_plugins import cqs
-from hf_attn_plugins.cqs import difference_covers as covers
-from hf_attn_plugins.cqs import show
-from hf_attn_plugins.cqs.worker_share import Leaf
+from hf_attn_plugins.cqs.planning import difference_covers as covers
+from hf_attn_plugins.cqs.planning.worker_share import Leaf
+from hf_attn_plugins.cqs.show import text as show
 from tests.steps import steps
 
 # Printed by the paper's notebook for N = 11, W = 7, interest set (0, 1, 5). Its reindexed ban list lost worker 4's
@@ -174,7 +174,7 @@ def test_a_plan_takes_as_many_steps_for_ten_million_tokens_as_for_few() -> None:
 
 
 def test_default_workers_are_singer_sizes() -> None:
-    from hf_attn_plugins.cqs.scheduler import default_workers
+    from hf_attn_plugins.cqs.planning.scheduler import default_workers
 
     assert [default_workers(n) for n in (1, 8192, 13 * 1024, 40_000, 10**7)] == [7, 7, 13, 31, 31]
     assert all(covers.singer(default_workers(n)) for n in range(1, 50_000, 997))

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from hf_attn_plugins import cqs
 from hf_attn_plugins.core.mask import Mask
-from hf_attn_plugins.cqs import cost
+from hf_attn_plugins.cqs.planning import cost
 from hf_attn_plugins.kernels import attend
 from hf_attn_plugins.testing import sharp_inputs
 from tests import forks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from hf_attn_plugins.eval.configuration import Attention, attentions, configuration, split_attn
-from hf_attn_plugins.eval.plan import units
+from hf_attn_plugins.eval.running.plan import units
 from hf_attn_plugins.eval.tasks import GROUPS, TASKS, names_of
 from hypothesis import given, settings
 from hypothesis import strategies as st

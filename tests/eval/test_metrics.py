@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hf_attn_plugins.eval.metrics import METRICS, score
+from hf_attn_plugins.eval.scoring.metrics import METRICS, score
 
 # metric, prediction, references, arguments, expected
 CASES = [

@@ -10,7 +10,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from hf_attn_plugins.eval.records import Generation, Loss, Sample
 from hf_attn_plugins.eval.report import command as report_command
-from hf_attn_plugins.eval.report.page import embedded
+from hf_attn_plugins.eval.report.page.page import embedded
 
 from . import fabricated
 

@@ -7,9 +7,9 @@ import random
 
 import pytest
 from hf_attn_plugins.eval.records import Agreement, Generation, Loss, RunFolder, Sample, Speed
-from hf_attn_plugins.eval.report.answers import first_divergence
-from hf_attn_plugins.eval.report.intervals import estimate, exponential, weighted_mean_interval
-from hf_attn_plugins.eval.report.summary import summarise, summarise_folder
+from hf_attn_plugins.eval.report.summary.answers import first_divergence
+from hf_attn_plugins.eval.report.summary.intervals import estimate, exponential, weighted_mean_interval
+from hf_attn_plugins.eval.report.summary.summary import summarise, summarise_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -7,8 +7,10 @@ import itertools
 
 import pytest
 from hf_attn_plugins.eval.records import RunFolder
-from hf_attn_plugins.eval.report import axes, figures, findings, tables
-from hf_attn_plugins.eval.report.summary import summarise_folder
+from hf_attn_plugins.eval.report import tables
+from hf_attn_plugins.eval.report.charts import axes
+from hf_attn_plugins.eval.report.summary.summary import summarise_folder
+from hf_attn_plugins.eval.report.wording import figures, findings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 from hf_attn_plugins.eval.records import RunFolder
-from hf_attn_plugins.eval.report import figures
-from hf_attn_plugins.eval.report.names import renamed, short_names
-from hf_attn_plugins.eval.report.sections import block_edges
-from hf_attn_plugins.eval.report.summary import summarise_folder
-from hf_attn_plugins.eval.report.verdict import verdicts
+from hf_attn_plugins.eval.report.charts.sections import block_edges
+from hf_attn_plugins.eval.report.summary.summary import summarise_folder
+from hf_attn_plugins.eval.report.wording import figures
+from hf_attn_plugins.eval.report.wording.names import renamed, short_names
+from hf_attn_plugins.eval.report.wording.verdict import verdicts
 
 from . import fabricated
 

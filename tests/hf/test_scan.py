@@ -13,9 +13,10 @@ import pytest
 import torch
 import transformers as hf
 
-from hf_attn_plugins.hf.scan import oracle, pool, report, runs, shrink, sizes, trial, weights
+from hf_attn_plugins.hf.scan import oracle, pool, report, runs, trial
 from hf_attn_plugins.hf.scan.families import KINDS, Family, families
-from hf_attn_plugins.hf.scan.inputs import Inputs
+from hf_attn_plugins.hf.scan.tiny import shrink, sizes, weights
+from hf_attn_plugins.hf.scan.tiny.inputs import Inputs
 from tests.older import OLDER
 
 SAMPLE = (

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from hf_attn_plugins.commands.bench import arguments as declared
-from hf_attn_plugins.commands.bench import indexed as command
-from hf_attn_plugins.commands.bench import indexed_demo as demo
-from hf_attn_plugins.commands.bench import indexed_timing as bench
+from hf_attn_plugins.commands.bench.indexed import command as command
+from hf_attn_plugins.commands.bench.indexed import demo
+from hf_attn_plugins.commands.bench.indexed import timing as bench
 
 
 def run(*arguments: str) -> None:

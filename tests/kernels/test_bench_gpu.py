@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from hf_attn_plugins.bench import gpu_timing
-from hf_attn_plugins.commands.bench import arguments, gpu_cases, gpu_checks, gpu_tune
-from hf_attn_plugins.commands.bench import gpu as bench_gpu
-from hf_attn_plugins.commands.bench.gpu_cases import Case
+from hf_attn_plugins.commands.bench import arguments
+from hf_attn_plugins.commands.bench.gpu import cases as gpu_cases
+from hf_attn_plugins.commands.bench.gpu import checks as gpu_checks
+from hf_attn_plugins.commands.bench.gpu import command as bench_gpu
+from hf_attn_plugins.commands.bench.gpu import tune as gpu_tune
+from hf_attn_plugins.commands.bench.gpu.cases import Case
 from hf_attn_plugins.kernels import measured
 from hf_attn_plugins.kernels.triton.tuning import HALF, Config, configuration, nearest
 from tests.kernels.triton_cases import needs_interpreter

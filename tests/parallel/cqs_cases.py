@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_attn_plugins.commands.bench import parallel_rank
+from hf_attn_plugins.commands.bench.parallel import rank as bench_rank
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.parallel import Group, cqs_exchange
 from hf_attn_plugins.parallel.cqs_plan import rank_plan
@@ -50,4 +50,4 @@ def error_of(found: Tensor, wanted: Tensor) -> float:
 
 def bench(rank: int, size: int, path: str) -> None:
     """What `hf-attn bench parallel` lets a rank do."""
-    parallel_rank.main(Path(path))
+    bench_rank.main(Path(path))

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from hf_attn_plugins.cli import main
-from hf_attn_plugins.commands.bench.parallel_rank import visible_pairs
+from hf_attn_plugins.commands.bench.parallel.rank import visible_pairs
 from hf_attn_plugins.core.mask import Mask
-from hf_attn_plugins.cqs.cost import CallShape
+from hf_attn_plugins.cqs.planning.cost import CallShape
 from hf_attn_plugins.parallel.costs import costs
 
 SHAPE = CallShape(heads=8, kv_heads=2, head_dim=64, head_dim_v=64, itemsize=2)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_attn_plugins.core.mask import Mask
-from hf_attn_plugins.cqs.cost import CallShape
+from hf_attn_plugins.cqs.planning.cost import CallShape
 from hf_attn_plugins.kernels import attend
 from hf_attn_plugins.parallel import cqs_exchange
 from hf_attn_plugins.parallel.cqs_plan import RankPlan, rank_plan

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_attn_plugins.cqs.cost import CallShape
+from hf_attn_plugins.cqs.planning.cost import CallShape
 from hf_attn_plugins.parallel.cqs_plan import RankPlan, choose_workers, rank_plan
 
 SHAPE = CallShape(heads=4, kv_heads=2, head_dim=6, head_dim_v=5, itemsize=2, batch=3)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hf_attn_plugins.cli import main
-from hf_attn_plugins.cqs.cost import CallShape
+from hf_attn_plugins.cqs.planning.cost import CallShape
 from hf_attn_plugins.parallel import heads
 from hf_attn_plugins.parallel.costs import costs
 from hf_attn_plugins.parallel.forms import ring

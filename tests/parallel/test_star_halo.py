@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from hf_attn_plugins.cqs.cost import CallShape
+from hf_attn_plugins.cqs.planning.cost import CallShape
 from hf_attn_plugins.kernels.attend_rectangles import attend_rectangles
 from hf_attn_plugins.kernels.bound_attend import BoundAttend
 from hf_attn_plugins.kernels.cpu_fused import build as fused

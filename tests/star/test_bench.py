@@ -11,8 +11,8 @@ import torch
 from hf_attn_plugins.eval.tasks.needles import hide, passkey, passkeys
 
 from hf_attn_plugins import cli
-from hf_attn_plugins.commands.bench import star as bench_star
-from hf_attn_plugins.commands.bench.star import score
+from hf_attn_plugins.commands.bench.star import command as bench_star
+from hf_attn_plugins.commands.bench.star.command import score
 
 from .families import tiny
 

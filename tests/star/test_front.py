@@ -10,8 +10,8 @@ import torch
 
 import hf_attn_plugins as hap
 from hf_attn_plugins import cli
-from hf_attn_plugins.commands.bench import front
-from hf_attn_plugins.commands.bench.front_rows import rows_for
+from hf_attn_plugins.commands.bench.front import command as front
+from hf_attn_plugins.commands.bench.front.rows import rows_for
 from hf_attn_plugins.hf.inputs.texts import prose_tokens
 from tests.hf.test_tune import tiny
 from tests.star.test_bench import Letters

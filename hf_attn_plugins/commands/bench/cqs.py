@@ -19,10 +19,10 @@ from hf_attn_plugins.bench.hardware import describe
 from hf_attn_plugins.bench.peak_memory import PeakMemory
 from hf_attn_plugins.bench.timing import write_table
 from hf_attn_plugins.core.mask import Mask
-from hf_attn_plugins.cqs.scheduler import plan
+from hf_attn_plugins.cqs.planning.scheduler import plan
+from hf_attn_plugins.cqs.planning.worker_share import Leaf
 from hf_attn_plugins.cqs.tiler import Tiler
 from hf_attn_plugins.cqs.tokens import Tokens
-from hf_attn_plugins.cqs.worker_share import Leaf
 from hf_attn_plugins.cqs.workers import WorkerResult, work
 from hf_attn_plugins.kernels.attend import attend
 

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from hf_attn_plugins.hf.compat import forget_attention, implementation_of, registered_attention, registered_mask
-from hf_attn_plugins.hf.scan import runs, weights
-from hf_attn_plugins.hf.scan.inputs import Inputs, inputs_for
+from hf_attn_plugins.hf.scan import runs
 from hf_attn_plugins.hf.scan.runs import Values, difference
 from hf_attn_plugins.hf.scan.switch import implementation
+from hf_attn_plugins.hf.scan.tiny import weights
+from hf_attn_plugins.hf.scan.tiny.inputs import Inputs, inputs_for
 
 STEPS = ("forward", "padded", "generate", "gradient", "compiled")
 ROUNDING = 1e-5  # relative: some hundred additions in float32 in another order

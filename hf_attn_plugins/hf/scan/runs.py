@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_attn_plugins.hf.calls.call_arguments import seen_by
 from hf_attn_plugins.hf.compat import registered_attention
-from hf_attn_plugins.hf.scan.inputs import Inputs
+from hf_attn_plugins.hf.scan.tiny.inputs import Inputs
 
 Values = dict[str, Tensor]
 NEW_TOKENS = 4

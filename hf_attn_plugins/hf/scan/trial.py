@@ -23,9 +23,9 @@ from hf_attn_plugins.hf.scan.baseline import (
 from hf_attn_plugins.hf.scan.families import Family, config_class, model_class
 from hf_attn_plugins.hf.scan.oracle import leaks, star_mask
 from hf_attn_plugins.hf.scan.runs import Values, difference
-from hf_attn_plugins.hf.scan.shrink import shrunk
-from hf_attn_plugins.hf.scan.sizes import LENGTH
 from hf_attn_plugins.hf.scan.switch import implementation
+from hf_attn_plugins.hf.scan.tiny.shrink import shrunk
+from hf_attn_plugins.hf.scan.tiny.sizes import LENGTH
 from hf_attn_plugins.hf.scan.verdict import verdict
 
 # Sizes at which a prompt of 40 tokens takes every branch: several blocks, an anchor, a query, several workers.

@@ -1,0 +1,1 @@
+"""report.html: its page, tables, samples, style and script."""

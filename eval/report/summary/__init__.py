@@ -1,0 +1,1 @@
+"""The figures of metrics.json, from the predictions of a run."""

@@ -1,0 +1,1 @@
+"""How a report says its figures: names, numbers, findings and verdicts."""

@@ -1,0 +1,1 @@
+"""What a run does with a model: prompts, answers and measurements."""

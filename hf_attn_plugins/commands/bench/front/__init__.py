@@ -1,0 +1,1 @@
+"""`hf-attn bench front`: what accuracy costs in speed."""

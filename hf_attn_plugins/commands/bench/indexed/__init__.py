@@ -1,0 +1,1 @@
+"""`hf-attn bench indexed`: indexed attention against the direct form."""

@@ -1,0 +1,1 @@
+"""`hf-attn bench star`: Star Attention against dense attention."""

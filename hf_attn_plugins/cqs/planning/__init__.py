@@ -1,0 +1,1 @@
+"""Which worker computes which pairs of tokens, and what that costs. Integers only, no tensors."""

@@ -1,0 +1,1 @@
+"""A tiny random model of any family, and inputs for it."""

@@ -14,8 +14,8 @@ import torch
 from hf_attn_plugins.bench.hardware import describe
 
 
-def medians(alternatives: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each alternative: one warm-up call each, then `repeats` rounds with one call each."""
+def rounds(alternatives: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each alternative, round by round: one warm-up call each, then `repeats` rounds with one call each."""
     for run in alternatives.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in alternatives}
@@ -24,7 +24,18 @@ def medians(alternatives: Mapping[str, Callable[[], Any]], repeats: int) -> dict
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
+
+
+def medians(alternatives: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each alternative over `rounds`."""
+    return {name: statistics.median(seconds) for name, seconds in rounds(alternatives, repeats).items()}
+
+
+def spread(base: Sequence[float], own: Sequence[float]) -> str:
+    """The smallest and the largest ratio base / own of one round, as "1.20 - 1.31"."""
+    ratios = [one / other for one, other in zip(base, own, strict=True)]
+    return f"{min(ratios):.2f} - {max(ratios):.2f}"
 
 
 def synchronize(device: torch.device) -> None:

@@ -78,6 +78,13 @@ def test_the_likelihood_of_an_answer_is_that_of_one_dense_forward(model, tmp_pat
         assert done["sdpa"][0][index]["nll"] == pytest.approx(float(wanted), rel=1e-4)
 
 
+def test_rows_by_name(model, tmp_path: Path, capsys) -> None:
+    assert run(tmp_path, "--only", "speed", "--rows", "tiled", "near 64") == 0
+    assert set(json.loads((tmp_path / "front.json").read_text())["speed"][str(LENGTH)]) == {"sdpa", "tiled", "near 64"}
+    assert run(tmp_path, "--only", "speed", "--rows", "nearby") == 2
+    assert "the rows are" in capsys.readouterr().err
+
+
 def test_a_file_about_another_model_is_refused(model, tmp_path: Path, capsys) -> None:
     (tmp_path / "front.json").write_text(json.dumps({"model": "another", "dtype": "bfloat16"}))
     assert run(tmp_path) == 2

@@ -50,6 +50,7 @@ def front(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only", choices=FRONT_PARTS, nargs="+", default=list(FRONT_PARTS), help="measure just these parts"
     )
+    parser.add_argument("--rows", nargs="+", help="measure just the rows of these names")
     parser.add_argument("--minutes", type=float, help="stop after this time; the same command continues")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for front.json, .md, .svg")
 
@@ -146,6 +147,7 @@ def star(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--only", choices=["agreement", "speed", "calls"], help="measure just this part")
     parser.add_argument("--text", metavar="FILE", help="UTF-8 prose; Python's own language reference by default")
+    parser.add_argument("--rows", nargs="+", help="measure just the rows of these names")
     parser.add_argument("--minutes", type=float, help="stop after this time; the same command continues")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for star.md and star.json")
 
@@ -162,6 +164,9 @@ def tiled(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--decode-keys", type=int, default=8192, help="cached keys of the decoding step")
     parser.add_argument("--repeats", type=int, default=5, help="rounds; the median counts (default: 5)")
+    parser.add_argument(
+        "--against", nargs="*", choices=["zentorch"], default=[], help="libraries to time beside PyTorch's attention"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for tiled.md and tiled.json")
 
 

@@ -103,6 +103,9 @@ class Front:
     def steps(self) -> Iterator[tuple[str, Callable[[], None]]]:
         """(what, measurement) of everything that is not in the file yet."""
         a = self.arguments
+        names = {row.name for length in a.lengths for row in rows_for(length, self.done)}
+        if a.rows and not names.issuperset(a.rows):
+            raise ValueError(f"--rows {sorted(set(a.rows) - names)}: the rows are {sorted(names)}.")
         for length in a.lengths:
             key = str(length)
             if key not in self.done["heads"]:
@@ -118,6 +121,7 @@ class Front:
             for length in a.lengths:
                 rows = rows_for(length, self.done)
                 self.done["rows"][str(length)] = [row.as_dict() for row in rows]
+                rows = [row for row in rows if not a.rows or row.name in a.rows]
                 held = self.done[part].setdefault(str(length), {})
                 for index in range(counts[part]):
                     missing = [row for row in rows if index >= len(held.get(row.name, []))]

@@ -132,6 +132,20 @@ class ShardedCache(DynamicCache):
         self.length += count
         self._step = None
 
+    def restore(self, length: int, loads: list[int], columns: Tensor, layers: list[tuple[Tensor, Tensor]]) -> None:
+        """Fill an empty cache with keys that were stored before.
+
+        Args:
+            length, loads, columns: see the attributes.
+            layers: (B, Hkv, S, D) and (B, Hkv, S, Dv) of each layer, not copied.
+        """
+        self.length, self.loads, self.columns, self.gaps = length, list(loads), columns, bool((columns < 0).any())
+        for key, value in layers:
+            layer = ShardedLayer(self)
+            layer.keys, layer.values = key, value
+            layer.dtype, layer.device, layer.is_initialized = key.dtype, key.device, True
+            self.layers.append(layer)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of the prompt so far, on all ranks together; the same for every layer."""
         return self.length

@@ -48,7 +48,10 @@ def cache_for(past: Any, group: Group) -> ShardedCache:
     """
     if isinstance(past, ShardedCache):
         if (past.group.rank, past.group.size) != (group.rank, group.size):
-            raise ValueError(f"this cache has its shards on {past.group.size} ranks, and this launch has {group.size}.")
+            raise ValueError(
+                f"this cache has its shards on {past.group.size} ranks, and this launch has {group.size}: save it "
+                "there, session.save(...), and load it here, session.load(...)."
+            )
         past.group = group
         return past
     if past is None or (isinstance(past, DynamicCache) and past.get_seq_length() == 0 and type(past) is DynamicCache):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from hf_attn_plugins.parallel.comm.group import Group
 from hf_attn_plugins.parallel.comm.traffic import Traffic
+from hf_attn_plugins.parallel.hf import store
 from hf_attn_plugins.parallel.hf.forward import Forward
 from hf_attn_plugins.parallel.hf.layer_call import LayerCall
+from hf_attn_plugins.parallel.hf.store import Saved
 from hf_attn_plugins.parallel.hf.training import same_batches, sum_gradients
 from hf_attn_plugins.parallel.method import Method
 from hf_attn_plugins.ui.shown import Shown
@@ -100,6 +103,53 @@ class Session(Shown):
         Tokens that other ranks computed too are counted. A turn that every rank computes does not change it.
         """
         return self.forward.prefill_tokens
+
+    def save(
+        self,
+        cache: Any,
+        folder: str | Path,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        tokenizer: Any = None,
+    ) -> None:
+        """Write a conversation into a new folder; every rank writes the keys and values that it stores.
+
+        Every rank must call it. The folder must be one that all ranks see if another number of ranks is to load it.
+
+        Args:
+            cache: the cache that the model or `generate` returned in this session.
+            folder: a folder that holds no conversation yet.
+            input_ids: (B, L) the tokens of the conversation so far. The cache may lack the last ones: `generate`
+                returns one token more than it caches.
+            attention_mask: (B, L), 0 for padding; needed where a prompt was padded.
+            tokenizer: writes its fingerprint, which `load` then compares.
+
+        Raises:
+            ValueError: the folder holds a conversation, or tokens and mask that do not fit the cache.
+            NotImplementedError: a cache that has dropped keys, or weights sharded by FSDP2.
+        """
+        store.save(self.forward.model, self.group, cache, folder, input_ids, attention_mask, tokenizer)
+
+    def load(self, folder: str | Path, *, tokenizer: Any = None) -> Saved:
+        """Read a conversation that `save` wrote, with this or another number of ranks; every rank must call it.
+
+        With another number of ranks the keys are dealt anew, equally many to each rank. With one rank the cache is a
+        `DynamicCache`.
+
+        Args:
+            folder: what `save` was given.
+            tokenizer: compared with the one that was saved, if both are there.
+
+        Returns:
+            `Saved(cache, input_ids, attention_mask)`, tensors on the model's device.
+
+        Raises:
+            FileNotFoundError: there is no such folder, or it holds no conversation.
+            ValueError: another model or tokenizer, or a damaged folder; the message names the file.
+        """
+        sharded = bool(self.forward.handles)
+        return store.load(self.forward.model, self.group, folder, tokenizer=tokenizer, sharded=sharded)
 
     def summary(self) -> str:
         """What this rank computed, stores and sent, as lines to print."""

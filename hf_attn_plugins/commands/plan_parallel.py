@@ -130,11 +130,11 @@ def turn_note(arguments: argparse.Namespace, model: ModelShape) -> str:
     wire = Wire(Wire.of("cuda", 1).flops, arguments.link * 1e9, Wire.of("cuda", 1).latency)
     least = least_turn(model, arguments.ranks, wire)
     if least is None:
-        return "one rank: a later turn is never dealt."
+        return "One rank: a later turn is never dealt."
     return (
-        f"a later turn takes less time dealt from {least} tokens on, all batch rows together, at {wire.flops:g} "
-        f"FLOP/s, {arguments.link:g} GB/s and {wire.latency * 1e6:g} microseconds per exchange. Its pairs are of those "
-        f"of {arguments.turn:,} tokens behind {arguments.length:,} in one process, its rows of {arguments.turn:,}."
+        f"A later turn takes less time dealt from {least} tokens on, of all batch rows, at {wire.flops:g} FLOP/s,\n"
+        f"{arguments.link:g} GB/s and {wire.latency * 1e6:g} microseconds per exchange. Its pairs and rows are shares "
+        f"of one process's, for {arguments.turn:,}\ntokens behind {arguments.length:,}."
     )
 
 

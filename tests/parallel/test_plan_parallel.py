@@ -61,7 +61,7 @@ def test_rows_of_a_later_turn_by_hand(tmp_path: Path, capsys: pytest.CaptureFixt
     assert dealt["GB moved"] == layers * 3 * 2 * (query + result) / 1e9  # 6 tokens of others, for 2 of its own
     assert (everyone["rows"], dealt["rows"]) == (1.0, 0.25)
     assert everyone["cache GB"] == dealt["cache GB"] == layers * 18 * 32 / 1e9
-    assert "takes less time dealt from" in capsys.readouterr().out
+    assert "A later turn takes less time dealt from" in capsys.readouterr().out
     assert main([*words, "--turn", "3"]) == 0
     assert "3 tokens are too few to be dealt over 4 ranks" in capsys.readouterr().out
     assert main([*words, "--turn", "0"]) == 2

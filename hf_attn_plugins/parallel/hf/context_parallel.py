@@ -54,7 +54,7 @@ def context_parallel(
         min_turn: tokens of a later turn, all batch rows together, from which on the turn is dealt over the ranks (see
             `parallel.turns`). A later turn is a forward of several tokens behind a filled cache: a second question, a
             chunk of a prompt. Shorter turns are computed by every rank. None: the number that
-            `parallel.link.least_turn` counts for this model and launch.
+            `parallel.link.least_turn` counts for this model and launch; never where the config has no sizes.
         **options: the options of the plugin; in addition, for star_attention `anchor` ("auto", "recompute" or
             "broadcast"), for tiled_attention `exchange` ("auto", "gather" or "heads"), and for cqs_attention `rounds`
             (see `parallel.cqs.CQS`).

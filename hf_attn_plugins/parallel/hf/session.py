@@ -115,7 +115,7 @@ class Session(Shown):
     ) -> None:
         """Write a conversation into a new folder; every rank writes the keys and values that it stores.
 
-        Every rank must call it. The folder must be one that all ranks see if another number of ranks is to load it.
+        Every rank must call it, and all ranks must see the folder.
 
         Args:
             cache: the cache that the model or `generate` returned in this session.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hf_attn_plugins.hf.intercept import intercept
     from hf_attn_plugins.hf.trace import trace
     from hf_attn_plugins.hf.tune import tune
-    from hf_attn_plugins.parallel.hf.session import context_parallel
+    from hf_attn_plugins.parallel.hf.context_parallel import context_parallel
 
 __all__ = [
     "PLUGINS",
@@ -56,7 +56,7 @@ _VERBS = {
     "compare": "hf.compare",
     "compare_all": "hf.compare",
     "configure": "hf.configure",
-    "context_parallel": "parallel.hf.session",
+    "context_parallel": "parallel.hf.context_parallel",
     "continuous_batching": "hf.continuous",
     "demo_folder": "hf.inputs.load",
     "intercept": "hf.intercept",

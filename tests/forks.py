@@ -29,7 +29,7 @@ SERVER.set_forkserver_preload(
         "hf_attn_plugins.cli",
         "hf_attn_plugins.eval.command",
         "hf_attn_plugins.eval.running.runner",
-        "hf_attn_plugins.parallel.hf.session",
+        "hf_attn_plugins.parallel.hf.context_parallel",
         "tests.families",
         "tests.parallel.cases",
         "tests.parallel.cqs_cases",

@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_attn_plugins.hf.configure import use
 from hf_attn_plugins.hf.trace import trace
-from hf_attn_plugins.parallel.hf.session import context_parallel
+from hf_attn_plugins.parallel.hf.context_parallel import context_parallel
 from hf_attn_plugins.plugins import PLUGINS
 
 from ..configuration import Attention

@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-size", type=int, help="tokens of Star's blocks; default: by length")
     parser.add_argument("--halo-size", type=int, help="tokens just before a block that Star's blocks see as well")
     parser.add_argument("--workers", type=int, help="workers of CQS; default: chosen for the number of ranks")
+    parser.add_argument("--turn", type=int, help="tokens of a later turn behind the prompt, counted as well")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file as well")
 
 
@@ -35,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Print one row per method, which one moves least, and what the figures mean.
 
     Raises:
-        ValueError: a length, number of ranks or link below 1 or 0, or a config without sizes.
+        ValueError: a length, number of ranks, turn or link below 1 or 0, or a config without sizes.
         OSError: no such model, or a file that cannot be written.
     """
     if arguments.length < 1 or arguments.ranks < 1 or not arguments.link > 0:
@@ -43,42 +44,68 @@ def run(arguments: argparse.Namespace) -> None:
             f"--length {arguments.length} --ranks {arguments.ranks} --link {arguments.link}: a length and ranks of at "
             "least 1 and a positive link are needed."
         )
+    if arguments.turn is not None and arguments.turn < 1:
+        raise ValueError(f"--turn {arguments.turn}: a later turn of at least 1 token is needed.")
     from hf_attn_plugins.parallel.forms import FORMS
 
     model = ModelShape.of(read_config(arguments.model))
     rows = [row(form, arguments, model) for form in FORMS]
-    print(_table(rows))
+    later = [turn_row(is_dealt, arguments, model) for is_dealt in (False, True)] if arguments.turn else []
+    print(_table(rows + later))
     found = [each for each in rows if "why not" not in each]
     for label, group in (("exact method", [each for each in found if each["exact"]]), ("method", found)):
         if group:
             best = min(group, key=lambda each: each["GB moved"])
             print(f"least moved by the busiest rank, any {label}: {best['method']}, {best['GB moved']:.4g} GB")
+    if later:
+        print(turn_note(arguments, model))
     weights = model.linear_flops(1) // 2 * model.bytes_per_value
     print(notes(arguments, weights))
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        arguments.json.write_text(json.dumps(rows + later, indent=1) + "\n", encoding="utf-8")
 
 
 def row(form: Form, arguments: argparse.Namespace, model: ModelShape) -> dict[str, Any]:
     """The figures of one form over all layers; or `why not`, where the prompt cannot be cut that way."""
-    shape = CallShape(model.heads, model.kv_heads, model.head_dim, model.head_dim, model.bytes_per_value)
     head: dict[str, Any] = {"method": form.label, "exact": form.exact}
     try:
-        per_rank = _costs(form, arguments, shape)
+        per_rank = _costs(form, arguments, _shape(model))
     except ValueError as error:
         return {**head, "why not": str(error)}
-    moved = max(max(cost.sent, cost.received) for cost in per_rank) * model.layers
     causal = arguments.length * (arguments.length + 1) // 2
+    return {**head, **_figures(per_rank, model.layers, arguments.link, causal, arguments.length)}
+
+
+def turn_row(is_dealt: bool, arguments: argparse.Namespace, model: ModelShape) -> dict[str, Any]:
+    """The same figures of a later turn behind the prompt, whose keys lie evenly on the ranks."""
+    from hf_attn_plugins.parallel import turns
+    from hf_attn_plugins.parallel.partition import contiguous
+
+    head = {"method": f"later turn, {'dealt' if is_dealt else 'by every rank'}", "exact": True}
+    loads = [len(run) for run in contiguous(arguments.length, arguments.ranks)]
+    try:
+        per_rank = turns.costs(arguments.turn, loads, _shape(model), is_dealt=is_dealt)
+    except ValueError as error:
+        return {**head, "why not": str(error)}
+    pairs = arguments.turn * arguments.length + arguments.turn * (arguments.turn + 1) // 2
+    return {**head, **_figures(per_rank, model.layers, arguments.link, pairs, arguments.turn)}
+
+
+def _shape(model: ModelShape) -> CallShape:
+    return CallShape(model.heads, model.kv_heads, model.head_dim, model.head_dim, model.bytes_per_value)
+
+
+def _figures(per_rank: list[Cost], layers: int, link: float, pairs: int, rows: int) -> dict[str, Any]:
+    moved = max(max(cost.sent, cost.received) for cost in per_rank) * layers
     return {
-        **head,
         "GB moved": moved / 1e9,
-        "all ranks GB": sum(cost.sent for cost in per_rank) * model.layers / 1e9,
-        "link s": moved / 1e9 / arguments.link,
+        "all ranks GB": sum(cost.sent for cost in per_rank) * layers / 1e9,
+        "link s": moved / 1e9 / link,
         "GB held": max(cost.held for cost in per_rank) / 1e9,
-        "cache GB": max(cost.cache for cost in per_rank) * model.layers / 1e9,
-        "pairs": max(cost.pairs for cost in per_rank) / causal,
-        "rows": max(cost.rows for cost in per_rank) / arguments.length,
-        "decode KB": per_rank[0].decode * model.layers / 1e3,
+        "cache GB": max(cost.cache for cost in per_rank) * layers / 1e9,
+        "pairs": max(cost.pairs for cost in per_rank) / pairs,
+        "rows": max(cost.rows for cost in per_rank) / rows,
+        "decode KB": per_rank[0].decode * layers / 1e3,
     }
 
 
@@ -94,6 +121,21 @@ def _costs(form: Form, arguments: argparse.Namespace, shape: CallShape) -> list[
     names = resolve(plugin(form.name).ranks).names()
     options = {name: value for name, value in given.items() if name in names and value is not None}
     return costs(form.name, arguments.length, arguments.ranks, shape, **form.options, **options)
+
+
+def turn_note(arguments: argparse.Namespace, model: ModelShape) -> str:
+    """From how many tokens on a session deals a later turn, over this link."""
+    from hf_attn_plugins.parallel.link import Wire, least_turn
+
+    wire = Wire(Wire.of("cuda", 1).flops, arguments.link * 1e9, Wire.of("cuda", 1).latency)
+    least = least_turn(model, arguments.ranks, wire)
+    if least is None:
+        return "One rank: a later turn is never dealt."
+    return (
+        f"A later turn takes less time dealt from {least} tokens on, of all batch rows, at {wire.flops:g} FLOP/s,\n"
+        f"{arguments.link:g} GB/s and {wire.latency * 1e6:g} microseconds per exchange. Its pairs and rows are shares "
+        f"of one process's, for {arguments.turn:,}\ntokens behind {arguments.length:,}."
+    )
 
 
 def notes(arguments: argparse.Namespace, weights: int) -> str:

@@ -13,10 +13,10 @@ from hf_attn_plugins.core.partial import Partial, with_sinks
 from hf_attn_plugins.cqs.planning.cost import parse_bytes
 from hf_attn_plugins.cqs.planning.rectangles import of_plan
 from hf_attn_plugins.cqs.planning.scheduler import Plan
+from hf_attn_plugins.cqs.planning.worker_share import Leaf
 from hf_attn_plugins.cqs.sub_masks import check_lengths
 from hf_attn_plugins.cqs.tiler import Tiler
 from hf_attn_plugins.cqs.tokens import TOKENS, Tokens
-from hf_attn_plugins.cqs.planning.worker_share import Leaf
 from hf_attn_plugins.cqs.workers import work
 from hf_attn_plugins.kernels.attend_rectangles import attend_rectangles
 from hf_attn_plugins.kernels.choose import choose_rectangles

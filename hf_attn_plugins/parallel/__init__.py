@@ -1,7 +1,7 @@
 """Attention over several devices: who holds which keys, what is exchanged, and the merge across ranks.
 
 `comm.group.Group` exchanges tensors, `partition` divides tokens among ranks, `comm.traffic` counts bytes.
-`hap.context_parallel` (`hf.session`) runs a model over them.
+`hap.context_parallel` (`hf.context_parallel`) runs a model over them.
 """
 
 from __future__ import annotations

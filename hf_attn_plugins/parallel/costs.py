@@ -1,4 +1,7 @@
-"""The cost of each method per rank, counted from its plan: bytes sent and received, peak bytes, pairs, cache."""
+"""The cost of each method per rank, counted from its plan: bytes sent and received, peak bytes, pairs, cache.
+
+Here it is the cost of a prompt; `turns.costs` counts a later turn.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention of rows that every rank has over keys that are sharded: decoding, later turns, Star's phase 2.
+"""Attention of rows that every rank has over keys that are sharded: decoding, short later turns, Star's phase 2.
 
 Every rank attends to its own keys and gets a partial result (out, lse). One all-gather and one merge then give every
 rank the result over all keys. The whole method in plain torch, two ranks in one process:
@@ -73,12 +73,15 @@ def own_keys(query: Tensor, key: Tensor, value: Tensor, window: Window, step: St
         return kernel(query, key, value, Mask(key_padding=padding))
     if left is not None:
         return kernel(query, key, value, Mask(predicate=_near(step, left), offset=0))
-    old = key.shape[2] - len(step.fresh)
+    end = key.shape[2] - sum(map(len, step.fresh))
     padding = keys >= 0 if step.gaps else None
-    far, near = (None, None) if padding is None else (padding[:, :old], padding[:, old:])
-    before = kernel(query, key[:, :, :old], value[:, :, :old], Mask(key_padding=far))
-    new = Mask(causal=True, offset=-step.fresh.start, key_padding=near)
-    return merge([before, kernel(query, key[:, :, old:], value[:, :, old:], new)])
+    before = Mask(key_padding=None if padding is None else padding[:, :end])
+    parts = [kernel(query, key[:, :, :end], value[:, :, :end], before)]
+    for run in step.fresh:  # the keys of consecutive rows of this forward
+        begin, end = end, end + len(run)
+        new = Mask(causal=True, offset=-run.start, key_padding=None if padding is None else padding[:, begin:end])
+        parts.append(kernel(query, key[:, :, begin:end], value[:, :, begin:end], new))
+    return merge(parts)
 
 
 def _near(step: Step, left: int) -> Any:

@@ -119,7 +119,7 @@ def attention(
             keys, values = keys.index_select(1, index), values.index_select(1, index)
         part = attend(queries, keys, values)
     # The lse goes first: it has the larger element size, so that both lie aligned in the message.
-    back = [[_tokens(x, runs) for x in (part.lse, part.out)] for runs in dealt]
+    back = [[at_runs(x, runs) for x in (part.lse, part.out)] for runs in dealt]
     sizes = [(batch, len(share.query), mine) for share in shares]
     shapes = [[(size, wide), ((*size, head_dim_v), dtype)] for size in sizes]
     returned, departure = swap(group, back, shapes, tie(query, arrival), what="heads back")
@@ -136,7 +136,8 @@ def in_order(shards: Sequence[Tensor], dealt: list[list[range]]) -> Tensor:
     return torch.cat([piece for _, piece in sorted(runs, key=lambda pair: pair[0])], 2)
 
 
-def _tokens(tensor: Tensor, runs: list[range]) -> Tensor:
+def at_runs(tensor: Tensor, runs: list[range]) -> Tensor:
+    """The tokens of some runs, run after run, from (B, H, L, ...) of all tokens."""
     return torch.cat([tensor[:, :, run.start : run.stop] for run in runs], 2)
 
 

@@ -19,9 +19,10 @@ from hf_attn_plugins.plugins import PLUGINS, resolve
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The part of a prompt that one rank computes. The prompt starts an empty cache.
+    """The part of a prompt, which starts an empty cache, or of a later turn that one rank computes.
 
-    A *column* is an index into the prompt that every rank was given. A *slot* is an index into this rank's forward.
+    A *column* is an index into the tokens that every rank was given in this forward. A *slot* is an index into this
+    rank's forward.
     Example: 8 tokens on 2 ranks by `partition.mirrored`: rank 0 computes columns 0, 1, 6, 7 in its slots 0 .. 3.
 
     Attributes:
@@ -29,8 +30,9 @@ class Layout:
             computes padding, too: after a prompt padded on the right, `generate` reads the logits of a padded column.
         stored: (S,) long, the slots whose keys and values this rank stores. Every real column is stored by one rank.
         reported: (R,) long, the slots whose hidden states this rank returns. One rank reports each computed column.
-        loads: number of slots that each rank stores; this rank's entry is S.
+        loads: number of slots that each rank stores of this forward; this rank's entry is S.
         merged: rows whose results are merged over all ranks in every layer (Star's query).
+        fresh: the runs of columns in this rank's slots, of a dealt later turn only (`turns.deal`).
         extra: data of the method itself, for its `attention` and `cost`.
     """
 
@@ -39,6 +41,7 @@ class Layout:
     reported: Tensor
     loads: list[int]
     merged: int = 0
+    fresh: tuple[range, ...] = ()
     extra: Any = None
 
 
@@ -49,11 +52,13 @@ class Step:
     Attributes:
         first: number of columns before this forward; 0 for a forward that starts a cache.
         columns: (B, T) long on the model's device, the column of each query row; -1 for padding.
-        layout: the layout of a sharded prompt; None if all ranks have the same rows (decoding, later turns).
+        layout: the layout of a sharded prompt or of a dealt later turn; None if all ranks have the same rows (decoding,
+            short later turns).
         keys: (B, S) long on the model's device, the column of each key that this rank stores, those of this forward
             included; -1 for padding. None for a sharded prompt.
         gaps: whether `columns` or `keys` contains -1.
-        fresh: the rows of this forward whose keys this rank stores. Their keys are the last ones in `keys`.
+        fresh: the rows of this forward whose keys this rank stores, as runs. Their keys are the last ones in `keys`.
+            Rows are counted among all tokens of the forward, also in a dealt turn.
         texts: (B, L) long on the model's device, the number of the text that each column of a sharded prompt belongs
             to; a row sees keys of its own text only. None if every batch row is one text.
     """
@@ -63,8 +68,13 @@ class Step:
     layout: Layout | None
     keys: Tensor | None
     gaps: bool
-    fresh: range = range(0)
+    fresh: tuple[range, ...] = ()
     texts: Tensor | None = None
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether this forward is a sharded prompt, which the method's own attention computes."""
+        return self.layout is not None and self.first == 0
 
 
 @dataclass(frozen=True)
@@ -117,7 +127,7 @@ class Method(Protocol):
     ) -> Partial:
         """Attention of this rank's rows of a sharded prompt over the keys of all ranks that the method lets them see.
 
-        Decoding is not here: `decode.later` does it for every method.
+        Decoding and later turns are not here: `decode.later` and `turns.attention` compute them for every method.
 
         Args:
             query: (B, Hq, T, D), one row per slot of `step.layout`.

@@ -10,7 +10,6 @@ A dense head is computed like a head whose halo is everything before the rank's 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -64,8 +63,7 @@ class Star(StarOptions):
 
     def settle(self, config: Mapping[str, Any], group: Group) -> Star:
         """A copy with `shape` and `wire` filled in; the same on every rank."""
-        nodes = group.objects(-(-group.size // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", group.size)))))
-        return replace(self, shape=ModelShape.of(config), wire=Wire.of(group.device.type, max(nodes)))
+        return replace(self, shape=ModelShape.of(config), wire=Wire.between(group))
 
     def cost(self, layout: Layout, rank: int, shape: CallShape) -> Cost:
         """Counted from the first batch row: the keys it sends and receives, its rectangles, and the query's merge."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 import hf_attn_plugins as hap
 from tests.parallel.models import build, prompt
 
-ONLY_PARALLEL = ("anchor", "rounds")
+ONLY_PARALLEL = ("anchor", "rounds", "exchange", "min_turn")
 
 
 def one_process(model: Any, name: str, options: dict[str, Any]) -> Any:
@@ -69,25 +70,36 @@ def generate(
     }
 
 
-def turns(rank: int, size: int, name: str = "star_attention", options: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Two questions one after another on one cache, streamed on rank 0, in two sessions."""
-    model, options = build("llama"), options or {}
+def turns(
+    rank: int, size: int, name: str = "star_attention", options: dict[str, Any] | None = None, family: str = "llama"
+) -> dict[str, Any]:
+    """Two questions one after another on one cache, in two sessions."""
+    model, options = build(family), options or {}
     first, second = prompt(length=23, batch=2, padding=4), prompt(length=9, batch=2, seed=1)
     arguments = dict(max_new_tokens=5, do_sample=False, return_dict_in_generate=True, output_logits=True)
 
-    def talk(session: Any) -> tuple[Any, Any]:
+    def talk(session: Any) -> tuple[Any, Any, Any]:
         with session():
-            one = model.generate(**first, **arguments)
+            # All keys are kept, also of sliding layers in one process.
+            one = model.generate(**first, past_key_values=DynamicCache(), **arguments)
         ids = torch.cat([one.sequences, second["input_ids"]], 1)
         mask = torch.cat([first["attention_mask"], torch.ones(2, ids.shape[1] - 23, dtype=torch.long)], 1)
-        with session():
+        before = list(getattr(one.past_key_values, "loads", []))
+        with session() as cp:
             two = model.generate(input_ids=ids, attention_mask=mask, past_key_values=one.past_key_values, **arguments)
-        return one, two
+        return before, two, cp
 
-    _, two = talk(lambda: hap.context_parallel(model, name, timeout=30, **options))
-    report = {"tokens": two.sequences.tolist(), "loads": getattr(two.past_key_values, "loads", None)}
+    before, two, cp = talk(lambda: hap.context_parallel(model, name, timeout=30, **options))
+    report = {
+        "tokens": two.sequences.tolist(),
+        "loads": getattr(two.past_key_values, "loads", None),
+        "before": before,
+        "traffic": cp.traffic().as_dict(),
+        "computed": cp.prefill_tokens,
+        "summary": cp.summary(),
+    }
     if not rank:
-        _, wanted = talk(lambda: one_process(model, name, options))
+        _, wanted, _ = talk(lambda: one_process(model, name, options))
         steps = [(a - b).abs().max().item() for a, b in zip(wanted.logits, two.logits, strict=True)]
         report |= {"wanted": wanted.sequences.tolist(), "error": max(steps)}
     return report

@@ -30,6 +30,13 @@ CASES = {
     "near tokens and dense heads": dict(options=STAR | dict(halo_size=7, dense_heads=[[0], [1]]), given=PADDED),
     "sampling": dict(options=STAR, do_sample=True, top_k=20, num_return_sequences=2),
     "beams": dict(options=STAR, num_beams=3, given=PADDED),
+    "chunks, dealt": dict(options=STAR | {"min_turn": 4}, prefill_chunk_size=9, given=PADDED),
+    "dense windows in chunks, dealt": dict(
+        name="tiled_attention", family="gemma2", options={"min_turn": 4}, prefill_chunk_size=9, given=PADDED
+    ),
+    "prompt look-up, dealt": dict(
+        options=STAR | {"min_turn": 2}, prompt_lookup_num_tokens=4, given=dict(length=23, batch=1)
+    ),
     "dense, padded rows": dict(name="tiled_attention", given=PADDED),
     "dense, beams": dict(name="tiled_attention", num_beams=3),
 }
@@ -56,6 +63,13 @@ MORE = {
     "dense, short": dict(name="tiled_attention", given=dict(length=3, batch=2)),
     "dense, padding on the right": dict(name="tiled_attention", given=PADDED | {"side": "right"}),
     "dense, sinks": dict(name="tiled_attention", family="gpt_oss", given=PADDED, dtype="float32"),
+    "cqs in chunks, dealt": dict(
+        name="cqs_attention", options={"min_turn": 4}, prefill_chunk_size=11, given=PADDED | {"side": "right"}
+    ),
+    "sinks in chunks, dealt": dict(
+        family="gpt_oss", options=STAR | {"min_turn": 4}, prefill_chunk_size=9, given=PADDED, dtype="float32"
+    ),
+    "beams behind chunks, dealt": dict(options=STAR | {"min_turn": 4}, prefill_chunk_size=9, num_beams=3, given=PADDED),
     "dense, prompt look-up": dict(name="tiled_attention", prompt_lookup_num_tokens=3, given=dict(length=23, batch=1)),
 }
 

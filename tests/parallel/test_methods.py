@@ -72,7 +72,7 @@ def compare(method, real: torch.Tensor, size: int, window: int | None, then: tup
             held = torch.cat([held, new[:, share.start : share.stop]], 1)
             fresh = slice(first + share.start, first + share.stop)
             kept = [torch.cat([old, x[:, :, fresh]], 2) for old, x in zip(kept, (key, value), strict=True)]
-            step = Step(first, new, None, held, True, share)
+            step = Step(first, new, None, held, True, (share,))
             later_outs.append(later(query[:, :, first : first + count], *kept, bounds, step, kernel, group).out)
             first += count
         return layout, out, held, later_outs

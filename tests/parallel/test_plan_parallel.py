@@ -48,6 +48,26 @@ def test_a_form_that_does_not_fit_says_why(tmp_path: Path, capsys: pytest.Captur
     assert "3 tokens are too few for tiled_attention to be cut for 4 ranks" in capsys.readouterr().out
 
 
+def test_rows_of_a_later_turn_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """8 tokens behind 64 on 4 ranks, 2 each. Queries of a token: 8 heads x 4 x 2 bytes; results: 4 more a head."""
+    path, out = tmp_path / "config.json", tmp_path / "rows.json"
+    path.write_text(json.dumps(CONFIG), encoding="utf-8")
+    words = ["plan", "parallel", "--length", "64", "--ranks", "4", "--model", str(path), "--json", str(out)]
+    assert main([*words, "--turn", "8"]) == 0
+    rows = {row["method"]: row for row in json.loads(out.read_text(encoding="utf-8"))}
+    everyone, dealt = rows["later turn, by every rank"], rows["later turn, dealt"]
+    query, result, layers = 64, 96, 3
+    assert everyone["GB moved"] == layers * 3 * 8 * result / 1e9
+    assert dealt["GB moved"] == layers * 3 * 2 * (query + result) / 1e9  # 6 tokens of others, for 2 of its own
+    assert (everyone["rows"], dealt["rows"]) == (1.0, 0.25)
+    assert everyone["cache GB"] == dealt["cache GB"] == layers * 18 * 32 / 1e9
+    assert "A later turn takes less time dealt from" in capsys.readouterr().out
+    assert main([*words, "--turn", "3"]) == 0
+    assert "3 tokens are too few to be dealt over 4 ranks" in capsys.readouterr().out
+    assert main([*words, "--turn", "0"]) == 2
+    assert "a later turn of at least 1 token" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("sizes", "form"), [((32, 32, 8), "heads"), ((8, 1, 2), "gather"), ((32, 8, 16), "heads")])
 def test_tiled_takes_the_form_that_moves_fewer_bytes(sizes: tuple[int, int, int], form: str) -> None:
     num_heads, kv_heads, ranks = sizes

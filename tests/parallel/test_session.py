@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 import hf_attn_plugins as hap
 from hf_attn_plugins.core.warn import forget_warnings
 from hf_attn_plugins.parallel import Group
-from hf_attn_plugins.parallel.hf.session import _session
+from hf_attn_plugins.parallel.hf.context_parallel import _session
 from hf_attn_plugins.parallel.method import method_for as method
 from tests import families
 from tests.parallel.models import build, prompt

@@ -80,9 +80,17 @@ def _rival(name: str) -> Callable[[Tensor, Tensor, Tensor, bool], Tensor]:
 
 
 def _measure(
-    *, repeats: int, rivals: dict[str, Callable[..., Tensor]], dtype: torch.dtype, heads: tuple[int, int], head_dim: int, rows: int, keys: int, causal: bool,
+    *,
+    repeats: int,
+    rivals: dict[str, Callable[..., Tensor]],
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    head_dim: int,
+    rows: int,
+    keys: int,
+    causal: bool,
     backward: bool,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, heads[0], rows, head_dim, generator=generator).to(dtype)
     key, value = (torch.randn(1, heads[1], keys, head_dim, generator=generator).to(dtype) for _ in range(2))

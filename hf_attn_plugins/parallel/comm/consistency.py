@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from hf_attn_plugins.parallel.comm.group import Group
+
+T = TypeVar("T")
+ERRORS = (FileNotFoundError, OSError, NotImplementedError, ValueError)  # what `together` passes on to the other ranks
 
 
 def agree(group: Group, values: Mapping[str, Any], *, what: str) -> None:
@@ -34,6 +37,37 @@ def agree(group: Group, values: Mapping[str, Any], *, what: str) -> None:
             lines.append(f"{name} is {other} on rank {rank}{more} and {first} on rank 0")
     if lines:
         raise ValueError(f"the ranks differ in their {what}: {'; '.join(lines)}. Nothing was computed.")
+
+
+def together(group: Group, work: Callable[[], T], *, what: str) -> list[T]:
+    """Run `work` on every rank. If it fails on one rank, every rank raises, so that none waits for it.
+
+    Args:
+        group: the ranks; all of them must call it.
+        work: reads or writes files, or checks arguments; its result is pickled and must be small.
+        what: name of the exchange in `Traffic`.
+
+    Returns:
+        the results of all ranks, in the order of the ranks.
+
+    Raises:
+        OSError, ValueError, NotImplementedError: raised by `work` here, or on the lowest rank that failed; the text of
+            the latter begins with that rank.
+    """
+    failed: Exception | None = None
+    result: Any = None
+    try:
+        result = work()
+    except ERRORS as error:
+        failed = error
+    number = next((i for i, kind in enumerate(ERRORS) if isinstance(failed, kind)), 0)
+    everyone = group.objects(None if failed is None else (number, str(failed)), what=what)
+    if failed is not None:
+        raise failed
+    for rank, found in enumerate(everyone):
+        if found is not None:
+            raise ERRORS[found[0]](f"rank {rank}: {found[1]}")
+    return group.objects(result, what=what)
 
 
 def digest(tensor: Tensor | None) -> str:

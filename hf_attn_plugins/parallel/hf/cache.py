@@ -34,7 +34,7 @@ class ShardedLayer(DynamicLayer):  # type: ignore[misc]
 
         Returns:
             the keys and values that attention gets. For a sharded prompt these are all T slots of this forward; for
-            rows that every rank has, all keys that this rank stores.
+            later tokens, all keys that this rank stores.
         """
         step, stored = self.cache.current, self.cache.stored
         own_key, own_value = key_states[:, :, stored], value_states[:, :, stored]
@@ -43,7 +43,7 @@ class ShardedLayer(DynamicLayer):  # type: ignore[misc]
             self.keys, self.values = own_key, own_value
         else:
             self.keys, self.values = torch.cat([self.keys, own_key], 2), torch.cat([self.values, own_value], 2)
-        return (key_states, value_states) if step.layout is not None else (self.keys, self.values)
+        return (key_states, value_states) if step.is_prompt else (self.keys, self.values)
 
     def get_seq_length(self) -> int:
         """Columns of the prompt so far, on all ranks together."""
@@ -99,38 +99,52 @@ class ShardedCache(DynamicCache):
 
         Args:
             real: (B, T) bool on the model's device, False for padding.
-            layout: the layout of a sharded prompt; None for rows that every rank computes.
+            layout: the layout of a sharded prompt or of a dealt later turn; None for rows that every rank computes.
             texts: see `Step.texts`.
 
         Returns:
             the forward, also as `current` until `finish`.
         """
-        device, fresh = real.device, range(0)
+        device, count = real.device, real.shape[1]
         if layout is not None:
             rows = local_columns(real, layout.columns.to(device))
             stored: Any = layout.stored.to(device)
-            keys, self.loads = rows[:, stored], list(layout.loads)
-            self.visible = rows.shape[1]
+            added, fresh = layout.loads, layout.fresh
         else:
-            count = real.shape[1]
-            rows = torch.where(real, torch.arange(self.length, self.length + count, device=device), -1)
+            rows = local_columns(real, torch.arange(count, device=device).expand(len(real), -1))
             shares = level(self.loads, count)
-            self.loads = [load + len(share) for load, share in zip(self.loads, shares, strict=True)]
-            fresh = shares[self.group.rank]
-            stored = slice(fresh.start, fresh.stop)
-            keys = rows[:, stored]
-            self.visible = keys.shape[1] + (0 if self.columns is None else self.columns.shape[1])
+            own = shares[self.group.rank]
+            stored = slice(own.start, own.stop)
+            added, fresh = [len(share) for share in shares], (own,)
+        rows = torch.where(rows < 0, rows, rows + self.length)
+        keys = rows[:, stored]
+        self.loads = [load + more for load, more in zip(self.loads, added, strict=True)]
         self.gaps = self.gaps or bool((rows < 0).any())
         self.columns = keys if self.columns is None else torch.cat([self.columns, keys], 1)
         self.stored = stored
-        visible = None if layout is not None else self.columns
-        self._step = Step(self.length, rows, layout, visible, self.gaps, fresh, texts)
+        is_prompt = layout is not None and self.length == 0
+        self.visible = rows.shape[1] if is_prompt else self.columns.shape[1]
+        self._step = Step(self.length, rows, layout, None if is_prompt else self.columns, self.gaps, fresh, texts)
         return self._step
 
     def finish(self, count: int) -> None:
         """End the forward over `count` new columns."""
         self.length += count
         self._step = None
+
+    def restore(self, length: int, loads: list[int], columns: Tensor, layers: list[tuple[Tensor, Tensor]]) -> None:
+        """Fill an empty cache with keys that were stored before.
+
+        Args:
+            length, loads, columns: see the attributes.
+            layers: (B, Hkv, S, D) and (B, Hkv, S, Dv) of each layer, not copied.
+        """
+        self.length, self.loads, self.columns, self.gaps = length, list(loads), columns, bool((columns < 0).any())
+        for key, value in layers:
+            layer = ShardedLayer(self)
+            layer.keys, layer.values = key, value
+            layer.dtype, layer.device, layer.is_initialized = key.dtype, key.device, True
+            self.layers.append(layer)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of the prompt so far, on all ranks together; the same for every layer."""

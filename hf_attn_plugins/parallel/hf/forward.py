@@ -13,20 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
-from hf_attn_plugins.hf.compat import NAMES, cache_keyword, set_returned_cache
+from hf_attn_plugins.hf.compat import cache_keyword, set_returned_cache
+from hf_attn_plugins.parallel import turns
 from hf_attn_plugins.parallel.comm.collectives import tie
 from hf_attn_plugins.parallel.comm.consistency import agree, digest, same_random_state
 from hf_attn_plugins.parallel.comm.group import Group
 from hf_attn_plugins.parallel.hf.cache import ShardedCache
+from hf_attn_plugins.parallel.hf.inputs import arguments_of, cache_for, real_tokens, take, texts_of
 from hf_attn_plugins.parallel.hf.training import ShardedLoss, refuse_dropout
 from hf_attn_plugins.parallel.hf.weights import is_offloaded
 from hf_attn_plugins.parallel.method import Layout, Method, Step
 from hf_attn_plugins.star.hf.model import decoder, follows_length, frozen_rope
-
-HARMLESS = {"return_dict", "cache_position", "logits_to_keep", "labels", "num_items_in_batch", "output_attentions"}
-OWN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", *NAMES, "use_cache"}
 
 
 class Forward:
@@ -34,21 +32,22 @@ class Forward:
 
     Attributes:
         step: the forward under way; None outside of a forward.
-        prefill_tokens: slots of this rank's last sharded prompt; padding and recomputed tokens are counted.
-        merged_rows: rows merged over the ranks so far, summed over all layers.
+        prefill_tokens: slots of this rank's last sharded prompt or dealt turn, with padding and recomputed tokens.
+        dealt_turns, repeated_turns: later turns of several tokens so far that were dealt, and that every rank computed.
         cache: the cache of the last forward.
         columns: (B, T) long, the column of each row of the last forward on this rank, in training of each row of the
             logits; -1 for padding.
         grad_scale: factor of the loss's gradient.
+        min_turn: tokens of a later turn, all batch rows together, from which on it is dealt; None for never.
     """
 
-    def __init__(self, model: nn.Module, group: Group, method: Method) -> None:
-        self.model, self.group, self.method = model, group, method
+    def __init__(self, model: nn.Module, group: Group, method: Method, min_turn: int | None = None) -> None:
+        self.model, self.group, self.method, self.min_turn = model, group, method, min_turn
         self.decoder = decoder(model)
         self.signature, self.cache_keyword = inspect.signature(self.decoder.forward), cache_keyword(self.decoder)
         self.step: Step | None = None
         self.cache: ShardedCache | None = None
-        self.prefill_tokens = self.merged_rows = 0
+        self.prefill_tokens = self.dealt_turns = self.repeated_turns = 0
         self._logits_kept: int | None = None  # the last columns whose hidden states the head needs; None for all
         self._share_logits = False  # whether rank 0's logits are broadcast
         self._use_cache = True
@@ -105,7 +104,7 @@ class Forward:
         return output
 
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-        given = self._arguments(args, kwargs)
+        given = arguments_of(self.signature, args, kwargs)
         if self.model.training and torch.is_grad_enabled() and not self.method.trains:
             raise NotImplementedError(
                 f"{type(self.method).__name__} does not train on several ranks: use tiled_attention, or model.eval()."
@@ -120,28 +119,28 @@ class Forward:
         self._count = inputs.shape[1]
         wanted = given.pop("use_cache", None)
         self._use_cache = wanted is not False
-        cache = self.cache = self._cache_of(given.pop(self.cache_keyword, None))
+        cache = self.cache = cache_for(given.pop(self.cache_keyword, None), self.group)
         first, mask, positions = cache.length, given.pop("attention_mask", None), given.pop("position_ids", None)
-        real = self._real(mask, inputs, first)
+        real = real_tokens(mask, inputs, first)
         if positions is None:
             positions = torch.arange(first, first + self._count, device=inputs.device).unsqueeze(0)
         positions = positions.expand(len(inputs), -1)
         texts = None
         if mask is None and first == 0:
-            texts = self._texts(
-                positions, getattr(self.decoder.config, "use_cache", False) if wanted is None else wanted
-            )
+            cached = getattr(self.decoder.config, "use_cache", False) if wanted is None else wanted
+            texts = texts_of(positions, with_cache=cached, packs=self.method.packs)
         if follows_length(self.model):  # ranks have different positions, and must use the same rotary frequencies
             self._rope = frozen_rope(self.model, int(positions.max()) + 1)
             self._rope.__enter__()
         if first == 0 or self._count > 1:
             given_here = {"first": first, name: digest(inputs), "mask": digest(real), "positions": digest(positions)}
             agree(self.group, given_here, what="inputs")
-        layout = None
         if first == 0:
             same_random_state(self.group)
             layout = self.method.deal(real.cpu(), self.group.rank, self.group.size)
-        if self._trains and layout is None:
+        else:
+            layout = self._turn(cache, *inputs.shape[:2])
+        if self._trains and (layout is None or first):
             raise ValueError(
                 f"{self._count} tokens after {first} are not cut into shards for {self.group.size} ranks, and only "
                 "sharded prompts can be trained: pass at least one token per rank and worker, and no cache."
@@ -161,7 +160,7 @@ class Forward:
         self.columns = self.step.columns
         if layout is not None:
             self.prefill_tokens = layout.columns.shape[1]
-            inputs, positions = _take(inputs, layout.columns), _take(positions, layout.columns)
+            inputs, positions = take(inputs, layout.columns), take(positions, layout.columns)
         return (), {
             **given,
             name: inputs,
@@ -192,23 +191,14 @@ class Forward:
             self._rope.__exit__(None, None, None)
             self._rope = None
 
-    def _texts(self, positions: Tensor, with_cache: bool) -> Tensor | None:
-        """(B, L) the number of each column's text, where `positions` (B, L) start anew; None if they do not.
-
-        Transformers, too, reads packed texts from positions only if the call makes no cache.
-        """
-        starts = positions.diff(dim=1) != 1
-        if not bool(starts.any()):
-            return None
-        if with_cache or not self.method.packs:
-            instead = (
-                "with a cache: pass use_cache=False" if with_cache else "for this method: give every text its own row"
-            )
-            raise NotImplementedError(
-                "position_ids that start anew mean packed texts, which context_parallel does not cut into shards "
-                f"{instead}."
-            )
-        return nn.functional.pad(starts.cumsum(1), (1, 0))
+    def _turn(self, cache: ShardedCache, batch: int, count: int) -> Layout | None:
+        """The layout of a later turn that is dealt; None for one that every rank computes."""
+        layout = None
+        if self.min_turn is not None and batch * count >= self.min_turn:
+            layout = turns.deal(batch, count, cache.loads, self.group.rank)
+        self.dealt_turns += layout is not None
+        self.repeated_turns += layout is None and count > 1
+        return layout
 
     def _collect(self, hidden: Tensor, layout: Layout) -> Tensor:
         """The hidden states (B, n, H) of the last n columns on every rank; n is `_logits_kept`, or all if None."""
@@ -220,57 +210,3 @@ class Forward:
         collected = hidden.new_zeros(len(hidden), count - first, hidden.shape[2])
         collected[row, columns[row, slot] - first] = hidden[row, reported[slot]]
         return self.group.collect(collected, what="hidden states")
-
-    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        given: dict[str, Any] = {}
-        for name, value in self.signature.bind_partial(*args, **kwargs).arguments.items():
-            if self.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-                given.update(value)
-            else:
-                given[name] = value
-        for name, value in given.items():
-            if name in OWN or value is None or name in HARMLESS:
-                continue
-            if isinstance(value, Tensor) or (name.startswith("output_") and value):
-                raise NotImplementedError(
-                    f"context_parallel does not know how to cut {name!r} into shards: leave it out, or run this call "
-                    "outside of context_parallel."
-                )
-        return given
-
-    def _cache_of(self, past: Any) -> ShardedCache:
-        if isinstance(past, ShardedCache):
-            if (past.group.rank, past.group.size) != (self.group.rank, self.group.size):
-                raise ValueError(
-                    f"this cache has its shards on {past.group.size} ranks, and this launch has {self.group.size}."
-                )
-            past.group = self.group
-            return past
-        if past is None or (
-            isinstance(past, DynamicCache) and past.get_seq_length() == 0 and type(past) is DynamicCache
-        ):
-            return ShardedCache(self.group)
-        raise ValueError(
-            f"context_parallel keeps keys in a cache of its own and got a {type(past).__name__} of "
-            f"{past.get_seq_length()} tokens: pass no cache (and no cache_implementation), or one it returned."
-        )
-
-    def _real(self, mask: Any, inputs: Tensor, first: int) -> Tensor:
-        batch, count = inputs.shape[:2]
-        if mask is None:
-            return torch.ones(batch, count, dtype=torch.bool, device=inputs.device)
-        if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] != first + count:
-            shape = tuple(mask.shape) if hasattr(mask, "shape") else type(mask).__name__
-            raise ValueError(
-                f"context_parallel takes an attention mask of shape (batch, {first + count}), for every token so far, "
-                f"got {shape}."
-            )
-        return mask[:, first:].bool()
-
-
-def _take(tensor: Tensor, columns: Tensor) -> Tensor:
-    """The entries (B, T, ...) of `tensor` (B, L, ...) at `columns` (B, T); an arbitrary entry where a column is -1."""
-    index = columns.clamp_min(0).to(tensor.device)
-    if tensor.ndim == 2:
-        return tensor.gather(1, index)
-    return tensor.gather(1, index.unsqueeze(-1).expand(-1, -1, tensor.shape[2]))

@@ -17,7 +17,7 @@ import torch
 
 from hf_attn_plugins.bench.timing import synchronize
 from hf_attn_plugins.commands.bench.parallel.rank import tiny_model
-from hf_attn_plugins.parallel.hf.session import context_parallel
+from hf_attn_plugins.parallel.hf.context_parallel import context_parallel
 
 ROUNDS = 5
 

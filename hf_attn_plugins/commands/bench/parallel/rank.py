@@ -27,7 +27,7 @@ from hf_attn_plugins.kernels import bound_attend as bound
 from hf_attn_plugins.kernels.attend_rectangles import sub_mask
 from hf_attn_plugins.parallel import star
 from hf_attn_plugins.parallel.costs import EXCHANGES
-from hf_attn_plugins.parallel.hf.session import context_parallel
+from hf_attn_plugins.parallel.hf.context_parallel import context_parallel
 
 STEP = 512  # rows of the mask that are evaluated at a time
 

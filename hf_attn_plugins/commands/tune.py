@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     target.add_argument("--max-share", type=float, metavar="S", help="at most S of the causal pairs")
     parser.add_argument("--baseline", help="what speed and KL are against; the model's default backend if not given")
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text; Python's own language reference by default")
-    parser.add_argument("--texts", type=int, default=4, help="pieces of the text: one to search on, others to report")
+    parser.add_argument("--texts", type=int, default=5, help="pieces of the text: 2 of 5 to search on, 3 to report")
     parser.add_argument("--no-heads", action="store_true", help="leave dense heads out")
     parser.add_argument("--exact-heads", action="store_true", help="check the order of heads: a forward for each")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds of timing")

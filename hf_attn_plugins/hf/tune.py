@@ -37,7 +37,7 @@ def tune(
     max_share: float | None = None,
     text: str | Tensor | Sequence[int] | None = None,
     tokenizer: Any = None,
-    texts: int = 4,
+    texts: int = 5,
     baseline: str | None = None,
     heads: bool = True,
     exact_heads: bool = False,
@@ -47,7 +47,7 @@ def tune(
     """Choose block, halo, anchor and dense heads of star for a model, and store them in its config.
 
     One forward orders the key heads, some ten to twenty more find the mix of near tokens and dense heads with the
-    least KL at the target, all on the first text; the other texts tell what the choice costs. A target in speed is
+    least KL at the target, all on the first texts; the other texts tell what the choice costs. A target in speed is
     timed against `baseline` in interleaved rounds and corrected. The attention implementation is not changed.
 
     Args:
@@ -59,7 +59,8 @@ def tune(
         text: a string or token ids (T,) of at least 2 x length tokens to measure on; None takes the prose that
             Python carries.
         tokenizer: for strings and Python's prose; None loads the model's own by `config._name_or_path`.
-        texts: pieces of the text, one for the search and the others for the report; fewer where the text is shorter.
+        texts: pieces of the text, `searched(texts)` for the search (2 of 5) and the others for the report; fewer where
+            the text is shorter.
         baseline: what the KL and the speed are against; None: the model's default backend.
         heads: False leaves dense heads out.
         exact_heads: also measure every head by a forward of its own, and report how the two orders agree.
@@ -113,7 +114,8 @@ def tune(
             order, total = order_of(found), sum(map(len, found.values()))
             if exact_heads:
                 agreement = _agreement(measuring, found, probed, tick)
-        search = Search(measuring, order, total, length, tick)
+        used = searched(len(pieces))
+        search = Search(measuring, order, total, length, tick, range(used))
         if min_speedup is not None:
             best, ratios = search.at_speed(min_speedup, rounds)
         else:
@@ -121,13 +123,18 @@ def tune(
             tick("timing against the baseline")
             ratios = measuring.interleaved(best.options, rounds)
         tick("texts that the search did not see")
-        unseen = measuring.point(best.options, range(1, len(pieces)))
+        unseen = measuring.point(best.options, range(used, len(pieces)))
     stored = StarOptions(**best.options).as_dict()
     measuring.set(stored)
     return Tuned(
         name, stored, length, target, unseen.kl, unseen.share, baseline, tuple(ratios), front_of(search.points),
         agreement, describe(pieces[0].device),
     )  # fmt: skip
+
+
+def searched(texts: int) -> int:
+    """How many of `texts` pieces a search measures on: one text alone can prefer a mix that others do not."""
+    return max(1, (texts - 1) // 2)
 
 
 def check_target(**targets: float | None) -> dict[str, float]:

@@ -213,3 +213,17 @@ def test_positions_and_lists():
     assert sampled(1000, 4).tolist() == [125, 375, 625, 875]
     assert listed([]) is None and listed([(2, 1), (0, 3), (2, 0)]) == [[3], [], [0, 1]]
     assert front_of([]) == ()
+
+
+def test_several_texts_are_searched_and_none_of_them_is_reported(llama, monkeypatch):
+    asked = []
+    real = Measuring.point
+
+    def point(self, options, texts=(0,)):
+        asked.append(tuple(texts))
+        return real(self, options, texts)
+
+    monkeypatch.setattr(Measuring, "point", point)
+    text = torch.randint(3, VOCABULARY, (5 * LENGTH,), generator=torch.Generator().manual_seed(1))
+    found = hap.tune(copy.deepcopy(llama), length=LENGTH, max_share=0.75, text=text, rounds=1)
+    assert set(asked[:-1]) == {(0, 1)} and asked[-1] == (2, 3, 4) and len(found.kl) == 3

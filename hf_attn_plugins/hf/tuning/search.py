@@ -7,7 +7,7 @@ two is worth more differs from model to model, so mixes of both are measured at 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,7 @@ class Search:
         total_heads: key heads in all layers.
         length: tokens of the texts.
         tick: called with a word on what is measured next.
+        texts: indices of the texts that choices are measured on.
     """
 
     measuring: Measuring
@@ -45,6 +46,7 @@ class Search:
     total_heads: int
     length: int
     tick: Callable[[str], None]
+    texts: Sequence[int] = (0,)
     points: list[Point] = field(default_factory=list)
 
     @property
@@ -80,7 +82,7 @@ class Search:
         if known is not None:
             return known
         self.tick(f"halo {halo}, block {block}, anchor {anchor}, {heads} dense heads")
-        point = self.measuring.point(options)
+        point = self.measuring.point(options, self.texts)
         self.points.append(point)
         return point
 
@@ -178,7 +180,7 @@ class Search:
         Raises:
             ValueError: exact attention is as fast, or no plan is.
         """
-        dense = self.measuring.point({"block_size": self.length, "anchor_size": 0})
+        dense = self.measuring.point({"block_size": self.length, "anchor_size": 0}, self.texts)
         sparsest = self.measured(self.halos()[0], 0)
         self.points.append(dense)
         timed = [(each, self._timed(each, rounds)) for each in (sparsest, dense)]

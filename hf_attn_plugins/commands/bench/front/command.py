@@ -43,6 +43,7 @@ from hf_attn_plugins.star.options import StarOptions
 
 POSITIONS, CHUNK, TAIL = 2048, 256, 128
 DEPTHS = 5
+TUNED_TEXTS = 5  # pieces that `hap.tune` is given, behind the texts that rows are measured on
 NEEDLES = ("niah_multikey_2", "vt")
 BASELINE = "sdpa"
 
@@ -94,7 +95,7 @@ class Front:
     def prose(self, first: int, count: int) -> Tensor:
         """`count` token ids of Python's language reference."""
         if self._prose is None:
-            most = (2 * self.arguments.texts) * max(self.arguments.lengths)
+            most = (self.arguments.texts + TUNED_TEXTS) * max(self.arguments.lengths)
             self._prose = prose_tokens(self.model()[1], most)
         if first + count > len(self._prose):
             raise ValueError(f"the prose has {len(self._prose)} tokens, {first + count} are needed: take fewer texts.")
@@ -151,7 +152,7 @@ class Front:
         """What `hap.tune` chooses for a speed, on texts that no row is measured on."""
         model, _ = self.model()
         first = self.arguments.texts * length
-        text = self.prose(first, 4 * length)
+        text = self.prose(first, TUNED_TEXTS * length)
         try:
             found = tune(model, length=length, min_speedup=target, text=text, baseline=BASELINE).as_dict()
         except ValueError as out_of_reach:

@@ -207,9 +207,10 @@ def test_llama_4_is_star_within_its_chunks() -> None:
     chunks = [seen_by_plan(Plan(length, 8, 4, 4)) for length in (16, 16, 8)]
     masks = {"full_attention": seen_by_plan(Plan(40, 8, 4, 4)), "chunked_attention": torch.block_diag(*chunks).bool()}
     expected = logits(model, ids, attention_mask={name: mask[None, None] for name, mask in masks.items()})
-    assert hap.check(model, "star_attention").ok
     with hap.use(model, "star_attention", **SIZES), hap.trace(model) as seen:
+        predicted = hap.check(model, "star_attention", length=40)
         got = logits(model, ids)
+    assert predicted.ok and not predicted.notes and predicted.methods == seen.methods
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
     assert seen.methods == {"star": 4} and seen.share == pytest.approx(
         (3 * sum(int(chunk.sum()) for chunk in chunks) + int(masks["full_attention"].sum())) / (3 * 308 + 820)

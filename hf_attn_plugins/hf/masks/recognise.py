@@ -7,6 +7,7 @@ look into closures; there the maker's arguments and the pairs next to the diagon
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,11 @@ class Place:
         """(K,) absolute indices of the keys."""
         return torch.arange(self.keys, device=self.device) + self.key_offset
 
+    def on_cpu(self) -> Place:
+        """The same place for a dry run, whose offset has no value if it is a tensor: 0."""
+        start = 0 if isinstance(self.query_offset, Tensor) else self.query_offset
+        return dataclasses.replace(self, device="cpu", query_offset=start)
+
 
 def recognise(function: MaskFunction, place: Place) -> Recognised:
     """Read a mask function of Transformers, part by part; what is not understood stays a predicate."""
@@ -85,8 +91,8 @@ def _known(function: MaskFunction, place: Place) -> Recognised | None:
         return Recognised(Mask(window=(size, size)), False, (f"window {size} on both sides",))
     if maker == "chunked_overlay":
         size, padding = cells["chunk_size"], cells["left_padding"]
-        if padding.is_meta:  # of a dry run, which has no padding; a plan reads where the chunks end
-            padding = torch.zeros_like(padding, device="cpu")
+        if padding.is_meta:  # a dry run: an unpadded prompt at the start of its cache; a plan reads where chunks end
+            padding, place = torch.zeros_like(padding, device="cpu"), place.on_cpu()
         queries, keys = (
             torch.div(index - padding.view(-1, 1), size, rounding_mode="floor")
             for index in (place.query_index().to(padding.device), place.key_index().to(padding.device))

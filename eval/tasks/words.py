@@ -28,7 +28,7 @@ def _words(category: str) -> tuple[str, ...]:
 
 @functools.cache
 def _every_word() -> Any:
-    """The package's words with their indices by prefix, which take a second to build, whatever is asked of them."""
+    """The package's words and its indices by prefix; building these takes half a second, so it is done once."""
     try:
         from wonderwords import RandomWord
     except ImportError as error:

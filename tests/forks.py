@@ -30,6 +30,7 @@ SERVER.set_forkserver_preload(
         "hf_attn_plugins.eval.command",
         "hf_attn_plugins.eval.running.runner",
         "hf_attn_plugins.parallel.hf.context_parallel",
+        "tests.eval.words_in_memory",
         "tests.families",
         "tests.parallel.cases",
         "tests.parallel.cqs_cases",

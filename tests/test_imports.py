@@ -151,7 +151,7 @@ def offered(path: Path, package: str) -> set[str]:
             names.add(node.id)
         elif isinstance(node, ast.Import):
             names |= {alias.asname or alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module != package and (node.level, node.module) != (1, None):
+        elif isinstance(node, ast.ImportFrom) and node.module not in (package, "__future__", None):
             names |= {alias.asname or alias.name for alias in node.names}
     return names
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 
 @functools.cache
@@ -22,8 +23,14 @@ def vocabulary() -> tuple[str, ...]:
 
 
 def _words(category: str) -> tuple[str, ...]:
+    return tuple(sorted(set(_every_word().filter(include_categories=[category]))))
+
+
+@functools.cache
+def _every_word() -> Any:
+    """The package's words and its indices by prefix; building these takes half a second, so it is done once."""
     try:
         from wonderwords import RandomWord
     except ImportError as error:
         raise ImportError("RULER's words need the package wonderwords: pip install 'hf-attn-plugins[eval]'.") from error
-    return tuple(sorted(set(RandomWord().filter(include_categories=[category]))))
+    return RandomWord()

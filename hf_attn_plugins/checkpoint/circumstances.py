@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_attn_plugins.core.compat import is_transforming
+from hf_attn_plugins.core.gradient import needs_gradient
 
 
 def circumstance(ids: Tensor, modules: Sequence[Any]) -> str | None:
@@ -29,7 +30,7 @@ def circumstance(ids: Tensor, modules: Sequence[Any]) -> str | None:
         return "the first layer's weights are no plain tensors (quantised, distributed or fake ones)"
     if ids.is_meta or any(p.is_meta for p in parameters):
         return "the first layer is offloaded (meta tensors)"
-    if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+    if needs_gradient(*parameters):
         return "gradients are wanted of the embedding, the first norm or the first projections"
     if torch.is_autocast_enabled(modules[-1].weight.device.type):
         return "autocast casts what the projections compute"

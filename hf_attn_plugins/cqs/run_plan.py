@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_attn_plugins.core.gradient import needs_gradient
 from hf_attn_plugins.core.mask import Mask, Window, one_mask
 from hf_attn_plugins.core.partial import Partial, with_sinks
 from hf_attn_plugins.cqs.planning.cost import parse_bytes
@@ -77,7 +78,7 @@ def attention(
     """
     whole = one_mask(mask, is_causal, window)
     if memory_budget is not None:
-        if torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (query, key, value)):
+        if needs_gradient(*(x for x in (query, key, value) if isinstance(x, Tensor))):
             raise ValueError(
                 "memory_budget gives no gradients: call under torch.no_grad(), or leave memory_budget out."
             )
@@ -102,7 +103,7 @@ def attention(
         )  # fmt: skip
         return with_sinks(part, sinks)
     leaves = list(plan.leaves())
-    cuts = _cuts(leaves) if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)) else None
+    cuts = _cuts(leaves) if needs_gradient(query, key, value) else None
     tokens = [Tokens(x, cuts=cuts) for x in (query, key, value)]
     tiler = Tiler(leaves, query, value.shape[-1])
     for leaf in leaves:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_attn_plugins.core.compat import version_of
+from hf_attn_plugins.core.gradient import needs_gradient
 from hf_attn_plugins.indexed.attention import indexed_attention
 from hf_attn_plugins.indexed.combine import Concatenate, Stack2D
 from hf_attn_plugins.indexed.direct import direct_attention
@@ -101,8 +102,7 @@ class IndexedCharacterAttention(nn.Module):
         """
         own, of_positions = self.weights()
         sources = (characters, positions, *own, *(of_positions or ()))
-        needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in sources)
-        frozen = self.frozen and not needs_gradient and not torch.compiler.is_compiling()
+        frozen = self.frozen and not needs_gradient(*sources) and not torch.compiler.is_compiling()
         length = len(positions) if indices.ndim != 2 else min(max(indices.shape[1], 1), len(positions))
         sizes = CallSizes(len(indices), length, len(characters), self.width, self.heads, self.head_dim)
         if self.form == "direct" or (self.form == "auto" and not prefers_tables(sizes, frozen)):

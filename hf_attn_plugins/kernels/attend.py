@@ -50,41 +50,45 @@ def attend(
 
     Source: FlashAttention, arXiv 2205.14135 (forward, lse) and 2307.08691 (backward from the lse).
     """
-    _check(query, key, value, dropout)
-    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
-    whole = one_mask(mask, is_causal, window)
-    trimmed, keys = whole.trimmed(query.shape[2], key.shape[2])
-    if keys.start > 0 or keys.stop < key.shape[2]:
+    rows, head_dim, num_keys = _checked(query, key, value, dropout)
+    scale = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
+    trimmed, keys = one_mask(mask, is_causal, window).trimmed(rows, num_keys)
+    if keys.start > 0 or keys.stop < num_keys:
         key, value = key[:, :, keys], value[:, :, keys]
     choice = choose(query, key, value, trimmed, softcap, dropout, kernel)
     return choice.run(query, key, value, trimmed, scale, softcap, dropout)
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> None:
+def _checked(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> tuple[int, int, int]:
+    """Rows, head_dim and keys of a call whose arguments fit together. Sizes are read once: every short call asks."""
     q, k, v = query.shape, key.shape, value.shape
-    fits = len(q) == len(k) == len(v) == 4 and q[0] == k[0] and k[:3] == v[:3] and q[3] == k[3] and k[1] > 0
-    same = query.dtype == key.dtype == value.dtype and query.device == key.device == value.device
-    if fits and same and q[1] % k[1] == 0 and query.is_floating_point() and 0.0 <= dropout < 1.0:
-        return
+    if len(q) == len(k) == len(v) == 4:
+        (batch, heads, rows, head_dim), (batch_k, heads_k, keys, head_dim_k), (batch_v, heads_v, keys_v, _) = q, k, v
+        fits = batch == batch_k == batch_v and heads_k == heads_v and keys == keys_v and head_dim == head_dim_k
+        same = query.dtype == key.dtype == value.dtype and query.device == key.device == value.device
+        if fits and same and heads_k > 0 and heads % heads_k == 0 and query.is_floating_point() and 0.0 <= dropout < 1:
+            return rows, head_dim, keys
+    raise ValueError(_misfit(query, key, value, dropout))
+
+
+def _misfit(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> str:
+    """What is wrong with the arguments of a call that `_checked` refuses."""
     shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
     if not query.ndim == key.ndim == value.ndim == 4:
-        raise ValueError(f"query, key and value must be 4-d (batch, heads, tokens, head_dim), got {shapes}.")
+        return f"query, key and value must be 4-d (batch, heads, tokens, head_dim), got {shapes}."
     if not query.shape[0] == key.shape[0] == value.shape[0]:
-        raise ValueError(f"query, key and value must have one batch size, got {shapes}.")
+        return f"query, key and value must have one batch size, got {shapes}."
     if key.shape[1:3] != value.shape[1:3]:
-        raise ValueError(f"key and value must agree in heads and tokens, got {shapes}.")
+        return f"key and value must agree in heads and tokens, got {shapes}."
     if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"query and key must have one head_dim, got {shapes}.")
+        return f"query and key must have one head_dim, got {shapes}."
     if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
-        raise ValueError(f"query heads must be a multiple of key heads, got {shapes}.")
+        return f"query heads must be a multiple of key heads, got {shapes}."
     if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
-        raise ValueError(
+        return (
             f"query, key and value must have one float dtype, got {query.dtype}, {key.dtype}, {value.dtype}: "
             "cast them first (hf_attn_plugins.hf.calls.interface does so under autocast)."
         )
     if not query.device == key.device == value.device:
-        raise ValueError(
-            f"query, key and value are on {query.device}, {key.device} and {value.device}: use one device."
-        )
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout={dropout}: a probability in [0, 1) is needed.")
+        return f"query, key and value are on {query.device}, {key.device} and {value.device}: use one device."
+    return f"dropout={dropout}: a probability in [0, 1) is needed."

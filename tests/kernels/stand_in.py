@@ -19,6 +19,10 @@ class StandIn:
     device: torch.device = field(default_factory=lambda: torch.device("cuda", 0))
     requires_grad: bool = False
 
+    @property
+    def is_cpu(self) -> bool:
+        return self.device.type == "cpu"
+
     def numel(self) -> int:
         return torch.Size(self.shape).numel()
 

@@ -8,6 +8,7 @@ import torch
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.kernels import attend
 from hf_attn_plugins.kernels.aten.attend import run_one_operator
+from hf_attn_plugins.kernels.cpu_fused.instruction_sets import VARIABLE
 from hf_attn_plugins.testing import assert_close_to_reference, dense_attention, sharp_inputs, visibility
 
 choosing = importlib.import_module("hf_attn_plugins.kernels.choose")
@@ -113,6 +114,13 @@ def test_the_choice_is_made_once_per_call(monkeypatch):
     query = torch.randn(1, 2, 300, 32).bfloat16()
     attend(query, query, query, is_causal=True)
     assert len(asked) == 1
+
+
+def test_the_environment_is_read_once(monkeypatch):
+    query = torch.randn(1, 2, 300, 32)
+    attend(query, query, query)
+    monkeypatch.setenv(VARIABLE, "no such set")
+    attend(query, query, query)  # refuses this value, if it is read
 
 
 @pytest.mark.parametrize("kernel", ["reference", "aten", "cpu_tiled", "cpu_fused", "triton", "flex"])

@@ -26,13 +26,20 @@ pytestmark = pytest.mark.skipif(not KINDS, reason=f"cpu_fused: {build.unavailabl
 SHAPES = [(1, 1), (1, 1230), (7, 7), (20, 590), (65, 129), (97, 201), (200, 71), (130, 330)]
 
 
+def allow(monkeypatch, instructions: str) -> None:
+    """Set the variable, which the package reads once. Clear the cache again behind the test."""
+    monkeypatch.setenv(instruction_sets.VARIABLE, instructions)
+    instruction_sets.allowed.cache_clear()
+
+
 @pytest.fixture(params=KINDS, ids=lambda kind: f"{kind.instructions}-{str(kind.dtype)[6:]}")
 def kind(request, monkeypatch) -> Kind:
     """One instruction set, and memory that nothing was written to holds NaN."""
-    monkeypatch.setenv(instruction_sets.VARIABLE, request.param.instructions)
+    allow(monkeypatch, request.param.instructions)
     torch.use_deterministic_algorithms(True)
     yield request.param
     torch.use_deterministic_algorithms(False)
+    instruction_sets.allowed.cache_clear()
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -192,10 +199,11 @@ def test_sizes_in_python_are_those_in_c():
 
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch):
-    monkeypatch.setenv(instruction_sets.VARIABLE, "avx3")
+    allow(monkeypatch, "avx3")
     query = torch.randn(1, 1, 100, 16)
     with pytest.raises(ValueError, match=r"HF_ATTN_PLUGINS_INSTRUCTIONS='avx3' is unknown: choose one of avx512_bf16"):
         attend(query, query, query, kernel="cpu_fused")
+    instruction_sets.allowed.cache_clear()
 
 
 def test_a_cpu_without_any_of_them_is_told_so(monkeypatch):

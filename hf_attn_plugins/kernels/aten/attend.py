@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_attn_plugins.core.mask import Mask
+from hf_attn_plugins.core.gradient import needs_gradient
+from hf_attn_plugins.core.mask import FULL, Mask
 from hf_attn_plugins.core.partial import Partial, merge
 from hf_attn_plugins.kernels.aten import gpu
 from hf_attn_plugins.kernels.aten.ops import FlashCPU, flash_cpu
@@ -22,23 +23,23 @@ def is_short(query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: flo
     (_, _, rows, head_dim), num_keys = query.shape, key.shape[2]
     if not (0 < rows <= FOLDED_ROWS or num_keys <= SHORT_KEYS) or rows > num_keys:
         return False
-    if head_dim != value.shape[-1] or query.numel() == 0 or query.device.type != "cpu":
+    if head_dim != value.shape[-1] or not query.is_cpu or query.numel() == 0:
         return False
-    if softcap is not None or dropout or not mask.is_plain(num_keys - rows):
+    if softcap is not None or dropout or not (mask is FULL or mask.is_plain(num_keys - rows)):
         return False
     if mask.causal and 1 < rows != num_keys:
         return False
-    return not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
+    return not needs_gradient(query, key, value)
 
 
 def run_one_operator(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, softcap: float | None, dropout: float
 ) -> Partial:
     """One call of PyTorch's CPU operator, for calls that `is_short`."""
-    is_full = query.shape[2] == 1 or not mask.causal
-    if is_full and query.shape[1] != key.shape[1]:
+    is_causal = mask.causal and query.shape[2] > 1
+    if not is_causal and query.shape[1] != key.shape[1]:
         return _full(query, key, value, scale)
-    return Partial(*flash_cpu(query, key, value, not is_full, scale, None))
+    return Partial(*flash_cpu(query, key, value, is_causal, scale, None))
 
 
 def reason_against(
@@ -251,7 +252,7 @@ def _flash(
     if head_dim != head_dim_v:
         width = max(head_dim, head_dim_v)
         query, key, value = (F.pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+    if needs_gradient(query, key, value):
         out, lse = FlashCPU.apply(query, key, value, is_causal, scale, bias)
     else:
         out, lse = flash_cpu(query, key, value, is_causal, scale, bias)

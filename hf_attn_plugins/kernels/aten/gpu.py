@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hf_attn_plugins.core.compat import fused_operator, rng_state_of_flash
 from hf_attn_plugins.core.gpu import arch_of, generation
+from hf_attn_plugins.core.gradient import needs_gradient
 from hf_attn_plugins.core.partial import lse_dtype
 from hf_attn_plugins.kernels.aten.ops import lse_as_column
 from hf_attn_plugins.kernels.measured import fastest
@@ -68,11 +69,6 @@ def able(query: Tensor, key: Tensor, value: Tensor, bias: bool = False) -> tuple
         needs_gradient(query, key, value),
         bias,
     )
-
-
-def needs_gradient(*tensors: Tensor) -> bool:
-    """Whether autograd will want a gradient of one of them."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def kind_of(query: Tensor, key: Tensor, value: Tensor) -> str:

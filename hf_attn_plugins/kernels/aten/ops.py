@@ -33,7 +33,7 @@ def elements_side_by_side(query: Tensor, key: Tensor, value: Tensor) -> tuple[Te
     The operators ignore this stride and read a head's elements as neighbours. `F.scaled_dot_product_attention` checks
     the stride before it calls them.
     """
-    if query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:  # asked in every short call
+    if query.stride()[-1] == key.stride()[-1] == value.stride()[-1] == 1:  # faster than stride(-1), in every short call
         return query, key, value
     return _copied(query), _copied(key), _copied(value)
 

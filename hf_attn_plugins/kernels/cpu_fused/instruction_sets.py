@@ -76,6 +76,7 @@ def best(dtype: torch.dtype, most: str | None = None) -> InstructionSet | str:
     return f"this CPU has none of the instruction sets {wanted}" if fitting else f"they are not made for {dtype}"
 
 
+@functools.cache
 def allowed() -> str | None:
-    """The best set that the environment allows, None for any."""
+    """The best set that the environment allows, None for any; read once (`allowed.cache_clear()` reads it again)."""
     return os.environ.get(VARIABLE) or None

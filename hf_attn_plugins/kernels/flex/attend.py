@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_attn_plugins.core.compat import block_mask_of, flex_attention
+from hf_attn_plugins.core.gradient import needs_gradient
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial
 from hf_attn_plugins.kernels.flex.blocks import TILE, tiles_of
@@ -63,7 +64,7 @@ def reason_against(
         return f"a head_dim above {MOST_HEAD_DIM}"
     if mask.bias is not None and mask.bias.requires_grad:
         return "a float mask that needs a gradient"
-    if not on_gpu and torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+    if not on_gpu and needs_gradient(query, key, value):
         return "gradients on a CPU"
     return None
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_attn_plugins.core.gradient import needs_gradient
 from hf_attn_plugins.core.mask import Mask, padding_from_lengths
 from hf_attn_plugins.core.rectangle import Rectangle
 
@@ -55,7 +56,7 @@ def trial_of(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float, plan: bool = False
 ) -> Trial:
     """The features of a call whose arguments are as in `choose.choose`; `plan`: it is a list of rectangles."""
-    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    gradient = needs_gradient(query, key, value)
     bias = "" if mask.bias is None else "bool" if mask.bias.dtype == torch.bool else "float"
     return Trial(
         query.shape[2] <= 16 and not plan, gradient, str(query.dtype).removeprefix("torch."), query.shape[-1],

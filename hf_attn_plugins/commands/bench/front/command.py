@@ -105,6 +105,7 @@ class Front:
         """(what, measurement) of everything that is not in the file yet."""
         a = self.arguments
         names = {row.name for length in a.lengths for row in rows_for(length, self.done)}
+        names |= {f"tuned for {target:g}x" for target in a.targets}
         if a.rows and not names.issuperset(a.rows):
             raise ValueError(f"--rows {sorted(set(a.rows) - names)}: the rows are {sorted(names)}.")
         for length in a.lengths:

@@ -16,6 +16,7 @@ RESULTS = "benchmarks/results"
 
 # Page of the site: file of the repository. All other pages are the files of docs/.
 PAGES = {
+    "index.md": "README.md",
     "changelog.md": "CHANGELOG.md",
     "contributing.md": "CONTRIBUTING.md",
     "security.md": "SECURITY.md",

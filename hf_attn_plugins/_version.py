@@ -1,3 +1,3 @@
-"""The version of the package, in a file that every layer may import."""
+"""The version of the package, here and nowhere else: pyproject.toml reads it. Every layer may import this file."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

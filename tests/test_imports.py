@@ -44,7 +44,7 @@ FLOORS = (
     ("hf_attn_plugins.bench",),
     ("hf_attn_plugins.hub",),
     ("hf_attn_plugins.kernels.hub_entry",),
-    ("hf_attn_plugins.kernels.varlen",),
+    ("hf_attn_plugins.kernels.varlen", "hf_attn_plugins.kernels.hub_masks"),
     ("hf_attn_plugins.kernels.attend_rectangles", "hf_attn_plugins.kernels.attend_blocks"),
     ("hf_attn_plugins.kernels.bound_attend",),
     ("hf_attn_plugins.kernels.attend",),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -45,18 +45,37 @@ def test_import_touches_no_gpu_and_brings_little():
     )
 
 
+def built(place: Path, *words: str) -> Path:
+    """The folder of what `python -m build` makes of a copy of this tree: building leaves its own folders behind."""
+    source, target = place / "source", place / "dist"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("hf_attn_plugins", "eval", "patches"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    command = [sys.executable, "-m", "build", *words, "--no-isolation", "--outdir", str(target), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return target
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     pytest.importorskip("build")
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for name in ("hf_attn_plugins", "eval", "patches"):  # a copy: building leaves its own folders behind
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(target), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return next(target.glob("*.whl"))
+    return next(built(tmp_path_factory.mktemp("wheel"), "--wheel").glob("*.whl"))
+
+
+def installed(wheel: Path, venv: Path) -> Path:
+    """Python of a new environment: the wheel, and beside it the packages that are here; nothing is downloaded."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True, capture_output=True)
+    python = venv / "bin" / "python"
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip()
+    theirs = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    Path(site, "theirs.pth").write_text("\n".join(theirs) + "\n", encoding="utf-8")
+    pip = [sys.executable, "-m", "pip", "--python", str(python)]
+    subprocess.run([*pip, "install", "-q", "--no-deps", "--no-index", str(wheel)], check=True, capture_output=True)
+    return python
 
 
 def modules() -> set[str]:
@@ -94,14 +113,7 @@ def test_wheel_carries_the_data_that_the_code_reads(wheel):
 def test_wheel_works_in_a_clean_environment(wheel, tmp_path):
     """Installed without dependencies, beside the packages that are already there: every module, and the command."""
     venv = tmp_path / "venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True, capture_output=True)
-    python = venv / "bin" / "python"
-    site = subprocess.run(
-        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True
-    )
-    Path(site.stdout.strip(), "theirs.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
-    pip = [sys.executable, "-m", "pip", "--python", str(python)]
-    subprocess.run([*pip, "install", "-q", "--no-deps", "--no-index", str(wheel)], check=True, capture_output=True)
+    python = installed(wheel, venv)
     code = (
         "import importlib, importlib.util, sys, pathlib, hf_attn_plugins\n"
         f"assert pathlib.Path(hf_attn_plugins.__file__).is_relative_to({str(venv)!r}), hf_attn_plugins.__file__\n"
@@ -112,6 +124,50 @@ def test_wheel_works_in_a_clean_environment(wheel, tmp_path):
     assert done.returncode == 0, done.stderr
     done = subprocess.run([venv / "bin" / "hf-attn", "list", "--json"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and "tiled_attention" in done.stdout, done.stderr
+
+
+WITHOUT = """
+import sys
+for name in ("datasets", "gguf", "kernels", "matplotlib", "rouge", "triton", "wonderwords"):
+    sys.modules[name] = None  # as if it were not installed
+import hf_attn_plugins as hap
+from hf_attn_plugins.cli import main
+assert hap.__version__ == sys.argv[1] and len(hap.plugins()) >= 3
+for name in hap.__all__:
+    getattr(hap, name)
+for words in ("--version", "list", "plan tiled --length 6 --head-dim 3 --sram 24", "plan cqs --length 11 --workers 7",
+              "plan star --length 40 --block-size 8", "patch list", "export-kernel kernel", "eval --help"):
+    try:
+        status = main(words.split())
+    except SystemExit as end:
+        status = end.code
+    assert not status, words
+"""
+
+
+@pytest.mark.slow
+def test_a_release_is_whole(wheel, tmp_path):
+    """The source archive gives the wheel of this tree, which works outside of the tree and without the extras."""
+    made = built(tmp_path)  # a source archive, and a wheel from that
+    (found,), (archive,) = made.glob("*.whl"), made.glob("*.tar.gz")
+    version = re.search(r'"(.+)"', (PACKAGE / "_version.py").read_text(encoding="utf-8").splitlines()[-1])[1]
+    assert archive.name == f"hf_attn_plugins-{version}.tar.gz" and found.name.split("-")[1] == version
+    here, there = (zipfile.ZipFile(path) for path in (wheel, found))
+    assert sorted(here.namelist()) == sorted(there.namelist())
+    assert all(here.read(n) == there.read(n) for n in here.namelist() if not n.endswith("/RECORD"))
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    python = installed(found, tmp_path / "venv")
+    done = subprocess.run([python, "-c", WITHOUT, version], capture_output=True, text=True, cwd=outside)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_version_stands_in_one_place():
+    from hf_attn_plugins import __version__
+
+    assert not re.search(r"^version = \"", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    assert newest == __version__, "the changelog begins with this version"
 
 
 def test_readme_table_is_the_plugin_table():

@@ -13,6 +13,7 @@ from . import leaderboard, tables
 from .page import page
 from .page.samples import sample_data
 from .summary.summary import summarise_folder
+from .wording.names import renamed, short_names
 from .wording.verdict import verdicts
 
 
@@ -48,7 +49,8 @@ def show(metrics: Mapping[str, Any], path: str | Path) -> None:
     """Print the headline table, where the report lies, and at the end the verdicts."""
     from rich.console import Console
 
-    Console().print(tables.terminal(tables.brief(metrics)))
+    short = renamed(metrics, short_names(row["attn"] for row in metrics["overall"]))  # whole words in 80 columns
+    Console().print(tables.terminal(tables.brief(short)))
     print(f"report: {Path(path) / 'report.html'} (and report.md, metrics.json beside it)")
     for one in verdicts(metrics):
         print(f"{one.attn}: {one.text}.")

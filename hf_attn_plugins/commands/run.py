@@ -125,7 +125,8 @@ def _missing(module: str) -> bool:
 def _script(word: str) -> str:
     path = word if os.path.isfile(word) else shutil.which(word)
     if path is None:
-        raise ValueError(f"no file or installed command {word!r}.")
+        how = ': pip install "hf-attn-plugins[lm-eval]" brings it' if word == "lm_eval" else ""
+        raise ValueError(f"no file or installed command {word!r}{how}.")
     with open(path, "rb") as file:
         first = file.readline()
     if not path.endswith(".py") and b"python" not in first:

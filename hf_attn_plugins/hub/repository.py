@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from hf_attn_plugins._version import __version__
-from hf_attn_plugins.core.staging import put
+from hf_attn_plugins.core.staging import staged_folder, sweep
 from hf_attn_plugins.hub.card import card
 from hf_attn_plugins.hub.sources import PACKAGE, exported
 
@@ -41,10 +42,12 @@ def export(
     interface: str = "forward",
     results: Path | None = None,
 ) -> Exported:
-    """Write a kernel repository.
+    """Write a kernel repository; it appears under its name only when it is complete.
+
+    A process that is killed leaves a hidden folder beside it, which the next export there removes.
 
     Args:
-        folder: does not exist yet, or is empty.
+        folder: does not exist yet, or is empty. Missing folders above it are made.
         name: lower case letters, digits and dashes.
         version: whole number; the repository's branch for it on the Hub is "v<version>".
         interface: "forward" takes Transformers' whole attention call, with masks as `sdpa` gets them. "varlen" has
@@ -53,7 +56,8 @@ def export(
         results: a tiled.json of `hf-attn bench tiled`, whose numbers go into the model card.
 
     Raises:
-        ValueError: a name, version or interface that is not allowed, or a folder that holds something.
+        ValueError: a name, version or interface that is not allowed, a folder that holds something or that this
+            process works in, or results that are no table of `hf-attn bench tiled`.
     """
     if not _NAME.fullmatch(name):
         raise ValueError(f"name={name!r}: lower case letters, digits and dashes, such as hf-attn-plugins.")
@@ -63,15 +67,26 @@ def export(
         raise ValueError(f"interface={interface!r}: choose one of {', '.join(INTERFACES)}.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not an empty folder: name another, or empty it first.")
+    target = folder.resolve()
+    if target == Path.cwd():
+        raise ValueError(f"{folder} is the folder that you are in, which cannot be replaced: name a new one.")
     files = exported(ENTRY) | {"__init__.py": _front(interface)}
     digest = hashlib.sha256("\0".join(f"{path}\0{text}" for path, text in files.items()).encode()).hexdigest()[:12]
-    ids = {}
-    for backend in BACKENDS:
-        identity = ids[backend] = f"{name.replace('-', '_')}_{backend}_{digest}"
-        # PyTorch's operators have one name a process: the installed package and every exported kernel have their own.
-        texts = {path: text.replace(f'"{PACKAGE}::', f'"{identity}::') for path, text in files.items()}
-        _write(folder / "build" / f"torch-{backend}", texts, _metadata(name, identity, version, backend, texts))
-    _put(folder / "README.md", card(name, version, interface, ids, results))
+    ids = {backend: f"{name.replace('-', '_')}_{backend}_{digest}" for backend in BACKENDS}
+    readme = card(name, version, interface, ids, results)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    sweep(target.parent)
+    with staged_folder(target.name, target.parent) as stage:
+        for backend, identity in ids.items():
+            # PyTorch's operators have one name a process: the package and every exported kernel have their own.
+            texts = {path: text.replace(f'"{PACKAGE}::', f'"{identity}::') for path, text in files.items()}
+            metadata = json.dumps(_metadata(name, identity, version, backend, texts), indent=2) + "\n"
+            _write(stage / "build" / f"torch-{backend}", texts | {"metadata.json": metadata})
+        _write(stage, {"README.md": readme})
+        os.chmod(stage, (stage / "build").stat().st_mode & 0o777)  # a stage is its owner's alone
+        if target.exists():
+            target.rmdir()
+        os.rename(stage, target)
     return Exported(folder, ids, dict.fromkeys(ids, len(files)))
 
 
@@ -91,12 +106,11 @@ def _metadata(name: str, identity: str, version: int, backend: str, texts: dict[
     }  # fmt: skip
 
 
-def _write(folder: Path, texts: dict[str, str], metadata: dict[str, object]) -> None:
-    for path, text in texts.items():
-        _put(folder / path, text)
-    _put(folder / "metadata.json", json.dumps(metadata, indent=2) + "\n")  # last: without it nothing is loaded
-
-
-def _put(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    put(path, lambda temporary: temporary.write_bytes(text.encode()))
+def _write(folder: Path, texts: dict[str, str]) -> None:
+    for name, text in texts.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as stream:
+            stream.write(text.encode())
+            stream.flush()
+            os.fsync(stream.fileno())

@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_attn_plugins.core.mask import Mask, Window, window_of
 from hf_attn_plugins.core.partial import with_sinks
 from hf_attn_plugins.kernels.attend import attend
+from hf_attn_plugins.kernels.hub_masks import structured
 from hf_attn_plugins.kernels.varlen import attend_varlen
 
 supports_flash_attn = True  # Transformers registers `flash_attn_forward` as it is, with the mask function of sdpa
@@ -42,9 +43,10 @@ def flash_attn_forward(
     Args:
         module: the attention module; only its `is_causal` is read, where the call itself does not say.
         query: (B, Hq, T, D); key, value: (B, Hkv, S, D) and (B, Hkv, S, Dv), not repeated.
-        attention_mask: bool (True = attend) or float (added), broadcastable to (B, Hq, T, S); None for no mask, then
-            causal from the top left like PyTorch's `is_causal`, or everything for one row.
-        sliding_window: the last w keys, oneself included; read where there is no mask tensor, which has it already.
+        attention_mask: bool (True = attend) or float (added), broadcastable to (B, Hq, T, S); or (B, K), the real keys,
+            of which those behind the K-th are not read; None for no mask, then causal from the top left like PyTorch's
+            `is_causal`, or everything for one row. Padding and causal order are recognised in a bool mask (B, 1, T, S).
+        sliding_window: the last w keys, oneself included; a mask tensor (B, Hq, T, S) has it already.
         s_aux, sinks: learned sink logits (Hq,), which enter the softmax's denominator once.
         position_bias: float (1 or B, Hq, T, S), added to the scaled scores.
         cu_seq_lens_q, cu_seq_lens_k: (n + 1,) where packed sequences begin; with no mask, or in continuous batching
@@ -67,6 +69,8 @@ def flash_attn_forward(
             query, key, value, cu_seq_lens_q, cu_seq_lens_k, is_causal=bool(said), window=sliding_window, **numbers
         )
     else:
+        if attention_mask is not None and attention_mask.ndim == 2:  # a static cache has room behind the mask's keys
+            key, value = (x[:, :, : attention_mask.shape[1]] for x in (key, value))
         mask = _mask(query, key, attention_mask, bool(said), sliding_window, position_bias)
         found = attend(query, key, value, mask=mask, **numbers)
     sink = sinks if s_aux is None else s_aux
@@ -139,12 +143,13 @@ def _mask(
         binds = causal and query.shape[2] > 1
         mask = Mask(causal=True, window=window_of(window), offset=0) if binds else Mask()
     else:
-        mask = Mask(bias=given)
+        mask = structured(given, query, key, causal, window) or Mask(bias=given)
     if bias is None:
         return mask
-    if given is None:
+    if mask.bias is None:
         return mask.replace(bias=bias)
-    return mask.replace(bias=torch.where(given, bias, -torch.inf) if given.dtype == torch.bool else given + bias)
+    have = mask.bias
+    return mask.replace(bias=torch.where(have, bias, -torch.inf) if have.dtype == torch.bool else have + bias)
 
 
 def _one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

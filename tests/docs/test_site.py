@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import posixpath
 import re
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+import hf_attn_plugins as hap
 from tests.docs.blocks import ROOT
 from tests.docs.offline import foreign
 
@@ -80,6 +82,12 @@ def test_the_api_page_names_what_exists():
     for name in re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text(encoding="utf-8"), re.MULTILINE):
         module, _, attribute = name.rpartition(".")
         assert getattr(importlib.import_module(module), attribute).__doc__, name
+
+
+def test_the_api_page_names_every_verb():
+    named = re.findall(r"^::: \S+\.(\w+)$", (DOCS / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    verbs = {name for name in hap.__all__ if inspect.isfunction(getattr(hap, name))} - {"plugins", "register"}
+    assert verbs <= set(named), verbs - set(named)
 
 
 @pytest.mark.slow

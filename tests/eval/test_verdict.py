@@ -97,6 +97,9 @@ def test_an_approximate_plugin_that_ran_dense_was_not_tested():
     )
     assert said(**SAME, plans=[*dense, "star: blocks 4, block_size 512"])[0] == "safe"
     assert said("tiled_attention", **SAME, plans=["tiled"])[0] == "safe"
+    for short in ("star", "star block 512"):  # as the page and the terminal call it
+        assert said(short, **SAME, plans=dense)[0] == "unknown"
+    assert said("tiled", **SAME, plans=["dense"])[0] == "safe"
 
 
 def test_the_verdicts_of_a_whole_run(tmp_path):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from hf_attn_plugins.kernels import attend, hub_masks
 from hf_attn_plugins.kernels import hub_entry as hub
 from hf_attn_plugins.testing import assert_close_to_reference, dense_attention
 
@@ -89,3 +90,92 @@ def test_autocast_brings_one_dtype():
     q, k, v = made(3, 3)
     with torch.autocast("cpu", torch.bfloat16):
         assert hub.flash_attn_forward(CAUSAL, q, k, v.bfloat16())[0].dtype == torch.bfloat16
+
+
+def order(rows, keys, window=None):
+    return causal(rows, keys, keys - rows, window)
+
+
+PADDING = torch.tensor([[True] * 9, [False] * 3 + [True] * 6, [True] * 7 + [False] * 2])
+
+
+@pytest.mark.parametrize("rows", [1, 4, 9])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("kind", [torch.bool, torch.int64])
+def test_padding_by_key(rows, window, kind):
+    q, k, v = made(rows, 9, batch=3)
+    visible = order(rows, 9, window) & PADDING[:, None, None]
+    given = PADDING.to(kind)
+    check(hub.flash_attn_forward(CAUSAL, q, k, v, given, sliding_window=window)[0], q, k, v, visible)
+    room = [torch.cat([x, torch.full_like(x, torch.nan)], 2) for x in (k, v)]  # a static cache, filled to its half
+    check(hub.flash_attn_forward(CAUSAL, q, *room, given, sliding_window=window)[0], q, k, v, visible)
+    bias = torch.randn(3, 4, rows, 9)
+    out, _ = hub.flash_attn_forward(CAUSAL, q, k, v, given, sliding_window=window, position_bias=bias)
+    check(out, q, k, v, visible, bias=bias)
+    i, j = torch.arange(rows)[:, None] + 9 - rows, torch.arange(9)
+    near = (abs(i - j) < window) if window else torch.ones(rows, 9, dtype=torch.bool)
+    out, _ = hub.flash_attn_forward(CAUSAL, q, k, v, given, sliding_window=window, is_causal=False)
+    check(out, q, k, v, near & PADDING[:, None, None])
+
+
+def test_padding_by_key_is_not_read_as_something_else():
+    q, k, v = made(9, 9, batch=3)
+    with pytest.raises(ValueError, match=r"pass \.bool\(\)"):
+        hub.flash_attn_forward(CAUSAL, q, k, v, torch.zeros(3, 9))
+    with pytest.raises(ValueError, match=r"\(batch, keys\) = \(3, 9\)"):
+        hub.flash_attn_forward(CAUSAL, q, k, v, torch.ones(3, 10, dtype=torch.bool))
+
+
+@pytest.fixture
+def masks(monkeypatch):
+    """The masks with which `attend` was called."""
+    seen = []
+
+    def watched(*args, mask, **rest):
+        seen.append(mask)
+        return attend(*args, mask=mask, **rest)
+
+    monkeypatch.setattr(hub, "attend", watched)
+    return seen
+
+
+@pytest.mark.parametrize("rows", [1, 4, 9])
+@pytest.mark.parametrize("window", [None, 3])
+def test_padding_and_order_are_recognised_in_a_mask_tensor(rows, window, masks):
+    q, k, v = made(rows, 9, batch=3)
+    mask = order(rows, 9, window) & PADDING[:, None, None]
+    for _ in range(2):  # the second layer gets the same tensor
+        check(hub.flash_attn_forward(CAUSAL, q, k, v, mask, sliding_window=window)[0], q, k, v, mask)
+    assert len(masks) == 2 and all(m.bias is None and m.key_padding is not None for m in masks)
+    assert rows == 1 or masks[0].key_padding is masks[1].key_padding, "one reading for all layers"
+
+
+def test_padding_is_recognised_where_all_rows_are_alike(masks):
+    q, k, v = made(5, 9, batch=3)
+    mask = PADDING[:, None, None].expand(3, 1, 5, 9)  # as Transformers makes it for encoders
+    check(hub.flash_attn_forward(CAUSAL, q, k, v, mask, is_causal=False)[0], q, k, v, mask)
+    assert masks[0].bias is None
+
+
+@pytest.mark.parametrize("place", [(0, 0, 8, 0), (1, 0, 0, 8), (2, 0, 4, 4)])
+def test_a_mask_that_says_something_else_stays_a_tensor(place, masks):
+    q, k, v = made(9, 9, batch=3)
+    mask = (order(9, 9) & PADDING[:, None, None]).contiguous()
+    check(hub.flash_attn_forward(CAUSAL, q, k, v, mask)[0], q, k, v, mask)
+    mask[place] ^= True  # the same tensor, changed since it was read
+    check(hub.flash_attn_forward(CAUSAL, q, k, v, mask)[0], q, k, v, mask)
+    assert masks[0].bias is None and masks[1].bias is mask
+    with torch.inference_mode():  # such tensors do not count their changes
+        other = (order(9, 9) & PADDING[:, None, None]).clone()
+        check(hub.flash_attn_forward(CAUSAL, q, k, v, other)[0], q, k, v, other)
+        other[place] ^= True
+        check(hub.flash_attn_forward(CAUSAL, q, k, v, other)[0], q, k, v, other)
+    assert masks[2].bias is None and masks[3].bias is other
+
+
+def test_rows_are_read_in_parts(monkeypatch):
+    monkeypatch.setattr(hub_masks, "ROWS", 4)
+    mask = order(9, 9) & PADDING[:, None, None]
+    assert torch.equal(hub_masks.padding_under_order(mask, None), PADDING)
+    mask[1, 0, 8, 7] = False  # row 7 sees that key
+    assert hub_masks.padding_under_order(mask, None) is None

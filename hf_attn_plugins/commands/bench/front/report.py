@@ -131,8 +131,9 @@ def chart(done: dict[str, Any], path: Path) -> None:
                     if row["kind"] == kind and speeds(done, length, row["name"])
                 ]
                 points = [(x, y) for x, y in sorted(points) if y is not None]
-                line = "-" if kind in ("near tokens", "paper's star", "dense heads") else ""
-                axes.plot(*zip(*points, strict=True), line, marker="o", color=colour, label=kind) if points else None
+                line = "-" if kind in ("near tokens", "paper's star", "dense heads", "tuned") else "none"
+                if points:
+                    axes.plot(*zip(*points, strict=True), linestyle=line, marker="o", color=colour, label=kind)
             axes.set(yscale="log", xlabel="prefill, times as fast as sdpa", title=f"{length} tokens")
             axes.set_ylabel("KL to dense, nats a position (lower is better)")
             axes.grid(alpha=0.3)

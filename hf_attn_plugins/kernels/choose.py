@@ -58,6 +58,15 @@ FUSED_FROM = {
     ("avx2", torch.bfloat16): FusedFrom(192, 512, 256),
 }
 LEAST_ROWS, LEAST_FEW = (min(sizes[i] for sizes in FUSED_FROM.values()) for i in (0, 2))  # short calls ask no more
+NEVER = 2**62
+# The same for a mask tensor alone, which PyTorch's operator takes too. Others with a mask tensor, a softcap or dropout
+# would else run in tiles of PyTorch operators: `cpu_fused` wins there at any size.
+MASKED_FROM = {
+    ("avx512_bf16", torch.bfloat16): FusedFrom(64, 64, 256),
+    ("avx512", torch.float32): FusedFrom(192, 192, NEVER),
+    ("avx2", torch.float32): FusedFrom(192, 192, NEVER),
+    ("avx2", torch.bfloat16): FusedFrom(96, 96, 256),
+}
 
 
 def load(name: str) -> Kernel:
@@ -104,13 +113,16 @@ def cpu_multiplies_bf16() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def fused_from(dtype: torch.dtype) -> FusedFrom | None:
-    """The `FUSED_FROM` of this CPU; None where `cpu_fused` does not run or is not known to be the fastest.
+def fused_from(dtype: torch.dtype, altered: bool = False) -> FusedFrom | None:
+    """The sizes of this CPU; None where `cpu_fused` does not run or is not known to be the fastest.
+
+    They are in `MASKED_FROM` for calls with a mask tensor, a softcap or dropout (`altered`), else in `FUSED_FROM`.
 
     AMX multiplies bfloat16 faster than `cpu_fused`, which does not use it.
     """
     chosen = best(dtype, allowed())
-    sizes = None if isinstance(chosen, str) else FUSED_FROM.get((chosen.name, dtype))
+    table = MASKED_FROM if altered else FUSED_FROM
+    sizes = None if isinstance(chosen, str) else table.get((chosen.name, dtype))
     if sizes is None or (dtype == torch.bfloat16 and _cpu_has("amx_tile")) or isinstance(chosen, str):
         return None
     return sizes if build.reason_against(chosen) is None else None
@@ -132,14 +144,21 @@ def _arm_features() -> str:
         return ""
 
 
-def worth_fusing(query: Tensor, key: Tensor, mask: Mask, is_plan: bool = False) -> bool:
+def worth_fusing(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float, is_plan: bool = False
+) -> bool:
     """Whether `cpu_fused` would pay: a CPU and a dtype for which it was measured, and enough keys."""
     few, keys = query.shape[2] < fused.SPLIT_ROWS, key.shape[2]
-    if keys < (LEAST_FEW if few else LEAST_ROWS) or query.dtype not in STORED or query.device.type != "cpu":
+    if query.dtype not in STORED or query.device.type != "cpu":
         return False
-    sizes = fused_from(query.dtype)
+    altered = softcap is not None or dropout > 0 or mask.bias is not None
+    if not altered and keys < (LEAST_FEW if few else LEAST_ROWS):
+        return False
+    sizes = fused_from(query.dtype, altered)
     if sizes is None:
         return False
+    if altered and (is_plan or aten.reason_against(query, key, value, mask, softcap, dropout) is not None):
+        return True
     if few:
         return keys >= sizes.few
     full = not (mask.causal or mask.prefix or is_plan) and mask.window == (None, None) and mask.has_no_tensors()
@@ -154,7 +173,7 @@ def choose_rectangles(
     on_gpu = kernel is None and query.device.type not in PLAIN
     if kernel == "triton" or (on_gpu and one_launch(*call)):
         return load_rectangles("triton")
-    if kernel == "cpu_fused" or (kernel is None and worth_fusing(query, key, mask, True)):
+    if kernel == "cpu_fused" or (kernel is None and worth_fusing(*call, True)):
         whole = mask.prefix == 0 and not torch.compiler.is_compiling()
         if whole and fused.reason_against(*call) is None:
             return load_rectangles("cpu_fused")
@@ -210,7 +229,7 @@ def choose(
     if not query.is_cpu and query.device.type not in PLAIN:  # `is_cpu` takes a seventh of the time, in every call
         name = kernel_for(*call)
         return Choice(name, _flex_or_next if name == "flex" else load(name))
-    if worth_fusing(query, key, mask):
+    if worth_fusing(*call):
         if fused.reason_against(*call) is None:
             return Choice("cpu_fused", load("cpu_fused"))
     elif aten.is_short(*call):

@@ -88,9 +88,10 @@ def tiled_forward(
     """`kernels.cpu.forward` with the mask spread out into tensors and numbers; softcap 0 means none."""
     structure = (key_padding, query_segments, key_segments, bias, offset, seed)
     mask = _mask(structure, start, causal, left, right, prefix)
+    drawn = (dropout, 0 if seed is None else int(seed))
     if fused:
-        return compiled.forward(query, key, value, mask, scale)
-    return forward(query, key, value, mask, scale, softcap or None, dropout, 0 if seed is None else int(seed))
+        return compiled.forward(query, key, value, mask, scale, softcap or None, (), None, *drawn)
+    return forward(query, key, value, mask, scale, softcap or None, *drawn)
 
 
 @tiled_forward.register_fake
@@ -129,12 +130,12 @@ def tiled_backward(
     """`kernels.cpu.backward.backward`; the gradient of bias is empty where none is needed."""
     structure = (key_padding, query_segments, key_segments, bias, offset, seed)
     mask = _mask(structure, start, causal, left, right, prefix)
+    drawn = (dropout, 0 if seed is None else int(seed))
+    inputs = (grad_out, grad_lse, query, key, value, out, lse, mask, scale, softcap or None)
     if fused:
-        return *compiled.backward(grad_out, grad_lse, query, key, value, out, lse, mask, scale), query.new_empty(0)
-    *grads, grad_bias = backward(
-        grad_out, grad_lse, query, key, value, out, lse, mask, scale, softcap or None, dropout,
-        0 if seed is None else int(seed), needs_bias,
-    )  # fmt: skip
+        *grads, grad_bias = compiled.backward(*inputs, (), None, needs_bias, *drawn)
+    else:
+        *grads, grad_bias = backward(*inputs, *drawn, needs_bias)
     return (*grads, query.new_empty(0) if grad_bias is None else grad_bias)  # type: ignore[return-value]
 
 

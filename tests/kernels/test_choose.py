@@ -29,7 +29,7 @@ choosing = importlib.import_module("hf_attn_plugins.kernels.choose")
 def test_without_a_compiler_the_choice_follows_rows_times_shared_heads(
     monkeypatch, heads, rows, keys, causal, expected
 ):
-    monkeypatch.setattr(choosing, "fused_from", lambda dtype: None)
+    monkeypatch.setattr(choosing, "fused_from", lambda *_: None)
     monkeypatch.setattr(choosing, "cpu_multiplies_bf16", lambda: True)
     query = torch.empty(1, heads[0], rows, 64, dtype=torch.bfloat16)
     key = torch.empty(1, heads[1], keys, 64, dtype=torch.bfloat16)
@@ -48,22 +48,29 @@ def test_without_a_compiler_the_choice_follows_rows_times_shared_heads(
         (64, 191, dict(mask=Mask()), "aten"),
         (64, 192, dict(mask=Mask()), "cpu_fused"),
         (64, 96, dict(mask=Mask(window=(9, 9))), "cpu_fused"),
-        (256, 256, dict(softcap=5.0), "cpu_tiled"),
-        (256, 256, dict(dropout=0.1), "cpu_tiled"),
+        (256, 256, dict(softcap=5.0), "cpu_fused"),
+        (1, 8, dict(softcap=5.0), "cpu_fused"),
+        (256, 256, dict(dropout=0.1), "cpu_fused"),
+        (256, 256, dict(softcap=5.0, mask=Mask(predicate=lambda b, h, q, k: k <= q)), "cpu_tiled"),
         (256, 256, dict(mask=Mask(causal=True, key_padding=torch.ones(1, 256, dtype=torch.bool))), "cpu_fused"),
-        (256, 256, dict(mask=Mask(bias=torch.ones(256, 256, dtype=torch.bool))), "aten"),
+        (256, 256, dict(mask=Mask(bias=torch.ones(256, 256, dtype=torch.bool))), "cpu_fused"),
+        (64, 64, dict(mask=Mask(bias=torch.ones(64, 64, dtype=torch.bool))), "aten"),
+        (64, 64, dict(mask=Mask(causal=True, bias=torch.ones(64, 64))), "cpu_fused"),
+        (64, 64, dict(mask=Mask(bias=torch.ones(64, 64, requires_grad=True))), "cpu_fused"),
+        (64, 64, dict(mask=Mask(bias=torch.ones(1, 64, requires_grad=True))), "cpu_tiled"),
         (256, 256, dict(dtype=torch.float32), "aten"),
     ],
 )
 def test_with_a_compiler_bfloat16_calls_of_some_length_are_fused(monkeypatch, rows, keys, change, expected):
-    monkeypatch.setattr(choosing, "fused_from", {torch.bfloat16: choosing.FusedFrom(96, 192, 256)}.get)
+    sizes = {torch.bfloat16: choosing.FusedFrom(96, 192, 256)}
+    monkeypatch.setattr(choosing, "fused_from", lambda dtype, altered: sizes.get(dtype))
     monkeypatch.setattr(choosing, "cpu_multiplies_bf16", lambda: True)
     monkeypatch.setattr("hf_attn_plugins.kernels.cpu_fused.call.unavailable", lambda dtype: None)
     dtype = change.get("dtype", torch.bfloat16)
     query, key = torch.empty(1, 8, rows, 64, dtype=dtype), torch.empty(1, 8, keys, 64, dtype=dtype)
     mask, softcap = change.get("mask", Mask(causal=rows > 1)), change.get("softcap")
     assert choosing.choose(query, key, key, mask, softcap, change.get("dropout", 0.0)).name == expected
-    monkeypatch.setattr(choosing, "fused_from", lambda dtype: None)
+    monkeypatch.setattr(choosing, "fused_from", lambda *_: None)
     assert choosing.choose(query, key, key, mask, softcap, change.get("dropout", 0.0)).name != "cpu_fused"
 
 
@@ -110,7 +117,7 @@ def test_the_short_way_leaves_everything_else_alone():
 def test_the_choice_is_made_once_per_call(monkeypatch):
     asked = []
     fused_from = choosing.fused_from
-    monkeypatch.setattr(choosing, "fused_from", lambda dtype: asked.append(1) or fused_from(dtype))
+    monkeypatch.setattr(choosing, "fused_from", lambda *args: asked.append(1) or fused_from(*args))
     query = torch.randn(1, 2, 300, 32).bfloat16()
     attend(query, query, query, is_causal=True)
     assert len(asked) == 1

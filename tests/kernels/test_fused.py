@@ -16,7 +16,7 @@ import torch
 
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.kernels import attend
-from hf_attn_plugins.kernels.cpu_fused import build, call, instruction_sets
+from hf_attn_plugins.kernels.cpu_fused import build, call, instruction_sets, layout
 from hf_attn_plugins.kernels.cpu_fused.build import library, unavailable
 from hf_attn_plugins.testing import assert_close_to_reference, dense_attention, sharp_inputs, visibility
 from tests import forks
@@ -228,14 +228,14 @@ def test_sizes_in_python_are_those_in_c():
 @needs_library
 def test_the_struct_has_one_size_in_python_and_in_c(monkeypatch):
     call._checked.cache_clear()
-    assert call.checked_library(BF16)[1].hf_call_size() == ctypes.sizeof(call._Call)
+    assert call.checked_library(BF16)[1].hf_call_size() == ctypes.sizeof(layout.CallStruct)
 
-    class Longer(call._Call):
+    class Longer(layout.CallStruct):
         _fields_ = [("more", ctypes.c_int64)]
 
-    monkeypatch.setattr(call, "_Call", Longer)
+    monkeypatch.setattr(call, "CallStruct", Longer)
     call._checked.cache_clear()
-    with pytest.raises(RuntimeError, match=r"call\.h and call\.py differ"):
+    with pytest.raises(RuntimeError, match=r"call\.h and layout\.py differ"):
         call.checked_library(BF16)
     call._checked.cache_clear()
 
@@ -243,9 +243,7 @@ def test_the_struct_has_one_size_in_python_and_in_c(monkeypatch):
 REFUSED = {
     "float16": (dict(), torch.float16, 32, "float32 and bfloat16"),
     "head_dim": (dict(), BF16, 24, "multiples of 16"),
-    "softcap": (dict(softcap=5.0), BF16, 32, "softcap"),
-    "dropout": (dict(dropout=0.5), BF16, 32, "dropout"),
-    "mask tensor": (dict(mask=torch.ones(1, 1, 40, 40, dtype=torch.bool)), BF16, 32, "mask tensor"),
+    "predicate": (dict(mask=Mask(predicate=lambda b, h, q, k: k <= q)), BF16, 32, "predicate"),
 }
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from hf_attn_plugins.core.mask import Mask
-from hf_attn_plugins.kernels.cpu_fused import build, call
+from hf_attn_plugins.kernels.cpu_fused import build, call, layout
 from hf_attn_plugins.kernels.cpu_fused.instruction_sets import SETS, STORED
 from hf_attn_plugins.testing import sharp_inputs, visibility
-from tests.kernels.fused_cases import check_call, drawn
+from tests.kernels.fused_cases import check_call, drawn, drawn_changes
 from tests.kernels.test_attend import MASKS, as_mask
 from tests.kernels.test_attend_rectangles import STAR, seen_by
 
@@ -32,7 +32,7 @@ FUNCTIONS = ("hap_forward", "hap_backward", "hap_decode")
 
 
 class Emulated:
-    """Stands for the loaded library: every call runs in the emulator, with copies of what `_Call` points to."""
+    """Stands for the loaded library: every call runs in the emulator, with copies of what `CallStruct` points to."""
 
     def __init__(self, program: Path) -> None:
         self.program = program
@@ -40,7 +40,7 @@ class Emulated:
     def __getattr__(self, name: str):
         return lambda argument: self._run(FUNCTIONS.index(name), argument._obj)
 
-    def _run(self, function: int, passed: call._Call) -> None:
+    def _run(self, function: int, passed: layout.CallStruct) -> None:
         pointers = {offset: (at, size) for offset, at, size in _pointers(passed) if at and size}
         head = struct.pack("<qq", function, ctypes.sizeof(passed)) + bytes(passed) + struct.pack("<q", len(pointers))
         body = [struct.pack("<qq", o, size) + ctypes.string_at(at, size) for o, (at, size) in pointers.items()]
@@ -53,7 +53,7 @@ class Emulated:
         assert begin == len(done.stdout)
 
 
-def _pointers(c: call._Call):
+def _pointers(c: layout.CallStruct):
     """(offset in the struct, address, bytes) of every pointer of a call."""
     size = 4 if c.dtype == 0 else 2
     rows, keys = (c.heads, c.num_rows), (c.kv_heads, c.num_keys)
@@ -62,7 +62,7 @@ def _pointers(c: call._Call):
     for name, (heads, tokens, dim) in of.items():
         x = getattr(c, name)
         elements = (c.batch - 1) * x.batch + (heads - 1) * x.head + (tokens - 1) * x.token + dim
-        yield getattr(call._Call, name).offset, x.data, elements * size
+        yield getattr(layout.CallStruct, name).offset, x.data, elements * size
     cells = c.batch * c.heads * c.num_rows
     chunks, shared = math.ceil(c.num_keys / NEON.split_keys), c.heads // c.kv_heads * c.num_rows
     partials = max(c.parts * cells * c.dim, c.batch * c.kv_heads * chunks * shared * (c.dim_v + 2) * (c.parts == 0))
@@ -75,10 +75,18 @@ def _pointers(c: call._Call):
         "key_bounds": c.key_bounds_batch * (c.batch - 1) + 4 * key_blocks,
         "row_pieces": c.row_pieces_batch * (c.batch - 1) + 6 * row_blocks * c.row_pieces_most,
         "key_pieces": c.key_pieces_batch * (c.batch - 1) + 6 * key_blocks * c.key_pieces_most,
+        "grad_bias": c.grad_bias_batch * (c.batch - 1) + c.grad_bias_head * (c.heads - 1) + c.num_rows * c.num_keys,
         "partials": partials - (c.parts > 0 and c.dtype == 0) * cells * c.dim,
     }  # fmt: skip
     for name, elements in flat.items():
-        yield getattr(call._Call, name).offset, getattr(c, name), 4 * elements
+        yield getattr(layout.CallStruct, name).offset, getattr(c, name), 4 * elements
+    ends = (
+        c.bias_batch * (c.batch - 1),
+        c.bias_head * (c.heads - 1),
+        c.bias_row * (c.num_rows - 1),
+        c.bias_key * (c.num_keys - 1),
+    )
+    yield layout.CallStruct.bias.offset, c.bias, (sum(ends) + 1) * layout.BIASES[c.bias_dtype].itemsize
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +124,5 @@ def test_a_plan(dtype):
 @pytest.mark.parametrize("seed", range(20))
 def test_fuzz(dtype, seed):
     inputs, fields = drawn(seed, dtype)
-    check_call(
-        inputs, as_mask(fields), visibility(inputs[0].shape[2], inputs[1].shape[2], **fields), seed=seed, luck=3.0
-    )
+    visible = visibility(inputs[0].shape[2], inputs[1].shape[2], **fields)
+    check_call(inputs, as_mask(fields), visible, seed=seed, luck=3.0, **drawn_changes(seed, inputs))

@@ -16,7 +16,7 @@ from hf_attn_plugins.kernels import attend
 from hf_attn_plugins.kernels.attend_rectangles import attend_rectangles
 from hf_attn_plugins.kernels.cpu_fused import build, call, instruction_sets
 from hf_attn_plugins.testing import assert_close_to_reference, dense_attention, sharp_inputs, visibility
-from tests.kernels.fused_cases import Kind, check_call, drawn, kinds
+from tests.kernels.fused_cases import Kind, check_call, drawn, drawn_changes, kinds
 from tests.kernels.test_attend import MASKS, as_mask
 from tests.kernels.test_attend_rectangles import PAIRS, PER_ROW, STAR, padding, seen_by
 
@@ -222,7 +222,8 @@ FUZZ = 150
 def test_fuzz(kind, seed):
     inputs, fields = drawn(seed, kind.dtype)
     rows, keys = inputs[0].shape[2], inputs[1].shape[2]
-    check_call(inputs, as_mask(fields), visibility(rows, keys, **fields), seed=seed, luck=3.0)
+    visible = visibility(rows, keys, **fields)
+    check_call(inputs, as_mask(fields), visible, seed=seed, luck=3.0, **drawn_changes(seed, inputs))
 
 
 @pytest.fixture(scope="module", params=[4, 8, 16])

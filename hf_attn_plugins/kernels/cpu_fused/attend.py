@@ -36,26 +36,29 @@ def cpu_fused_rectangles(
     if torch.compiler.is_compiling():
         from hf_attn_plugins.kernels.cpu_ops import tiled_op
 
-        return tiled_op(query, key, value, mask, scale, None, 0.0, fused=True)
+        return tiled_op(query, key, value, mask, scale, softcap, dropout, fused=True)
     if isinstance(mask.offset, Tensor):
         mask = mask.replace(offset=int(mask.offset))  # a static cache counts on before backward runs
-    return Partial(*_Fused.apply(query, key, value, mask, scale, tuple(flat(plan))))
+    seed = int(torch.randint(2**62, (), device="cpu")) if dropout else 0
+    options = (mask, scale, softcap, tuple(flat(plan)), dropout, seed)
+    return Partial(*_Fused.apply(query, key, value, mask.bias, *options))
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, plan: tuple[int, ...]
-    ) -> Any:
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Mask, scale: float,
+        softcap: float | None, plan: tuple[int, ...], dropout: float, seed: int,
+    ) -> Any:  # fmt: skip
         ctx.set_materialize_grads(False)
         keep = any(ctx.needs_input_grad) and query.dtype == torch.float32
         rest = query.new_zeros(query.shape[:-1]) if keep else None
-        out, lse = forward(query, key, value, mask, scale, plan, rest)
+        out, lse = forward(query, key, value, mask, scale, softcap, plan, rest, dropout, seed)
         ctx.save_for_backward(
-            query, key, value, out, lse, rest, mask.key_padding, mask.query_segments, mask.key_segments
+            query, key, value, out, lse, rest, bias, mask.key_padding, mask.query_segments, mask.key_segments
         )
-        ctx.mask = mask.replace(key_padding=None, query_segments=None, key_segments=None)
-        ctx.scale, ctx.plan = scale, plan
+        ctx.mask = mask.replace(bias=None, key_padding=None, query_segments=None, key_segments=None)
+        ctx.scale, ctx.softcap, ctx.plan, ctx.dropout = scale, softcap, plan, (dropout, seed)
         return out, lse
 
     @staticmethod
@@ -66,7 +69,9 @@ class _Fused(torch.autograd.Function):
                 "kernel='reference'."
             )
         grad_out, grad_lse = grads
-        query, key, value, out, lse, rest, padding, query_segments, key_segments = ctx.saved_tensors
-        mask = ctx.mask.replace(key_padding=padding, query_segments=query_segments, key_segments=key_segments)
-        gradients = backward(grad_out, grad_lse, query, key, value, out, lse, mask, ctx.scale, ctx.plan, rest)
-        return (*gradients, None, None, None)
+        query, key, value, out, lse, rest, bias, padding, query_segments, key_segments = ctx.saved_tensors
+        mask = ctx.mask.replace(
+            bias=bias, key_padding=padding, query_segments=query_segments, key_segments=key_segments
+        )
+        options = (mask, ctx.scale, ctx.softcap, ctx.plan, rest, ctx.needs_input_grad[3], *ctx.dropout)
+        return (*backward(grad_out, grad_lse, query, key, value, out, lse, *options), *[None] * 6)

@@ -5,52 +5,103 @@
  * threads that hold keys and walk over the queries of all heads that share them. P and dP are computed in both passes:
  * two products more than one pass would take, for sums that no thread waits for and that come out the same every time.
  */
-#include "visibility.h"
+#include "scores.h"
 
 #define NOWHERE 1e30f /* stands for the lse of a row without keys: its weights are 0 */
 
 typedef struct {
     _Alignas(64) int32_t held[MAX_DIM / 2 * LANES], held_v[MAX_DIM / 2 * LANES];
     _Alignas(64) int32_t weights[TILE / 2 * LANES], grad_scores[TILE / 2 * LANES];
+    _Alignas(64) int32_t slopes[TILE / 2 * LANES]; /* of altered calls: P times the slope of tanh, nothing dropped */
     _Alignas(64) float sums[MAX_DIM * LANES], sums_v[MAX_DIM * LANES];
-    _Alignas(64) float lse[LANES], delta[LANES]; /* of held queries; in base 2, as everywhere here */
+    _Alignas(64) float lse[LANES], delta[LANES]; /* of held queries; lse: see shift_of */
     const float *row_lse, *row_delta;            /* of walked queries */
     Rows walked, walked_v;                       /* key and value, or query and grad_out */
     Sight sight;
     int64_t dim, dim_v;
     float scale;
+    int altered; /* by softcap or a bias: see scores.h */
+    Shape shape;
+    Bias bias;
+    _Alignas(64) float bias_tile[TILE * LANES]; /* for held queries */
+    int64_t first, num_keys;                    /* for held keys: the first of them, and how many there are */
+    float *grad_bias;                           /* the rows of a head, or NULL */
+    const Call *call;
+    int64_t b, h;
+    uint32_t hash[LANES]; /* of the held rows, for dropout */
 } Block;
 
-static inline float base_2(float lse) { return lse == -INFINITY ? NOWHERE : lse / LN_2; }
+/* The lse as it is subtracted from scores: for plain calls in base 2, as the scores are. */
+static inline float shift_of(const Block *block, float lse) {
+    return lse == -INFINITY ? NOWHERE : block->altered ? lse : lse / LN_2;
+}
 
-/* weights = P of walked rows first .. end, in pairs. */
-static inline __attribute__((always_inline)) void weigh(Block *block, int keys_held, int64_t first, int64_t end) {
+/* Weights of a walked row for vector v of the held ones, without the mask, and the same times the slope of tanh. */
+INLINE __m512 altered_weight(const Block *block, int keys_held, int64_t row, int64_t place, int v, __m512 product,
+                             __m512 shift, __m512 *sloped) {
+    __m512 slope, score = capped(&block->shape, product, &slope);
+    if (block->bias.data && keys_held) {
+        const int64_t known_row = smaller(row, block->walked.count - 1);
+        score = with_bias(score, load_bias(&block->bias, known_row, block->first + 16 * v, block->num_keys));
+    } else if (block->bias.data) {
+        score = with_bias(score, _mm512_load_ps(block->bias_tile + place * LANES + 16 * v));
+    }
+    /* No weight is above 1. The lse of a row whose keys all have a large negative bias is not exact enough for that. */
+    const __m512 power = _mm512_mul_ps(_mm512_sub_ps(score, shift), _mm512_set1_ps(1 / LN_2));
+    const __m512 weight = exp2_of(_mm512_min_ps(_mm512_setzero_ps(), power));
+    *sloped = _mm512_mul_ps(weight, slope);
+    return weight;
+}
+
+/* The lanes of vector v whose weights dropout keeps. */
+INLINE __mmask16 kept_of(const Block *block, int keys_held, int64_t row, int v) {
+    const uint32_t walked = keys_held ? row_hash(block->call, block->b, block->h, row) : key_hash(block->call, row);
+    return kept(block->call, block->hash + 16 * v, walked);
+}
+
+/* weights = P of walked rows first .. end, in pairs, without those that dropout drops. */
+INLINE void weigh(Block *block, int keys_held, const int altered, int64_t first, int64_t end) {
     const __m512 scale = _mm512_set1_ps(block->scale / LN_2);
     for (int64_t row = first; row < end; row += STEP) {
         __m512 scores[STEP][VECTORS];
         multiply(block->held, block->walked, row, block->dim, scores);
         const int inner = sees_all(&block->sight, row);
         int32_t *weights = block->weights + (row - first) / 2 * LANES;
+        int32_t *slopes = block->slopes + (row - first) / 2 * LANES;
         for (int j = 0; j < STEP; j += 2) {
             __m512 lse[2];
             for (int i = 0; i < 2 && keys_held; i++)
-                lse[i] = _mm512_set1_ps(base_2(block->row_lse[smaller(row + j + i, block->walked.count - 1)]));
+                lse[i] = _mm512_set1_ps(shift_of(block, block->row_lse[smaller(row + j + i, block->walked.count - 1)]));
             for (int v = 0; v < VECTORS; v++) {
-                __m512 pair[2];
+                const int64_t place = j / 2 * LANES + 16 * v;
+                __m512 pair[2], sloped[2];
                 for (int i = 0; i < 2; i++) {
                     const __m512 shift = keys_held ? lse[i] : _mm512_load_ps(block->lse + 16 * v);
-                    pair[i] = exp2_of(_mm512_fmsub_ps(scores[j + i][v], scale, shift));
-                    if (!inner)
-                        pair[i] = _mm512_maskz_mov_ps(seen(&block->sight, v, row + j + i), pair[i]);
+                    if (altered)
+                        pair[i] = altered_weight(block, keys_held, row + j + i, row + j + i - first, v,
+                                                 scores[j + i][v], shift, &sloped[i]);
+                    else
+                        pair[i] = exp2_of(_mm512_fmsub_ps(scores[j + i][v], scale, shift));
+                    if (!inner) {
+                        const __mmask16 mask = seen(&block->sight, v, row + j + i);
+                        pair[i] = _mm512_maskz_mov_ps(mask, pair[i]);
+                        if (altered)
+                            sloped[i] = _mm512_maskz_mov_ps(mask, sloped[i]);
+                    }
+                    if (altered && block->call->drop_below)
+                        pair[i] = _mm512_maskz_mov_ps(kept_of(block, keys_held, row + j + i, v), pair[i]);
                 }
-                _mm512_store_si512(weights + j / 2 * LANES + 16 * v, paired(pair[0], pair[1]));
+                _mm512_store_si512(weights + place, paired(pair[0], pair[1]));
+                if (altered)
+                    _mm512_store_si512(slopes + place, paired(sloped[0], sloped[1]));
             }
         }
     }
 }
 
 /* grad_scores = dS of walked rows first .. end, in pairs, from their weights. */
-static inline __attribute__((always_inline)) void grade(Block *block, int keys_held, int64_t first, int64_t end) {
+INLINE void grade(Block *block, int keys_held, const int altered, int64_t first, int64_t end) {
+    const int32_t *weights = altered ? block->slopes : block->weights;
     const __m512i upper = _mm512_set1_epi32((int32_t)0xffff0000);
     for (int64_t row = first; row < end; row += STEP) {
         __m512 grads[STEP][VECTORS];
@@ -62,18 +113,34 @@ static inline __attribute__((always_inline)) void grade(Block *block, int keys_h
                 row_delta[i] = _mm512_set1_ps(block->row_delta[smaller(row + j + i, block->walked.count - 1)]);
             for (int v = 0; v < VECTORS; v++) {
                 const int64_t place = at + j / 2 * LANES + 16 * v;
-                const __m512i both = _mm512_load_si512(block->weights + place);
+                const __m512i both = _mm512_load_si512(weights + place);
                 const __m512 weight[2] = {(__m512)_mm512_slli_epi32(both, 16), (__m512)_mm512_and_si512(both, upper)};
                 __m512 pair[2];
                 for (int i = 0; i < 2; i++) {
                     const __m512 delta = keys_held ? row_delta[i] : _mm512_load_ps(block->delta + 16 * v);
+                    __m512 grad = grads[j + i][v];
+                    if (altered && block->call->drop_below)
+                        grad = _mm512_maskz_mul_ps(kept_of(block, keys_held, row + j + i, v), grad,
+                                                   _mm512_set1_ps(block->call->keep_scale));
                     /* Where nothing is seen, 0 * dP may be NaN. */
                     const __mmask16 weighed = _mm512_cmpneq_ps_mask(weight[i], _mm512_setzero_ps());
-                    pair[i] = _mm512_maskz_mul_ps(weighed, weight[i], _mm512_sub_ps(grads[j + i][v], delta));
+                    pair[i] = _mm512_maskz_mul_ps(weighed, weight[i], _mm512_sub_ps(grad, delta));
+                    if (keys_held && altered && block->grad_bias && row + j + i < block->walked.count)
+                        add_to_bias(block->grad_bias, row + j + i, block->first + 16 * v, block->num_keys, pair[i]);
                 }
                 _mm512_store_si512(block->grad_scores + place, paired(pair[0], pair[1]));
             }
         }
+    }
+}
+
+INLINE void weigh_and_grade(Block *block, int keys_held, int64_t first, int64_t end) {
+    if (block->altered) {
+        weigh(block, keys_held, 1, first, end);
+        grade(block, keys_held, 1, first, end);
+    } else {
+        weigh(block, keys_held, 0, first, end);
+        grade(block, keys_held, 0, first, end);
     }
 }
 
@@ -87,12 +154,15 @@ static void store(const float *sums, float scale, Tensor to, int64_t b, int64_t 
 
 static void query_block(const Call *call, Block *block, int64_t b, int64_t h, int64_t first, const int32_t *keys) {
     const int64_t at = (b * call->heads + h) * call->num_rows;
+    __mmask16 some[VECTORS];
+    block->bias = bias_of(call, b, h);
+    hash_rows(call, b, h, first, LANES, block->hash);
     hold_rows(rows_of(&call->query, b, h, call->num_rows), first, call->dim, block->held);
     hold_rows(rows_of(&call->grad_out, b, h, call->num_rows), first, call->dim_v, block->held_v);
     memset(block->sums, 0, sizeof(float) * call->dim * LANES);
     for (int i = 0; i < LANES; i++) {
         const int64_t row = at + smaller(first + i, call->num_rows - 1);
-        block->lse[i] = base_2(call->lse[row]);
+        block->lse[i] = shift_of(block, call->lse[row]);
         block->delta[i] = call->delta[row];
     }
     const Piece *pieces = pieces_of(call->row_pieces, call->row_pieces_most, call->row_pieces_batch, b, first);
@@ -101,8 +171,9 @@ static void query_block(const Call *call, Block *block, int64_t b, int64_t h, in
         const int64_t end = block->sight.end;
         for (int64_t key = block->sight.begin & ~1; key < end; key += TILE) {
             const int64_t tile_end = smaller(key + TILE, end);
-            weigh(block, 0, key, tile_end);
-            grade(block, 0, key, tile_end);
+            if (block->bias.data && !take_bias(call, &block->bias, first, key, tile_end, block->bias_tile, some))
+                continue;
+            weigh_and_grade(block, 0, key, tile_end);
             accumulate(block->grad_scores, keys + key / 2 * call->dim, round_up(tile_end - key, STEP) / 2, call->dim,
                        block->sums);
         }
@@ -115,8 +186,7 @@ static void walk_queries(Block *block, const int32_t *queries, const int32_t *gr
     const int64_t end = block->sight.end;
     for (int64_t row = block->sight.begin & ~1; row < end; row += TILE) {
         const int64_t tile_end = smaller(row + TILE, end), count = round_up(tile_end - row, STEP) / 2;
-        weigh(block, 1, row, tile_end);
-        grade(block, 1, row, tile_end);
+        weigh_and_grade(block, 1, row, tile_end);
         accumulate(block->weights, grads + row / 2 * block->dim_v, count, block->dim_v, block->sums_v);
         accumulate(block->grad_scores, queries + row / 2 * block->dim, count, block->dim, block->sums);
     }
@@ -129,6 +199,8 @@ static void key_block(const Call *call, Block *block, int64_t b, int64_t kv_head
     hold_rows(rows_of(&call->value, b, kv_head, call->num_keys), first, call->dim_v, block->held_v);
     memset(block->sums, 0, sizeof(float) * call->dim * LANES);
     memset(block->sums_v, 0, sizeof(float) * call->dim_v * LANES);
+    block->first = first;
+    hash_keys(call, first, LANES, block->hash);
     const Piece *pieces = pieces_of(call->key_pieces, call->key_pieces_most, call->key_pieces_batch, b, first);
     for (int64_t h = kv_head * group_size; h < (kv_head + 1) * group_size; h++) {
         const int64_t head = b * call->heads + h;
@@ -138,13 +210,17 @@ static void key_block(const Call *call, Block *block, int64_t b, int64_t kv_head
         block->walked_v = rows_of(&call->grad_out, b, h, call->num_rows);
         block->row_lse = call->lse + head * call->num_rows;
         block->row_delta = call->delta + head * call->num_rows;
+        block->bias = bias_of(call, b, h);
+        block->grad_bias = grad_bias_of(call, b, h);
+        block->b = b;
+        block->h = h;
         for (int64_t i = 0; i < (pieces ? call->key_pieces_most : 1); i++) {
             block->sight = rows_seeing(call, b, first, pieces ? pieces + i : NULL);
             walk_queries(block, head_queries, head_grads);
         }
     }
     store(block->sums, call->scale, call->grad_key, b, kv_head, first, call->num_keys, call->dim);
-    store(block->sums_v, 1, call->grad_value, b, kv_head, first, call->num_keys, call->dim_v);
+    store(block->sums_v, scale_of_kept(call), call->grad_value, b, kv_head, first, call->num_keys, call->dim_v);
 }
 
 /* delta = sum(grad_out * out) - grad_lse, by all threads of a team. */
@@ -170,10 +246,14 @@ void hap_backward(const Call *call) {
     const int64_t group_size = call->heads / call->kv_heads;
     const int64_t head_pairs = padded_rows(call->num_keys) / 2 * call->dim;
     const int64_t row_blocks = (call->num_rows + LANES - 1) / LANES, key_blocks = (call->num_keys + LANES - 1) / LANES;
+    const int64_t batches = call->batch / batch_at_once(call), heads = call->kv_heads / heads_at_once(call);
     int32_t *grads = call->pairs + call->batch * call->heads * padded_rows(call->num_rows) / 2 * call->dim;
 #pragma omp parallel num_threads(call->threads)
     {
-        Block block = {.dim = call->dim, .dim_v = call->dim_v, .scale = call->scale};
+        Block block = {.dim = call->dim, .dim_v = call->dim_v, .scale = call->scale, .num_keys = call->num_keys};
+        block.altered = is_altered(call);
+        block.shape = shape_of(call);
+        block.call = call;
         fill_delta(call);
         pair_heads(&call->key, call->batch, call->kv_heads, call->num_keys, call->dim, call->pairs);
 #pragma omp for schedule(dynamic, 1)
@@ -188,8 +268,12 @@ void hap_backward(const Call *call) {
         pair_heads(&call->query, call->batch, call->heads, call->num_rows, call->dim, call->pairs);
         pair_heads(&call->grad_out, call->batch, call->heads, call->num_rows, call->dim_v, grads);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t item = 0; item < call->batch * call->kv_heads * key_blocks; item++)
-            key_block(call, &block, item / key_blocks / call->kv_heads, item / key_blocks % call->kv_heads,
-                      item % key_blocks * LANES, call->pairs, grads);
+        for (int64_t item = 0; item < batches * heads * key_blocks; item++) {
+            const int64_t b0 = item / key_blocks / heads * batch_at_once(call);
+            const int64_t h0 = item / key_blocks % heads * heads_at_once(call);
+            for (int64_t b = b0; b < b0 + batch_at_once(call); b++)
+                for (int64_t h = h0; h < h0 + heads_at_once(call); h++)
+                    key_block(call, &block, b, h, item % key_blocks * LANES, call->pairs, grads);
+        }
     }
 }

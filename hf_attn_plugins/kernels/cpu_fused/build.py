@@ -1,6 +1,6 @@
 """The C sources beside this file as a shared library: compiled by the machine's compiler on first use, then kept.
 
-There is one library per instruction set (`instruction_sets.py`). It takes about a second, once for every version of the
+There is one library per instruction set (`instruction_sets.py`). It takes a few seconds, once for every version of the
 sources and of the compiler. Nothing is compiled at install, and without a compiler, or without one of the instruction
 sets, PyTorch's operator or the tiles of `kernels.cpu` do the same work.
 """
@@ -100,7 +100,8 @@ def _built(compiler: str, chosen: InstructionSet) -> Path:
     folder = Path(__file__).parent / chosen.folder
     known = [_output(compiler, "--version"), *platform.libc_ver(), *FLAGS, *chosen.flags]
     key = hashlib.sha256("\n".join(known).encode())
-    for source in sorted([*folder.glob("*.c"), *folder.glob("*.h"), Path(__file__).parent / "call.h"]):
+    shared = (Path(__file__).parent / name for name in ("call.h", "altered.h"))
+    for source in sorted({*folder.glob("*.c"), *folder.glob("*.h"), *shared}):
         key.update(source.read_bytes())
     path = _cache() / f"fused_{chosen.name}_{key.hexdigest()[:20]}.so"
     if not _ours(path, stat.S_ISREG):

@@ -36,4 +36,14 @@ typedef struct {
     /* (batch, heads, rows): what rounding lse to float32 left out, in base 2: an lse of 40 is off by 2e-6, and so would
      * be all weights of the backward. Written by float32/forward.c, read by float32/backward.c; NULL means 0. */
     float *lse_rest;
+    float softcap;      /* c: scores s become c * tanh(s / c); 0 means none */
+    int32_t bias_dtype; /* FLOAT32_BIAS and so on */
+    const char *bias;   /* added to the scores; NULL means none. Strides in elements, 0 along a broadcast dimension */
+    int64_t bias_batch, bias_head, bias_row, bias_key;
+    float *grad_bias; /* (1 or batch, 1 or heads, rows, keys), begins as 0; or NULL. Not with softcap */
+    int64_t grad_bias_batch, grad_bias_head; /* its strides, 0 along a broadcast dimension */
+    uint32_t drop_below; /* a pair is dropped where the hash of its place is below; 0 means no dropout */
+    float keep_scale;    /* 1 / (1 - dropout), by which the weights that are kept are multiplied */
+    int64_t seed;
 } Call;
+

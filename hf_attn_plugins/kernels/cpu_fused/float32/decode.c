@@ -3,13 +3,13 @@
  *
  * Reading keys and values is most of the work, so both are read once, row by row, where they lie, for all queries of all
  * heads that share them. A score is summed over the columns of a key in one vector; `fold` sums WIDTH such vectors. */
-#include "sight.h"
+#include "scores.h"
 
 #define SPLIT_KEYS 576 /* keys of a chunk; not by the number of threads, so that sums are the same for any number */
 #define MAX_ROWS 256   /* rows of all heads that share a key head */
 #define AHEAD 16       /* rows between what is read and what is prefetched */
 
-/* The result of one chunk for every row: row_max (of scores in units of log 2), row_sum = sum of 2**(score - row_max),
+/* The result of one chunk for every row: row_max (of scores, see to_base_2), row_sum = sum of exp(score - row_max),
  * and the values' sum with the same weights. */
 typedef struct {
     float *row_max, *row_sum, *sums;
@@ -19,6 +19,7 @@ typedef struct {
     ALIGNED float weights[MAX_ROWS][LANES];
     ALIGNED float queries[MAX_ROWS * MAX_DIM]; /* rows of all heads that share the keys, head by head */
     Sight sight;
+    int64_t b, kv_head;
 } Block;
 
 /* Query rows of one key head: the rows of all heads that share it. */
@@ -83,10 +84,24 @@ INLINE void score_keys(Block *block, Rows keys, int64_t first, int64_t key, int6
     }
 }
 
+/* Turn products of LANES keys from `first` on, of row t of a head, into scores. */
+static void alter(const Call *call, const Shape *shape, int64_t b, int64_t h, int64_t t, int64_t first,
+                  float *weights) {
+    const Bias bias = bias_of(call, b, h);
+    for (int i = 0; i < LANES; i += WIDTH) {
+        Vec slope, score = capped(shape, load(weights + i), &slope);
+        if (bias.data)
+            score = with_bias(score, load_bias(&bias, t, first + i, call->num_keys));
+        store(weights + i, score);
+    }
+}
+
 /* Weights of LANES keys from `first` on, for all rows. Where a row's maximum grows, its sums so far are rescaled. */
-static void weigh(const Call *call, Block *block, Found found, Rows keys, int64_t first, int64_t end) {
+INLINE void weigh(const Call *call, const int altered, Block *block, Found found, Rows keys, int64_t first,
+                  int64_t end) {
     const int64_t rows = shared_rows(call);
-    const float scale = (float)(call->scale / LN_2);
+    const Shape shape = shape_of(call);
+    const float scale = altered ? 1 : shape.scale, power = altered ? to_base_2(call) : 1;
     for (int64_t key = first; key < end; key += WIDTH)
         if (call->dtype == FLOAT32)
             score_keys(block, keys, first, key, rows, call->dim, scale, FLOAT32);
@@ -94,6 +109,9 @@ static void weigh(const Call *call, Block *block, Found found, Rows keys, int64_
             score_keys(block, keys, first, key, rows, call->dim, scale, BFLOAT16);
     for (int64_t row = 0; row < rows; row++) {
         float *weights = block->weights[row], row_max = found.row_max[row];
+        if (altered)
+            alter(call, &shape, block->b, block->kv_head * (rows / call->num_rows) + row / call->num_rows,
+                  row % call->num_rows, first, weights);
         Ints mask[LANES / WIDTH];
         Vec most = splat(-INFINITY), sum = {0};
         for (int i = 0; i < LANES / WIDTH; i++) {
@@ -105,7 +123,7 @@ static void weigh(const Call *call, Block *block, Found found, Rows keys, int64_
         for (int lane = 0; lane < WIDTH; lane++)
             row_max = most[lane] > row_max ? most[lane] : row_max;
         if (row_max > found.row_max[row]) {
-            const float rescale = found.row_max[row] == -INFINITY ? 0 : exp2f(found.row_max[row] - row_max);
+            const float rescale = found.row_max[row] == -INFINITY ? 0 : exp2f((found.row_max[row] - row_max) * power);
             float *sums = found.sums + row * call->dim_v;
             for (int64_t column = 0; column < call->dim_v; column += WIDTH)
                 store(sums + column, rescale * load(sums + column));
@@ -113,7 +131,9 @@ static void weigh(const Call *call, Block *block, Found found, Rows keys, int64_
             found.row_max[row] = row_max;
         }
         for (int i = 0; i < LANES / WIDTH; i++) {
-            const Vec shifted = load(weights + i * WIDTH) - splat(row_max == -INFINITY ? 0 : row_max);
+            Vec shifted = load(weights + i * WIDTH) - splat(row_max == -INFINITY ? 0 : row_max);
+            if (altered)
+                shifted *= power;
             const Vec weight = only(mask[i], exp2_of(shifted));
             store(weights + i * WIDTH, weight);
             sum += weight;
@@ -184,6 +204,8 @@ static void decode_chunk(const Call *call, Block *block, int64_t b, int64_t kv_h
     const Rows keys = rows_of(call, &call->key, b, kv_head, call->num_keys);
     const Rows values = rows_of(call, &call->value, b, kv_head, call->num_keys);
     const int64_t end = smaller(first + SPLIT_KEYS, call->num_keys);
+    block->b = b;
+    block->kv_head = kv_head;
     memset(found.row_sum, 0, sizeof(float) * rows * (1 + call->dim_v));
     for (int64_t row = 0; row < rows; row++) {
         const int64_t h = kv_head * group_size + row / call->num_rows;
@@ -198,7 +220,10 @@ static void decode_chunk(const Call *call, Block *block, int64_t b, int64_t kv_h
         set_rows_seeing(&block->sight, call, b, key, NULL);
         if (block->sight.begin >= block->sight.end)
             continue;
-        weigh(call, block, found, keys, key, tile_end);
+        if (is_altered(call))
+            weigh(call, 1, block, found, keys, key, tile_end);
+        else
+            weigh(call, 0, block, found, keys, key, tile_end);
         if (call->dtype == FLOAT32)
             add_values(call, block, found, values, key, tile_end - key, FLOAT32);
         else
@@ -218,14 +243,14 @@ static void merge_row(const Call *call, int64_t b, int64_t h, int64_t t, int64_t
         if (found.row_sum[row] == 0)
             continue;
         /* A row of NaN has row_sum NaN and row_max -inf; weight 1 keeps it NaN. */
-        const float weight = row_max == -INFINITY ? 1 : exp2f(found.row_max[row] - row_max);
+        const float weight = row_max == -INFINITY ? 1 : exp2f((found.row_max[row] - row_max) * to_base_2(call));
         row_sum += weight * found.row_sum[row];
         for (int64_t column = 0; column < call->dim_v; column += WIDTH)
             store(sums + column, load(sums + column) + weight * load(found.sums + row * call->dim_v + column));
     }
     store_row(call, &call->out, b, h, t, sums, row_sum == 0 ? 0 : 1 / row_sum, call->dim_v);
     call->lse[(b * call->heads + h) * call->num_rows + t] =
-        row_sum == 0 ? -INFINITY : (float)((row_max + log2(row_sum)) * LN_2);
+        row_sum == 0 ? -INFINITY : (float)(row_max * (is_altered(call) ? 1 : LN_2) + log2(row_sum) * LN_2);
 }
 
 /* out and lse of a call with at most MAX_ROWS query rows per key head. `partials` is (batch, key heads, chunks, rows,

@@ -1,0 +1,103 @@
+/* What a call does besides scaling its products, for both sources: softcap * tanh(scale * product / softcap), a bias that
+ * is added, and dropout of weights. Calls with none of these are *plain*, the others *altered*.
+ *
+ * Plain calls keep scores in base 2, divided by ln 2, and subtract the largest in the same instruction. An altered call
+ * keeps scores as they are and subtracts first: a score of -1e9, by which some models hide keys, has no digits left for
+ * another rounding. */
+#pragma once
+#include <float.h>
+#include <math.h>
+#include <string.h>
+#include "call.h"
+
+static inline int is_altered(const Call *call) { return call->softcap != 0 || call->bias || call->drop_below; }
+
+/* The factor from differences of scores, as the kernels keep them, to powers of 2. */
+static inline float to_base_2(const Call *call) { return is_altered(call) ? 1.44269504f : 1; }
+
+typedef struct {
+    int is_capped;
+    float scale;   /* of scores without a softcap */
+    float to_tanh; /* scale / softcap, times 2 / ln 2: tanh is computed from exp(2 y) = 2**x */
+    float softcap;
+} Shape;
+
+static inline Shape shape_of(const Call *call) {
+    const double ln_2 = 0.69314718055994531;
+    if (!call->softcap)
+        return (Shape){.scale = is_altered(call) ? call->scale : (float)(call->scale / ln_2)};
+    return (Shape){1, 0, (float)(2 / ln_2 * call->scale / call->softcap), call->softcap};
+}
+
+/* The bias of one head. A bool is True where a row sees a key: then 0 is added, else -inf. */
+typedef struct {
+    const char *data;
+    int64_t row, key; /* strides in elements, 0 along a broadcast dimension */
+    int dtype;
+} Bias;
+enum { FLOAT32_BIAS, BFLOAT16_BIAS, BOOL_BIAS }; /* as BIASES of layout.py */
+
+static inline int64_t size_of_bias(int dtype) { return dtype == FLOAT32_BIAS ? 4 : dtype == BFLOAT16_BIAS ? 2 : 1; }
+
+static inline Bias bias_of(const Call *call, int64_t b, int64_t h) {
+    const int64_t at = (b * call->bias_batch + h * call->bias_head) * size_of_bias(call->bias_dtype);
+    return (Bias){call->bias ? call->bias + at : NULL, call->bias_row, call->bias_key, call->bias_dtype};
+}
+
+/* Element `at` of it, counted from `data`. */
+static inline float bias_element(const char *data, int64_t at, const int dtype) {
+    if (dtype == FLOAT32_BIAS)
+        return ((const float *)data)[at];
+    if (dtype == BOOL_BIAS)
+        return data[at] ? 0 : -INFINITY;
+    const uint32_t bits = (uint32_t)((const uint16_t *)data)[at] << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* The gradient of one head's bias, rows of num_keys; NULL where it is not wanted. */
+static inline float *grad_bias_of(const Call *call, int64_t b, int64_t h) {
+    return call->grad_bias ? call->grad_bias + b * call->grad_bias_batch + h * call->grad_bias_head : NULL;
+}
+
+/* How many rows of the batch, and how many key heads, add to one gradient of a bias: one thread takes them all. */
+static inline int64_t batch_at_once(const Call *call) {
+    return call->grad_bias && !call->grad_bias_batch ? call->batch : 1;
+}
+static inline int64_t heads_at_once(const Call *call) {
+    return call->grad_bias && !call->grad_bias_head ? call->kv_heads : 1;
+}
+
+/* Dropout: whether a weight is kept depends on the seed and its place alone. Forward and backward drop the same ones, in
+ * any order of tiles. The hash of a place is `mixed(row_hash ^ key_hash)`; the kernels mix in vectors. */
+#define MIX_1 0x7feb352d /* of Wellons' "lowbias32", which has little bias for 32 bits */
+#define MIX_2 0x846ca68b
+
+static inline uint32_t mixed(uint32_t x) {
+    x = (x ^ x >> 16) * MIX_1;
+    x = (x ^ x >> 15) * MIX_2;
+    return x ^ x >> 16;
+}
+
+static inline uint32_t row_hash(const Call *call, int64_t b, int64_t h, int64_t row) {
+    const int64_t place = (b * call->heads + h) * call->num_rows + row;
+    return mixed(mixed((uint32_t)(call->seed ^ place)) ^ (uint32_t)((call->seed ^ place) >> 32));
+}
+
+static inline uint32_t key_hash(const Call *call, int64_t key) {
+    return mixed((uint32_t)key + mixed((uint32_t)(call->seed >> 16)));
+}
+
+static inline void hash_rows(const Call *call, int64_t b, int64_t h, int64_t first, int count, uint32_t *hash) {
+    for (int i = 0; i < count && call->drop_below; i++)
+        hash[i] = row_hash(call, b, h, first + i);
+}
+
+static inline void hash_keys(const Call *call, int64_t first, int count, uint32_t *hash) {
+    for (int i = 0; i < count && call->drop_below; i++)
+        hash[i] = key_hash(call, first + i);
+}
+
+/* The factor of the weights that dropout keeps. */
+static inline float scale_of_kept(const Call *call) { return call->drop_below ? call->keep_scale : 1; }

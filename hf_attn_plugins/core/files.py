@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+DIGEST = re.compile(r"[0-9a-f]{64}")
 LARGEST_JSON = 1 << 26  # bytes; the index of a model of a thousand billion parameters has some ten million
 DEEPEST_JSON = 64
 
@@ -44,6 +47,45 @@ def read_json(path: Path) -> dict[str, Any]:
         level = [child for each in level for child in (each.values() if isinstance(each, dict) else each)
                  if isinstance(child, (dict, list))]  # fmt: skip
     return found
+
+
+def manifest_in(
+    folder: Path,
+    name: str,
+    version: int,
+    wrong: Callable[[dict[str, Any]], str | None],
+    *,
+    of: str,
+    advice: str,
+    since: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The manifest `name` of a folder that this package wrote, with every field as it may be.
+
+    Args:
+        version: the format that is read.
+        wrong: what is wrong with a manifest's fields, or None.
+        of: what the folder should hold, for errors; `advice`: what to do when it is damaged.
+        since: fields that older folders lack, and what they mean there.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no manifest, or of another format, or a field is wrong; the message names file and field.
+    """
+    path = folder / name
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no {of}: there is no {name}.")
+    manifest = {**(since or {}), **read_json(path)}
+    if manifest.get("format") != version:
+        raise ValueError(f"{path} has format {manifest.get('format')!r}, this version reads {version}: {advice}.")
+    damage = wrong(manifest)
+    if damage:
+        raise ValueError(f"{path} is damaged, {damage}: {advice}.")
+    return manifest
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value from JSON is a whole number; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

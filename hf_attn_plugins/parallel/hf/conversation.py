@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_attn_plugins.core.files import digest, read_json
+from hf_attn_plugins.core.files import DIGEST, digest, is_whole, manifest_in
 
 MANIFEST, TOKENS = "conversation.json", "tokens.safetensors"
 FORMAT = 1
 KEYS = re.compile(r"keys-[0-9]{5,}-of-[0-9]{5,}\.safetensors")
-DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def keys_name(rank: int, size: int) -> str:
@@ -38,22 +37,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
         ValueError: it is no manifest, or of another format, or a field is wrong; the message names file and field.
     """
-    path = folder / MANIFEST
-    if not path.exists():
-        raise FileNotFoundError(f"{folder} holds no conversation: there is no {MANIFEST}.")
-    manifest = read_json(path)
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {manifest.get('format')!r}, this version reads {FORMAT}.")
-    wrong = _wrong(manifest)
-    if wrong:
-        raise ValueError(f"{path} is damaged, {wrong}: read the prompt again.")
-    return manifest
+    return manifest_in(folder, MANIFEST, FORMAT, _wrong, of="conversation", advice="read the prompt again")
 
 
 def _wrong(manifest: dict[str, Any]) -> str | None:
     """What no session writes into a manifest, or None."""
     for name, least in {"batch": 1, "length": 1, "tokens": 1, "layers": 1}.items():
-        if not _whole(manifest.get(name)) or manifest[name] < least:
+        if not is_whole(manifest.get(name)) or manifest[name] < least:
             return f"{name} is {manifest.get(name)!r}, a whole number of at least {least} is needed"
     if manifest["length"] > manifest["tokens"]:
         return f"it caches {manifest['length']} of {manifest['tokens']} tokens"
@@ -65,16 +55,12 @@ def _wrong(manifest: dict[str, Any]) -> str | None:
     for rank, entry in enumerate(files):
         if not isinstance(entry, dict) or entry.get("name") != keys_name(rank, len(files)):
             return f"{entry!r} is not the file of rank {rank} of {len(files)}, {keys_name(rank, len(files))}"
-        if not _whole(entry.get("places")) or entry["places"] < 0:
+        if not is_whole(entry.get("places")) or entry["places"] < 0:
             return f"{entry['name']} has no number of places"
     for name, found in ((TOKENS, manifest.get("sha256")), *((each["name"], each.get("sha256")) for each in files)):
         if not isinstance(found, str) or not DIGEST.fullmatch(found):
             return f"{name} has no digest sha256"
     return None
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def read_tokens(folder: Path, manifest: dict[str, Any]) -> tuple[Tensor, Tensor]:

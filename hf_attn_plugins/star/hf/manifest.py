@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_attn_plugins.core.files import digest, read_json
+from hf_attn_plugins.core.files import DIGEST, digest, is_whole, manifest_in
 from hf_attn_plugins.star.hf.cache import Layers
 from hf_attn_plugins.star.options import heads_of
 
 MANIFEST = "star.json"
 FORMAT = 1
 TOKENS = re.compile(r"tokens-[0-9]{9,}-[0-9]{9,}\.safetensors")
-DIGEST = re.compile(r"[0-9a-f]{64}")
 # The same in every file.
 CONSTANT = ("model", "batch", "block_size", "anchor_size", "max_length", "halo_size", "dense_heads")
 # Fields that older folders lack, and what they mean there.
@@ -31,16 +30,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
         ValueError: it is no manifest, or of another format, or a field is wrong; the message names file and field.
     """
-    path = folder / MANIFEST
-    if not path.exists():
-        raise FileNotFoundError(f"{folder} holds no star cache: there is no {MANIFEST}.")
-    manifest = {**SINCE_THEN, **read_json(path)}
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {manifest.get('format')!r}, this version reads {FORMAT}: encode again.")
-    wrong = _wrong(manifest)
-    if wrong:
-        raise ValueError(f"{path} is damaged, {wrong}: encode the context again.")
-    return manifest
+    return manifest_in(
+        folder, MANIFEST, FORMAT, _wrong, of="star cache", advice="encode the context again", since=SINCE_THEN
+    )
 
 
 def _wrong(manifest: dict[str, Any]) -> str | None:
@@ -48,7 +40,7 @@ def _wrong(manifest: dict[str, Any]) -> str | None:
     sizes = {"length": 0, "batch": 1, "block_size": 1, "anchor_size": 0, "max_length": 0, "halo_size": 0}
     for name, least in sizes.items():
         value: Any = manifest.get(name)
-        if not _whole(value) or value < least:
+        if not is_whole(value) or value < least:
             return f"{name} is {value!r}, a whole number of at least {least} is needed"
     if manifest["anchor_size"] > manifest["block_size"] + manifest["halo_size"]:
         return (
@@ -65,7 +57,7 @@ def _wrong(manifest: dict[str, Any]) -> str | None:
         return "complete is no truth value, or files no list"
     end = 0
     for entry in manifest["files"]:
-        if not isinstance(entry, dict) or not _whole(entry.get("first")) or not _whole(entry.get("end")):
+        if not isinstance(entry, dict) or not is_whole(entry.get("first")) or not is_whole(entry.get("end")):
             return f"{entry!r} names no file with its first and last token"
         if entry["first"] != end or entry["end"] <= end:
             return f"a file of tokens {entry['first']} to {entry['end']} follows {end} tokens"
@@ -77,10 +69,6 @@ def _wrong(manifest: dict[str, Any]) -> str | None:
     if end > manifest["length"] or (manifest["complete"] and end < manifest["length"]):
         return f"its files hold {end} tokens of {manifest['length']}"
     return None
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def file_name(first: int, end: int) -> str:

@@ -59,7 +59,7 @@ def table(done: dict[str, Any], length: str, rows: list[dict[str, Any]]) -> list
             cells += [nll, f"{sum(each['exact'] for each in asked)}/{len(asked)}" if asked else ""]
         lines.append("| " + " | ".join(cells) + " |")
     counts = {"texts": len(done["agreement"].get(length, {}).get(names[0], []))}
-    counts |= {part: len(answers(done, part, length, names[0])) for part in ("passkeys", "needles")}
+    counts |= {part: len(answers(done, part, length, "sdpa")) for part in ("passkeys", "needles")}
     counts["rounds"] = len(done["speed"].get(length, {}).get("sdpa", []))
     said = ", ".join(f"{count} {part}" for part, count in counts.items())
     lines += ["", f"{length} tokens: {said}.", ""]
@@ -79,8 +79,10 @@ def _found(tuned: dict[str, Any]) -> str:
 
 
 def answers(done: dict[str, Any], part: str, length: str, name: str) -> list[dict[str, Any]]:
-    """What a row's answers were like, those of all documents in one list."""
-    return [each for document in done[part].get(length, {}).get(name, []) for each in document]
+    """What a row's answers were like, those of all documents in one list; empty while it was asked less than sdpa."""
+    held = done[part].get(length, {})
+    documents = held.get(name, [])
+    return [each for document in documents for each in document] if len(documents) >= len(held.get("sdpa", [])) else []
 
 
 def speeds(done: dict[str, Any], length: str, name: str) -> list[float]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-DIGEST = re.compile(r"[0-9a-f]{64}")
+DIGEST = re.compile(r"[0-9a-f]{64}")  # SHA-256 in hexadecimal
 LARGEST_JSON = 1 << 26  # bytes; the index of a model of a thousand billion parameters has some ten million
 DEEPEST_JSON = 64
 
@@ -81,6 +82,44 @@ def manifest_in(
     if damage:
         raise ValueError(f"{path} is damaged, {damage}: {advice}.")
     return manifest
+
+
+def wrong_size(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> str | None:
+    """What is wrong with the first of these fields that is no whole number of at least its least value, or None."""
+    for name, least in sizes.items():
+        value: Any = manifest.get(name)
+        if not is_whole(value) or value < least:
+            return f"{name} is {value!r}, a whole number of at least {least} is needed"
+    return None
+
+
+def is_digest(value: Any) -> bool:
+    """Whether a value from JSON can be what `digest` returned."""
+    return isinstance(value, str) and DIGEST.fullmatch(value) is not None
+
+
+@contextlib.contextmanager
+def tensors_in(path: Path, sha256: str, manifest: str) -> Iterator[Any]:
+    """An open safetensors file whose digest is the one that the file `manifest` beside it has.
+
+    Raises:
+        ValueError: it is missing, a link, another file, or no safetensors file; the message names it.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if path.is_symlink() or not path.is_file():
+        raise ValueError(f"{path.parent} is damaged: {path.name} is missing, or no regular file.")
+    if digest(path) != sha256:
+        raise ValueError(f"{path} is damaged: its contents are not those that {manifest} was written for.")
+    try:
+        opened = safe_open(path, "pt")
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
+    try:
+        with opened as handle:
+            yield handle
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
 
 
 def is_whole(value: Any) -> bool:

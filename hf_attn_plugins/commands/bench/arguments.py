@@ -147,7 +147,6 @@ def star(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--only", choices=["agreement", "speed", "calls"], help="measure just this part")
     parser.add_argument("--text", metavar="FILE", help="UTF-8 prose; Python's own language reference by default")
-    parser.add_argument("--rows", nargs="+", help="measure just the rows of these names")
     parser.add_argument("--minutes", type=float, help="stop after this time; the same command continues")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for star.md and star.json")
 

@@ -9,16 +9,14 @@ A *place* is a key of one rank's file; places are counted over all files in the 
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_attn_plugins.core.files import DIGEST, digest, is_whole, manifest_in
+from hf_attn_plugins.core.files import is_digest, is_whole, manifest_in, tensors_in, wrong_size
 
 MANIFEST, TOKENS = "conversation.json", "tokens.safetensors"
 FORMAT = 1
@@ -42,9 +40,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _wrong(manifest: dict[str, Any]) -> str | None:
     """What no session writes into a manifest, or None."""
-    for name, least in {"batch": 1, "length": 1, "tokens": 1, "layers": 1}.items():
-        if not is_whole(manifest.get(name)) or manifest[name] < least:
-            return f"{name} is {manifest.get(name)!r}, a whole number of at least {least} is needed"
+    wrong = wrong_size(manifest, {"batch": 1, "length": 1, "tokens": 1, "layers": 1})
+    if wrong:
+        return wrong
     if manifest["length"] > manifest["tokens"]:
         return f"it caches {manifest['length']} of {manifest['tokens']} tokens"
     if not isinstance(manifest.get("model"), str) or not isinstance(manifest.get("tokenizer", ""), str):
@@ -58,7 +56,7 @@ def _wrong(manifest: dict[str, Any]) -> str | None:
         if not is_whole(entry.get("places")) or entry["places"] < 0:
             return f"{entry['name']} has no number of places"
     for name, found in ((TOKENS, manifest.get("sha256")), *((each["name"], each.get("sha256")) for each in files)):
-        if not isinstance(found, str) or not DIGEST.fullmatch(found):
+        if not is_digest(found):
             return f"{name} has no digest sha256"
     return None
 
@@ -70,7 +68,7 @@ def read_tokens(folder: Path, manifest: dict[str, Any]) -> tuple[Tensor, Tensor]
         ValueError: the file is missing, is not the one that was saved, or holds something else; the message names it.
     """
     path, shape = folder / TOKENS, (manifest["batch"], manifest["tokens"])
-    with _opened(path, manifest["sha256"]) as handle:
+    with tensors_in(path, manifest["sha256"], MANIFEST) as handle:
         found = [handle.get_tensor(name) for name in ("input_ids", "attention_mask")]
     if any(tensor.dtype != torch.long or tuple(tensor.shape) != shape for tensor in found):
         raise ValueError(f"{path} is damaged: input_ids and attention_mask of {shape} integers are needed.")
@@ -111,7 +109,7 @@ def _part(path: Path, entry: dict[str, Any], manifest: dict[str, Any], begin: in
     """Places begin .. end-1 of one file: columns, key.0, value.0, key.1, ..."""
     batch, places = manifest["batch"], entry["places"]
     names = [f"{kind}.{layer}" for layer in range(manifest["layers"]) for kind in ("key", "value")]
-    with _opened(path, entry["sha256"]) as handle:
+    with tensors_in(path, entry["sha256"], MANIFEST) as handle:
         if set(handle.keys()) != {"columns", *names}:
             raise ValueError(f"{path} is damaged: columns, keys and values of {manifest['layers']} layers are needed.")
         for name in ("columns", *names):
@@ -127,19 +125,3 @@ def _part(path: Path, entry: dict[str, Any], manifest: dict[str, Any], begin: in
         if not tensor.is_floating_point():
             raise ValueError(f"{path} is damaged: {name} is {tensor.dtype}, no floating-point numbers.")
     return found
-
-
-@contextlib.contextmanager
-def _opened(path: Path, sha256: str) -> Iterator[Any]:
-    """A safetensors file, after a comparison of its digest; whatever is wrong is a ValueError that names the file."""
-    from safetensors import SafetensorError, safe_open
-
-    if path.is_symlink() or not path.is_file():
-        raise ValueError(f"{path.parent} is damaged: {path.name} is missing, or no regular file.")
-    if digest(path) != sha256:
-        raise ValueError(f"{path} is damaged: its contents are not those that {MANIFEST} was written for.")
-    try:
-        with safe_open(path, "pt") as handle:
-            yield handle
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error

@@ -48,6 +48,7 @@ def save(
 ) -> None:
     """See `Session.save`. The manifest is written last, so that a folder with a manifest is complete."""
     folder = Path(folder)
+    held: list[Any] = []
 
     def prepare() -> tuple[int, int, dict[str, Any]]:
         """(tokens that this rank has keys of, tokens of the mask, what the manifest says)."""
@@ -61,6 +62,7 @@ def save(
                 f"attention_mask calls token {int(here[row, place])} of row {row} padding, and the cache has its key: "
                 "pass the mask of the prompt, extended by ones."
             )
+        held.extend((ids, mask, here, layers))
         if group.rank == 0:
             _begin(folder)
         facts: dict[str, Any] = {"model": _fingerprint(model), "batch": len(ids), "length": length}
@@ -80,9 +82,7 @@ def save(
     def write() -> dict[str, Any]:
         from safetensors.torch import save_file
 
-        length, columns, layers = _stored(cache, group)
-        ids, mask = _tokens(input_ids, attention_mask, len(layers[0][0]), length)
-        here = _columns(columns, mask, length)
+        ids, mask, here, layers = held
         tensors = {"columns": here}
         for index, pair in enumerate(layers):
             tensors |= {f"{kind}.{index}": x.contiguous() for kind, x in zip(("key", "value"), pair, strict=True)}

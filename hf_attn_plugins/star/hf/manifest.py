@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_attn_plugins.core.files import DIGEST, digest, is_whole, manifest_in
+from hf_attn_plugins.core.files import is_digest, is_whole, manifest_in, tensors_in, wrong_size
 from hf_attn_plugins.star.hf.cache import Layers
 from hf_attn_plugins.star.options import heads_of
 
@@ -38,10 +38,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def _wrong(manifest: dict[str, Any]) -> str | None:
     """What no encoding writes into a manifest, or None."""
     sizes = {"length": 0, "batch": 1, "block_size": 1, "anchor_size": 0, "max_length": 0, "halo_size": 0}
-    for name, least in sizes.items():
-        value: Any = manifest.get(name)
-        if not is_whole(value) or value < least:
-            return f"{name} is {value!r}, a whole number of at least {least} is needed"
+    wrong = wrong_size(manifest, sizes)
+    if wrong:
+        return wrong
     if manifest["anchor_size"] > manifest["block_size"] + manifest["halo_size"]:
         return (
             f"anchor_size {manifest['anchor_size']} is larger than block_size {manifest['block_size']} and halo_size "
@@ -64,7 +63,7 @@ def _wrong(manifest: dict[str, Any]) -> str | None:
         end = entry["end"]
         if entry.get("name") != file_name(entry["first"], end):
             return f"{entry.get('name')!r} is not the name of a file of tokens {entry['first']} to {end}"
-        if not isinstance(entry.get("sha256"), str) or not DIGEST.fullmatch(entry["sha256"]):
+        if not is_digest(entry.get("sha256")):
             return f"{entry['name']} has no digest sha256"
     if end > manifest["length"] or (manifest["complete"] and end < manifest["length"]):
         return f"its files hold {end} tokens of {manifest['length']}"
@@ -99,18 +98,12 @@ def read(folder: Path, manifest: dict[str, Any]) -> tuple[Layers, Tensor]:
 
 def _part(path: Path, entry: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors of one file, each of the shape that its tokens ask for."""
-    from safetensors import SafetensorError, safe_open
-
-    if path.is_symlink() or not path.is_file():
-        raise ValueError(f"{path.parent} is damaged: {path.name} is missing, or no regular file.")
-    if digest(path) != entry["sha256"]:
-        raise ValueError(f"{path} is damaged: its contents are not those that {MANIFEST} was written for.")
-    try:
-        with safe_open(path, "pt") as handle:
-            metadata = handle.metadata() or {}
+    with tensors_in(path, entry["sha256"], MANIFEST) as handle:
+        metadata = handle.metadata() or {}
+        try:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}.") from error
     for name in CONSTANT:
         written = metadata.get(name, json.dumps(SINCE_THEN.get(name)))
         if written != json.dumps(manifest[name]):

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from hf_attn_plugins.bench.gpu_timing import matrix_peak
 from hf_attn_plugins.bench.hardware import describe
+from hf_attn_plugins.bench.ranks import launched
 from hf_attn_plugins.commands.bench.gpu.cases import Case, cases, time_case
 from hf_attn_plugins.commands.bench.gpu.checks import FEATURES, as_line, check
 from hf_attn_plugins.commands.bench.gpu.record import CHECK, RANKS, TIME, Record
@@ -146,23 +143,13 @@ def on_ranks(device: torch.device, ranks: int | None = None) -> dict[str, Any]:
     """`rank` on all GPUs: what rank 0 found, by method.
 
     Raises:
-        OSError: the launch failed; the message has its last error.
+        OSError: the launch failed; the message has its first error.
     """
     ranks = ranks or max(2, torch.cuda.device_count())
     alone = dict.fromkeys(METHODS, "sdpa") | {"star_attention": "star_attention"}
     case = {**RANK_CASE, "device": device.type, "methods": METHODS, "alone": alone}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "case.json")
-        path.write_text(json.dumps(case), encoding="utf-8")
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        done = subprocess.run(
-            [*launcher, "-m", "hf_attn_plugins.commands.bench.gpu.rank", str(path)],
-            capture_output=True, text=True, timeout=240,
-        )  # fmt: skip
-        if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if "Error: " in line] or done.stderr.splitlines()
-            raise OSError(f"the launch of {ranks} ranks failed: {errors[0] if errors else done.returncode}")
-        return json.loads(path.with_name("out.json").read_text(encoding="utf-8"))
+    with launched("hf_attn_plugins.commands.bench.gpu.rank", case, ranks, 240) as folder:
+        return json.loads((folder / "out.json").read_text(encoding="utf-8"))
 
 
 def facts_of(device: torch.device) -> dict[str, Any]:

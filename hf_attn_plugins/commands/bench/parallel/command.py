@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
+from hf_attn_plugins.bench.ranks import launched
 from hf_attn_plugins.bench.timing import write_table
 from hf_attn_plugins.cqs.planning.cost import CallShape
 from hf_attn_plugins.parallel.costs import Cost, costs
@@ -108,18 +105,9 @@ def measured(
     """The reports of all ranks of one launch, for each case (key heads, form); None for a formula."""
     sizes = {field: getattr(arguments, field) for field in ("length", "heads", "head_dim", "layers", "dtype")}
     requests = [{**sizes, "kv_heads": n, "name": form.name, "options": form.options} for n, form in cases if form.name]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "cases.json")
-        path.write_text(json.dumps(requests), encoding="utf-8")
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        done = subprocess.run(
-            [*launcher, "-m", "hf_attn_plugins.commands.bench.parallel.rank", str(path)],
-            capture_output=True, text=True, timeout=arguments.timeout,
-        )  # fmt: skip
-        if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if "Error: " in line] or done.stderr.splitlines()
-            raise OSError(f"the launch of {ranks} ranks failed: {errors[0] if errors else done.returncode}")
-        files = [json.loads(Path(folder, f"rank-{r}.json").read_text(encoding="utf-8")) for r in range(ranks)]
+    module = "hf_attn_plugins.commands.bench.parallel.rank"
+    with launched(module, requests, ranks, arguments.timeout) as folder:
+        files = [json.loads((folder / f"rank-{r}.json").read_text(encoding="utf-8")) for r in range(ranks)]
     reports = iter([list(each) for each in zip(*files, strict=True)])
     return [next(reports) if form.name else None for _, form in cases]
 

@@ -14,10 +14,10 @@ from hf_attn_plugins.ui.progress import terminal
 
 from . import baselines
 from .configuration import Configuration, configuration
-from .environment import command_line, environment, now, processes
-from .network import network
 from .records import RunFolder
 from .report.command import finish, show
+from .running.environment import command_line, environment, now, processes
+from .running.network import network
 
 # Keys that do not change what is measured: a run may be resumed with others.
 FREE = ("online", "device", "device_map")

@@ -11,14 +11,14 @@ from hf_attn_plugins.core import interrupt
 from hf_attn_plugins.hf.inputs.load import check_length, positions
 from hf_attn_plugins.hf.models.evaluating import evaluating
 
+from .. import measure
 from ..configuration import Attention, Configuration
+from ..prompts import Prompter
 from ..records import KINDS, Agreement, Generation, Loss, Prediction, RunFolder, Sample, Speed
 from ..scoring.metrics import score
 from ..tasks import Item, Setting, Task, task
-from . import measure
 from .attending import Ran, attending, frozen
 from .plan import Unit, units
-from .prompts import Prompter
 
 WARM_UP = 32  # tokens of the first, unrecorded call of every implementation
 

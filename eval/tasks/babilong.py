@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ..running.prompts import Parts
+from ..prompts import Parts
 from .rows import FORMATS, load
 from .task import Item, Setting, Task
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from ..running.prompts import Parts
+from ..prompts import Parts
 from .longbench import DatasetTask
 from .rows import load
 from .task import Setting

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from ..running.prompts import Parts
+from ..prompts import Parts
 from .rows import load
 from .task import Item, Setting, Task
 

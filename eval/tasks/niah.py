@@ -7,7 +7,7 @@ import random
 import uuid
 from dataclasses import dataclass
 
-from ..running.prompts import Parts
+from ..prompts import Parts
 from .haystacks import Essay, essay_for
 from .needles import hide
 from .ruler import Question, RulerTask

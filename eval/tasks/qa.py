@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from ..running.prompts import Parts
+from ..prompts import Parts
 from .haystacks import documents_for
 from .ruler import Question, RulerTask
 from .task import Setting

@@ -10,8 +10,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from ..prompts import Parts
 from ..running.fitting import largest
-from ..running.prompts import Parts
 from .task import Item, Task
 
 

@@ -6,8 +6,8 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..prompts import Parts, Prompter, digest
 from ..records import PROMPT_TAIL, Sample
-from ..running.prompts import Parts, Prompter, digest
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from ..running.prompts import Prompter
+from ..prompts import Prompter
 from .haystacks import PYDOC, Essay, read
 from .task import Item, Setting, Task
 

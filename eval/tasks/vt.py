@@ -7,8 +7,8 @@ import itertools
 import random
 import string
 
+from ..prompts import Parts
 from ..running.fitting import largest
-from ..running.prompts import Parts
 from .niah import NOISE
 from .ruler import Question, RulerTask
 

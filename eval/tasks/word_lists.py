@@ -6,7 +6,7 @@ import math
 import random
 import string
 
-from ..running.prompts import Parts
+from ..prompts import Parts
 from .ruler import Question, RulerTask
 from .task import Setting
 from .words import vocabulary

@@ -25,7 +25,7 @@ sys.exit(main(sys.argv[1:]))
 # Sends SIGINT during the second answer; `how` decides what becomes of the KeyboardInterrupt.
 IN_EVAL = """
 import os, signal, sys
-from hf_attn_plugins.eval.running import measure
+from hf_attn_plugins.eval import measure
 answer, calls = measure.answer, []
 def interrupted(*args, **kwargs):
     calls.append(None)

@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 import transformers as hf
+from hf_attn_plugins.eval import measure
 from hf_attn_plugins.eval.records import RunFolder
 from hf_attn_plugins.eval.report.wording import figures, findings
-from hf_attn_plugins.eval.running import measure
 from hf_attn_plugins.eval.tasks import haystacks, rows
 from hf_attn_plugins.eval.tasks.paths import split_paths
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from hf_attn_plugins.eval import tasks
-from hf_attn_plugins.eval.running.prompts import Prompter
+from hf_attn_plugins.eval.prompts import Prompter
 from hf_attn_plugins.eval.scoring.metrics import score
 from hf_attn_plugins.eval.tasks.infinitebench import formats as infinite_formats
 from hf_attn_plugins.eval.tasks.longbench import formats

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hf_attn_plugins.eval.running import measure
+from hf_attn_plugins.eval import measure
 
 import hf_attn_plugins as hap
 from tests.families import build

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hf_attn_plugins.eval.prompts import Parts, Prompter, opening
 from hf_attn_plugins.eval.running.fitting import largest
-from hf_attn_plugins.eval.running.prompts import Parts, Prompter, opening
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

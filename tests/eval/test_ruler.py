@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 from hf_attn_plugins.eval import tasks
-from hf_attn_plugins.eval.running.prompts import Prompter
+from hf_attn_plugins.eval.prompts import Prompter
 from hf_attn_plugins.eval.tasks.word_lists import zeta_count
 from hypothesis import example, given, settings
 from hypothesis import strategies as st

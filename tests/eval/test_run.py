@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 from hf_attn_plugins.eval import command
-from hf_attn_plugins.eval.network import network
 from hf_attn_plugins.eval.records import Appender, Generation, Prediction, RunFolder, Speed
 from hf_attn_plugins.eval.running import runner
+from hf_attn_plugins.eval.running.network import network
 
 from hf_attn_plugins import cli
 from tests import forks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
-from hf_attn_plugins.eval.running.prompts import Parts, Prompter
+from hf_attn_plugins.eval.prompts import Parts, Prompter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast, pipeline  # noqa: F401 (pipelines come first)
 

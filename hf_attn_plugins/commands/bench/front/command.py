@@ -27,8 +27,8 @@ from hf_attn_plugins.commands.bench.front.report import report
 from hf_attn_plugins.commands.bench.front.rows import Row, rows_for
 from hf_attn_plugins.core.staging import put
 from hf_attn_plugins.eval.baselines import registered
-from hf_attn_plugins.eval.running.measure import answers_logits
-from hf_attn_plugins.eval.running.prompts import Prompter
+from hf_attn_plugins.eval.measure import answers_logits
+from hf_attn_plugins.eval.prompts import Prompter
 from hf_attn_plugins.eval.tasks import task
 from hf_attn_plugins.eval.tasks.needles import passkeys
 from hf_attn_plugins.eval.tasks.task import Setting

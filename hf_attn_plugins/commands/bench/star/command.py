@@ -21,7 +21,7 @@ from torch import Tensor
 from hf_attn_plugins.bench.hardware import describe
 from hf_attn_plugins.bench.peak_memory import PeakMemory
 from hf_attn_plugins.commands.bench.star.report import SCORED, TEXTS, report
-from hf_attn_plugins.eval.running.measure import answer_logits
+from hf_attn_plugins.eval.measure import answer_logits
 from hf_attn_plugins.eval.tasks.needles import Passkey, passkey
 from hf_attn_plugins.hf import predictions
 from hf_attn_plugins.hf.configure import use

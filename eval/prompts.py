@@ -10,8 +10,8 @@ from typing import Any
 
 from hf_attn_plugins.hf.inputs.chat import Rendered, common, common_end, ids, opening, render
 
-from ..arguments import CHATS
-from .fitting import largest
+from .arguments import CHATS
+from .running.fitting import largest
 
 __all__ = ["CHATS", "Parts", "Prompter", "digest", "opening"]
 

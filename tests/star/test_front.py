@@ -89,3 +89,16 @@ def test_a_file_about_another_model_is_refused(model, tmp_path: Path, capsys) ->
     (tmp_path / "front.json").write_text(json.dumps({"model": "another", "dtype": "bfloat16"}))
     assert run(tmp_path) == 2
     assert "use another --out" in capsys.readouterr().err
+
+
+def test_speeds_of_two_machines_are_not_mixed_and_accuracy_names_both(model, tmp_path: Path, capsys) -> None:
+    assert run(tmp_path, "--only", "speed", "--rows", "tiled") == 0
+    done = json.loads((tmp_path / "front.json").read_text())
+    done["hardware"]["processor"] = "another one"
+    (tmp_path / "front.json").write_text(json.dumps(done))
+    assert run(tmp_path, "--only", "speed", "passkeys") == 2
+    assert "another one" in capsys.readouterr().err
+    assert run(tmp_path, "--only", "passkeys", "--rows", "tiled") == 0
+    assert json.loads((tmp_path / "front.json").read_text())["speed"] == done["speed"]
+    line = next(line for line in (tmp_path / "front.md").read_text().splitlines() if line.startswith("Accuracy, in"))
+    assert "another one" not in line and line.endswith(f"passkeys at {LENGTH} tokens.")

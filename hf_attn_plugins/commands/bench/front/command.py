@@ -23,7 +23,7 @@ from torch import Tensor
 from hf_attn_plugins.bench.hardware import describe
 from hf_attn_plugins.bench.timing import synchronize
 from hf_attn_plugins.commands.bench.arguments import FRONT_PARTS as PARTS
-from hf_attn_plugins.commands.bench.front.report import report
+from hf_attn_plugins.commands.bench.front.report import described, report
 from hf_attn_plugins.commands.bench.front.rows import Row, rows_for
 from hf_attn_plugins.core.staging import put
 from hf_attn_plugins.eval.baselines import registered
@@ -71,11 +71,17 @@ class Front:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.path = arguments, arguments.out / "front.json"
-        self.done: dict[str, Any] = {"model": arguments.model, "dtype": arguments.dtype, "hardware": describe()}
+        self.here = describe()
+        self.done: dict[str, Any] = {"model": arguments.model, "dtype": arguments.dtype, "hardware": self.here}
         if self.path.exists():
             found = json.loads(self.path.read_text(encoding="utf-8"))
             if (found["model"], found["dtype"]) != (arguments.model, arguments.dtype):
                 raise ValueError(f"{self.path} is about {found['model']} in {found['dtype']}: use another --out.")
+            if found.get("hardware") != self.here and "speed" in arguments.only and found.get("speed"):
+                raise ValueError(
+                    f"{self.path} was timed on {described(found['hardware'])}, this is {described(self.here)}: no "
+                    "table mixes the speeds of two. Leave speed out of --only, or use another --out."
+                )
             self.done = found
         for part in (*PARTS, "heads", "tuned", "rows"):
             self.done.setdefault(part, {})
@@ -249,6 +255,10 @@ class Front:
             self.add(part, length, row, index, found)
 
     def add(self, part: str, length: int, row: Row, index: int, value: Any) -> None:
+        if self.here != self.done["hardware"]:  # accuracy, which no speed hangs on; the page names the machine
+            parts = self.done.setdefault("elsewhere", {}).setdefault(described(self.here), [])
+            name = f"{part} at {length} tokens"
+            parts += [name] if name not in parts else []
         held = self.done[part][str(length)].setdefault(row.name, [])
         del held[index:]
         held.append(value)

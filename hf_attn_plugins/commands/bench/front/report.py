@@ -24,11 +24,12 @@ HEADER = (
 def report(done: dict[str, Any], folder: Path) -> Path:
     """Write front.md and, where there is something to show and matplotlib is installed, front.svg."""
     folder.mkdir(parents=True, exist_ok=True)
-    hardware = ", ".join(f"{name} {value}" for name, value in done["hardware"].items())
+    other = done.get("elsewhere", {})
     lines = [
         "# Accuracy against speed: star's plans and what a user might take instead",
         "",
-        f"`hf-attn bench front`: {done['model']} in {done['dtype']}. {hardware}.",
+        f"`hf-attn bench front`: {done['model']} in {done['dtype']}. {described(done['hardware'])}.",
+        *(f"Accuracy, in part or whole, on {machine}: {', '.join(parts)}." for machine, parts in other.items()),
         "",
         "Speed: sdpa's seconds for a prefill over the row's, medians over rounds in which all rows run one after "
         "another in an order drawn anew (from the row's longest time to its shortest). Pairs: attended over causal "
@@ -45,6 +46,11 @@ def report(done: dict[str, Any], folder: Path) -> Path:
     path.write_text("\n".join(lines), encoding="utf-8")
     chart(done, folder / "front.svg")
     return path
+
+
+def described(hardware: dict[str, Any]) -> str:
+    """Hardware and versions in one line."""
+    return ", ".join(f"{name} {value}" for name, value in hardware.items())
 
 
 def table(done: dict[str, Any], length: str, rows: list[dict[str, Any]]) -> list[str]:

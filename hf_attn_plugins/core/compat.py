@@ -73,7 +73,10 @@ def cpu_has(feature: str) -> bool:
     """Whether PyTorch says that this CPU has a feature: `torch.cpu._is_{feature}_supported`, e.g. "avx512_bf16".
 
     False where PyTorch has no such question: then a kernel that needs the feature is not chosen, and results stay.
+    Linux must let a process use AMX's registers, and is asked to.
     """
+    if feature == "amx_tile" and not getattr(torch.cpu, "_init_amx", lambda: False)():
+        return False
     return bool(getattr(torch.cpu, f"_is_{feature}_supported", lambda: False)())
 
 

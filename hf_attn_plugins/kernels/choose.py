@@ -52,16 +52,18 @@ class FusedFrom(NamedTuple):
 
 
 # By instruction set and dtype. Only what was measured stands here (kernels/README.md); anything else is never chosen.
+NEVER = 2**62
 FUSED_FROM = {
+    ("amx", torch.bfloat16): FusedFrom(128, 192, NEVER),
     ("avx512_bf16", torch.bfloat16): FusedFrom(96, 96, 256),
     ("avx2", torch.float32): FusedFrom(192, 1024, 4096),
     ("avx2", torch.bfloat16): FusedFrom(192, 512, 256),
 }
 LEAST_ROWS, LEAST_FEW = (min(sizes[i] for sizes in FUSED_FROM.values()) for i in (0, 2))  # short calls ask no more
-NEVER = 2**62
 # The same for a mask tensor alone, which PyTorch's operator takes too. Others with a mask tensor, a softcap or dropout
 # would else run in tiles of PyTorch operators: `cpu_fused` wins there at any size.
 MASKED_FROM = {
+    ("amx", torch.bfloat16): FusedFrom(128, 128, NEVER),
     ("avx512_bf16", torch.bfloat16): FusedFrom(64, 64, 256),
     ("avx512", torch.float32): FusedFrom(192, 192, NEVER),
     ("avx2", torch.float32): FusedFrom(192, 192, NEVER),
@@ -113,17 +115,24 @@ def cpu_multiplies_bf16() -> bool:
 
 
 @torch.compiler.assume_constant_result
+def tiles_pay() -> bool:
+    """Whether large products in bfloat16 gain more than tiles cost; with AMX, PyTorch's operator uses it as well."""
+    return cpu_multiplies_bf16() and not _cpu_has("amx_tile")
+
+
+@torch.compiler.assume_constant_result
 def fused_from(dtype: torch.dtype, altered: bool = False) -> FusedFrom | None:
     """The sizes of this CPU; None where `cpu_fused` does not run or is not known to be the fastest.
 
     They are in `MASKED_FROM` for calls with a mask tensor, a softcap or dropout (`altered`), else in `FUSED_FROM`.
-
-    AMX multiplies bfloat16 faster than `cpu_fused`, which does not use it.
+    PyTorch's own operator multiplies bfloat16 by AMX: without it, `cpu_fused` would be slower.
     """
     chosen = best(dtype, allowed())
     table = MASKED_FROM if altered else FUSED_FROM
     sizes = None if isinstance(chosen, str) else table.get((chosen.name, dtype))
-    if sizes is None or (dtype == torch.bfloat16 and _cpu_has("amx_tile")) or isinstance(chosen, str):
+    if sizes is None or isinstance(chosen, str):
+        return None
+    if dtype == torch.bfloat16 and chosen.name != "amx" and not altered and _cpu_has("amx_tile"):
         return None
     return sizes if build.reason_against(chosen) is None else None
 
@@ -157,10 +166,12 @@ def worth_fusing(
     sizes = fused_from(query.dtype, altered)
     if sizes is None:
         return False
-    if altered and (is_plan or aten.reason_against(query, key, value, mask, softcap, dropout) is not None):
+    if few and keys >= sizes.few:
+        return True
+    if (altered or few) and (is_plan or aten.reason_against(query, key, value, mask, softcap, dropout) is not None):
         return True
     if few:
-        return keys >= sizes.few
+        return False
     full = not (mask.causal or mask.prefix or is_plan) and mask.window == (None, None) and mask.has_no_tensors()
     return keys >= (sizes.full if full else sizes.rows)
 
@@ -236,7 +247,7 @@ def choose(
         return SHORT
     if aten.reason_against(*call) is not None:
         return Choice("cpu_tiled", load("cpu_tiled"))
-    fast_products = query.device.type == "cpu" and query.dtype == torch.bfloat16 and cpu_multiplies_bf16()
+    fast_products = query.device.type == "cpu" and query.dtype == torch.bfloat16 and tiles_pay()
     tiled = fast_products and _many_scores(query, key, mask.causal)
     return Choice("cpu_tiled", load("cpu_tiled")) if tiled else ATEN
 

@@ -210,9 +210,13 @@ def test_cpu_features(monkeypatch):
         asked = f"_is_{feature}_supported"
         assert hasattr(torch.cpu, asked)
         monkeypatch.setattr(torch.cpu, asked, lambda: True)
+        monkeypatch.setattr(torch.cpu, "_init_amx", lambda: True)
         assert compat.cpu_has(feature) is True
         monkeypatch.delattr(torch.cpu, asked)
         assert compat.cpu_has(feature) is False
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: False)  # Linux says no
+    assert compat.cpu_has("amx_tile") is False
 
 
 def test_block_mask_can_be_derived_from_without_its_init(monkeypatch):

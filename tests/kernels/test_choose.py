@@ -8,6 +8,7 @@ import torch
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.kernels import attend
 from hf_attn_plugins.kernels.aten.attend import run_one_operator
+from hf_attn_plugins.kernels.cpu_fused import instruction_sets
 from hf_attn_plugins.kernels.cpu_fused.instruction_sets import VARIABLE
 from hf_attn_plugins.testing import assert_close_to_reference, dense_attention, sharp_inputs, visibility
 
@@ -30,11 +31,11 @@ def test_without_a_compiler_the_choice_follows_rows_times_shared_heads(
     monkeypatch, heads, rows, keys, causal, expected
 ):
     monkeypatch.setattr(choosing, "fused_from", lambda *_: None)
-    monkeypatch.setattr(choosing, "cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(choosing, "tiles_pay", lambda: True)
     query = torch.empty(1, heads[0], rows, 64, dtype=torch.bfloat16)
     key = torch.empty(1, heads[1], keys, 64, dtype=torch.bfloat16)
     assert choosing.choose(query, key, key, Mask(causal=causal), None, 0.0).name == expected
-    monkeypatch.setattr(choosing, "cpu_multiplies_bf16", lambda: False)
+    monkeypatch.setattr(choosing, "tiles_pay", lambda: False)
     assert choosing.choose(query, key, key, Mask(causal=causal), None, 0.0).name == "aten"
 
 
@@ -72,6 +73,28 @@ def test_with_a_compiler_bfloat16_calls_of_some_length_are_fused(monkeypatch, ro
     assert choosing.choose(query, key, key, mask, softcap, change.get("dropout", 0.0)).name == expected
     monkeypatch.setattr(choosing, "fused_from", lambda *_: None)
     assert choosing.choose(query, key, key, mask, softcap, change.get("dropout", 0.0)).name != "cpu_fused"
+
+
+def test_few_rows_are_fused_where_pytorch_is_slower_or_cannot(monkeypatch):
+    sizes = choosing.FusedFrom(96, 192, choosing.NEVER)  # as with AMX, where PyTorch decodes faster
+    monkeypatch.setattr(choosing, "fused_from", lambda dtype, altered: sizes)
+    monkeypatch.setattr("hf_attn_plugins.kernels.cpu_fused.call.unavailable", lambda dtype: None)
+    query, key = (torch.empty(1, 8, length, 64, dtype=torch.bfloat16) for length in (1, 2048))
+    for mask, softcap, expected in ((Mask(), None, "aten"), (Mask(causal=True), None, "aten"),
+                                    (Mask(causal=True, window=(99, None)), None, "cpu_fused"),
+                                    (Mask(), 30.0, "cpu_fused")):  # fmt: skip
+        assert choosing.choose(query, key, key, mask, softcap, 0.0).name == expected
+
+
+def test_beside_amx_of_pytorch_only_amx_of_ours_is_chosen(monkeypatch):
+    sets = {one.name: one for one in instruction_sets.SETS}
+    monkeypatch.setattr(choosing, "_cpu_has", lambda feature: True)
+    monkeypatch.setattr(choosing.build, "reason_against", lambda chosen: None)
+    for name, plain in (("amx", choosing.FUSED_FROM["amx", torch.bfloat16]), ("avx512_bf16", None)):
+        monkeypatch.setattr(choosing, "best", lambda dtype, most, name=name: sets[name])
+        assert choosing.fused_from(torch.bfloat16) == plain
+        assert choosing.fused_from(torch.bfloat16, True) == choosing.MASKED_FROM[name, torch.bfloat16]
+    assert choosing.cpu_multiplies_bf16() and not choosing.tiles_pay()
 
 
 MASKS = {

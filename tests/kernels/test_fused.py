@@ -218,11 +218,15 @@ def test_one_node_for_the_compiler():
 def test_sizes_in_python_are_those_in_c():
     defined = {}
     for source in Path(call.__file__).parent.glob("*.[ch]"):
-        defined |= dict(re.findall(r"^#define (\w+) +(\d+)", source.read_text(), re.MULTILINE))
-    names = ("STEP", "TILE", "MAX_DIM", "MAX_ROWS")
-    assert {name: str(getattr(call, name)) for name in names} == {name: defined[name] for name in names}
-    avx512_bf16 = instruction_sets.SETS[0]
-    assert (16 * int(defined["VECTORS"]), int(defined["SPLIT_KEYS"])) == (avx512_bf16.lanes, avx512_bf16.split_keys)
+        found = {
+            name: int(value) for name, value in re.findall(r"^#define (\w+) +(\d+)", source.read_text(), re.MULTILINE)
+        }
+        defined |= {f"{source.name}: {name}" if name in ("STEP", "TILE") else name: found[name] for name in found}
+    assert (defined["MAX_DIM"], defined["MAX_ROWS"]) == (call.MAX_DIM, call.MAX_ROWS)
+    for name, header in (("amx", "amx.h"), ("avx512_bf16", "vectors.h")):
+        one = next(one for one in instruction_sets.SETS if one.name == name)
+        assert (one.lanes, one.split_keys) == (16 * defined["VECTORS"], defined["SPLIT_KEYS"])
+        assert one.walked == (defined[f"{header}: STEP"], defined[f"{header}: TILE"])
 
 
 @needs_library

@@ -169,7 +169,7 @@ static void query_block(const Call *call, Block *block, int64_t b, int64_t h, in
     for (int64_t i = 0; i < (pieces ? call->row_pieces_most : 1); i++) {
         block->sight = keys_seen(call, b, first, pieces ? pieces + i : NULL);
         const int64_t end = block->sight.end;
-        for (int64_t key = block->sight.begin & ~1; key < end; key += TILE) {
+        for (int64_t key = tile_begin(block->sight.begin); key < end; key += TILE) {
             const int64_t tile_end = smaller(key + TILE, end);
             if (block->bias.data && !take_bias(call, &block->bias, first, key, tile_end, block->bias_tile, some))
                 continue;
@@ -184,7 +184,7 @@ static void query_block(const Call *call, Block *block, int64_t b, int64_t h, in
 /* grad_key and grad_value summed over the queries of `sight`, which are at `queries` and `grads` in pairs. */
 static void walk_queries(Block *block, const int32_t *queries, const int32_t *grads) {
     const int64_t end = block->sight.end;
-    for (int64_t row = block->sight.begin & ~1; row < end; row += TILE) {
+    for (int64_t row = tile_begin(block->sight.begin); row < end; row += TILE) {
         const int64_t tile_end = smaller(row + TILE, end), count = round_up(tile_end - row, STEP) / 2;
         weigh_and_grade(block, 1, row, tile_end);
         accumulate(block->weights, grads + row / 2 * block->dim_v, count, block->dim_v, block->sums_v);
@@ -254,6 +254,7 @@ void hap_backward(const Call *call) {
         block.altered = is_altered(call);
         block.shape = shape_of(call);
         block.call = call;
+        begin_products();
         fill_delta(call);
         pair_heads(&call->key, call->batch, call->kv_heads, call->num_keys, call->dim, call->pairs);
 #pragma omp for schedule(dynamic, 1)
@@ -275,5 +276,6 @@ void hap_backward(const Call *call) {
                 for (int64_t h = h0; h < h0 + heads_at_once(call); h++)
                     key_block(call, &block, b, h, item % key_blocks * LANES, call->pairs, grads);
         }
+        end_products();
     }
 }

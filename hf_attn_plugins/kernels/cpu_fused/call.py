@@ -22,7 +22,7 @@ from hf_attn_plugins.kernels.cpu_fused.layout import (
     set_grad_bias,
 )
 
-STEP, TILE, MAX_DIM = 6, 96, 256  # as in tile.h
+MAX_DIM = 256  # as in tile.h
 MAX_ROWS = 256  # as in decode.c
 MOST_PARTS = 8  # of a key head in the float32 backward: each has a float32 gradient of the query
 SPLIT_ROWS = 32  # with fewer rows the keys are split between threads: queries would leave half of the lanes empty
@@ -123,8 +123,8 @@ def forward(
         call.partials = partials.data_ptr()
         compiled.hap_decode(ctypes.byref(call))
         return out, lse
-    if chosen.name == "avx512_bf16":
-        pairs = query.new_empty(key.shape[:2].numel() * _padded(key.shape[2]) * value.shape[-1])
+    if chosen.walked:
+        pairs = query.new_empty(key.shape[:2].numel() * _padded(key.shape[2], *chosen.walked) * value.shape[-1])
         call.pairs = pairs.data_ptr()
     compiled.hap_forward(ctypes.byref(call))
     return out, lse
@@ -173,8 +173,8 @@ def backward(
     call.grad_lse = None if grad_lse is None else grad_lse.data_ptr()
     call.lse, call.delta = lse.data_ptr(), delta.data_ptr()
     call.lse_rest = None if lse_rest is None else lse_rest.data_ptr()
-    if chosen.name == "avx512_bf16":
-        pairs = query.new_empty(_pairs_of_backward(query, key, value))
+    if chosen.walked:
+        pairs = query.new_empty(_pairs_of_backward(query, key, value, *chosen.walked))
         call.pairs = pairs.data_ptr()
     else:
         blocks = -(-key.shape[2] // chosen.lanes)
@@ -189,11 +189,11 @@ def backward(
     return grads[0], grads[1], grads[2], of_bias
 
 
-def _pairs_of_backward(query: Tensor, key: Tensor, value: Tensor) -> int:
-    """Numbers of 16 bit that the AVX512-BF16 backward needs besides its results."""
+def _pairs_of_backward(query: Tensor, key: Tensor, value: Tensor, step: int, tile: int) -> int:
+    """Numbers of 16 bit that a backward with `walked` rows in pairs needs besides its results."""
     return max(
-        key.shape[:2].numel() * _padded(key.shape[2]) * key.shape[-1],
-        query.shape[:2].numel() * _padded(query.shape[2]) * (query.shape[-1] + value.shape[-1]),
+        key.shape[:2].numel() * _padded(key.shape[2], step, tile) * key.shape[-1],
+        query.shape[:2].numel() * _padded(query.shape[2], step, tile) * (query.shape[-1] + value.shape[-1]),
     )
 
 
@@ -212,6 +212,6 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _padded(rows: int) -> int:
-    """`padded_rows` of tile.h."""
-    return -(-(rows + STEP) // TILE) * TILE
+def _padded(rows: int, step: int, tile: int) -> int:
+    """`padded_rows` of products.h."""
+    return -(-(rows + step) // tile) * tile

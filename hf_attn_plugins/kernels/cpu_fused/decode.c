@@ -3,6 +3,7 @@
  *
  * The keys are the held rows here, one per lane. So each key is read once for all queries of all heads that share it.
  * In the product of weights and values, the columns of value are in the lanes, and the sum is over pairs of keys. */
+#define FEW_ROWS
 #include "scores.h"
 
 #define SPLIT_KEYS 512 /* keys of a chunk; not by the number of threads, so that sums are the same for any number */

@@ -7,7 +7,7 @@
 #include "scores.h"
 
 #define LIMIT 0x1p60f
-#define FIRST_KEYS (4 * STEP) /* keys that the first guess of the maximum looks at */
+#define FIRST_KEYS round_up(24, STEP) /* keys that the first guess of the maximum looks at */
 
 typedef struct {
     _Alignas(64) int32_t held[MAX_DIM / 2 * LANES];
@@ -156,7 +156,7 @@ static void walk(const Call *call, Block *block, int64_t first, const int32_t *v
     /* Keys that every lane sees tell all maxima at once; under a window the first keys do not. */
     if (!block->bias.data && unset(block) && sight->inner_end - sight->inner_begin >= FIRST_KEYS)
         raise_max(block, sight->inner_begin, sight->inner_begin + FIRST_KEYS);
-    for (int64_t key = sight->begin & ~1; key < sight->end; key += TILE) {
+    for (int64_t key = tile_begin(sight->begin); key < sight->end; key += TILE) {
         const int64_t tile_end = smaller(key + TILE, sight->end);
         if (block->bias.data &&
             !take_bias(call, &block->bias, first, key, tile_end, block->bias_tile, block->some))
@@ -232,6 +232,7 @@ void hap_forward(const Call *call) {
         block.shape = shape_of(call);
         block.scale = block.altered ? 1 : block.shape.scale;
         block.to_base_2 = to_base_2(call);
+        begin_products();
         pair_heads(&call->value, call->batch, call->kv_heads, call->num_keys, call->dim_v, call->pairs);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t item = 0; item < call->batch * call->heads * blocks; item++) {
@@ -243,5 +244,6 @@ void hap_forward(const Call *call) {
             forward_block(call, &block, b, kv_head * group_size + member, block_index * LANES,
                           call->pairs + pair_head * head_pairs);
         }
+        end_products();
     }
 }

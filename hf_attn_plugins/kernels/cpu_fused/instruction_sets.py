@@ -27,6 +27,7 @@ class InstructionSet(NamedTuple):
         dtypes: how tensors may be stored.
         lanes: held rows of a block, LANES of tile.h.
         split_keys: keys of a chunk of decoding, SPLIT_KEYS of decode.c.
+        walked: STEP and TILE of sources that keep walked rows in pairs (`Call.pairs`); None where they do not.
     """
 
     name: str
@@ -38,16 +39,20 @@ class InstructionSet(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
     lanes: int
     split_keys: int
+    walked: tuple[int, int] | None = None
 
 
 X86, ARM = ("x86_64", "amd64"), ("aarch64", "arm64")
 AVX2 = ("-mavx2", "-mfma")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+AVX512_BF16 = (*AVX512, "-mavx512bf16")
 STORED = (torch.float32, torch.bfloat16)  # in the order of vec.h
 # The first that the CPU has is used. Sources in `float32` multiply in float32, whatever the tensors are stored in.
 SETS = (
-    InstructionSet("avx512_bf16", X86, "avx512_bf16", "AVX512-BF16", ".", (*AVX512, "-mavx512bf16"),
-                   (torch.bfloat16,), 64, 512),
+    InstructionSet("amx", X86, "amx_tile", "AMX", ".", (*AVX512_BF16, "-mamx-tile", "-mamx-bf16"),
+                   (torch.bfloat16,), 64, 512, (32, 128)),
+    InstructionSet("avx512_bf16", X86, "avx512_bf16", "AVX512-BF16", ".", AVX512_BF16,
+                   (torch.bfloat16,), 64, 512, (6, 96)),
     InstructionSet("avx512", X86, "avx512", "AVX-512", "float32", AVX512, STORED, 96, 576),
     InstructionSet("avx2", X86, "avx2", "AVX2", "float32", AVX2, STORED, 96, 576),
     InstructionSet("neon", ARM, "", "Arm NEON", "float32", (), STORED, 96, 576),

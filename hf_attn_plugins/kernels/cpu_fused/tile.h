@@ -1,12 +1,12 @@
-/* The building blocks of the compiled CPU kernels, in AVX512-BF16: a block of held rows times a few walked rows.
+/* The building blocks of the compiled CPU kernels in bfloat16: a block of held rows times a few walked rows.
  *
  * Attention, forward and backward, multiplies rows of one tensor with rows of another: queries with keys, or keys with
  * queries. A thread *holds* LANES rows, one per vector lane, and *walks* over the other rows, STEP at a time. All sums,
  * masks and exponentials of a held row stay in its lane. Only decoding reduces across lanes.
  *
- * The instruction vdpbf16ps multiplies and adds pairs of bfloat16. In a product over head_dim, a pair is two elements
- * of a row. In a product over walked rows, a pair is one element of two neighbouring rows: `pair_rows` and `paired` put
- * them side by side. */
+ * Products are of pairs of bfloat16. In a product over head_dim, a pair is two elements of a row. In a product over
+ * walked rows, a pair is one element of two neighbouring rows: `pair_at` and `paired` put them side by side. The
+ * products themselves are in `vectors.h` and, for CPUs that have it, in `amx.h`. */
 #pragma once
 #include <immintrin.h>
 #include <math.h>
@@ -15,10 +15,9 @@
 
 #define VECTORS 4            /* vectors of 16 held rows */
 #define LANES (16 * VECTORS) /* held rows */
-#define STEP 6               /* walked rows at a time: STEP * VECTORS accumulators fit in registers */
-#define TILE 96              /* walked rows whose weights are kept between the two products; a multiple of STEP */
 #define MAX_DIM 256
 #define LN_2 0.69314718f
+#define INLINE static inline __attribute__((always_inline))
 
 typedef uint16_t bf16;
 
@@ -63,7 +62,8 @@ static inline void transpose(__m512i x[16]) {
     }
 }
 
-/* held[pair][lane]: LANES rows from `first` on, two elements in 32 bits. Lanes past the end repeat the last row. */
+/* held[pair][lane]: LANES rows from `first` on, two elements in 32 bits; 0 up to a multiple of 16 pairs. Lanes past the
+ * end repeat the last row. */
 static inline void hold_rows(Rows rows, int64_t first, int64_t dim, int32_t *held) {
     for (int64_t pair = 0; pair < dim / 2; pair += 16) {
         const int count = (int)smaller(16, dim / 2 - pair);
@@ -74,111 +74,23 @@ static inline void hold_rows(Rows rows, int64_t first, int64_t dim, int32_t *hel
                 x[i] = _mm512_maskz_loadu_epi32((1u << count) - 1, rows.data + row * rows.stride + 2 * pair);
             }
             transpose(x);
-            for (int i = 0; i < count; i++)
+            for (int i = 0; i < 16; i++)
                 _mm512_store_si512(held + (pair + i) * LANES + 16 * v, x[i]);
         }
     }
 }
 
-/* pairs[row / 2][column]: TILE rows from `first` on, one element of two neighbouring rows in 32 bits; 0 past the end */
-static inline void pair_rows(Rows rows, int64_t first, int64_t dim, int32_t *pairs) {
-    for (int64_t row = first; row < first + TILE; row += 2)
-        for (int64_t column = 0; column < dim; column += 16) {
-            __m512i pair = _mm512_setzero_si512();
-            const bf16 *at = rows.data + row * rows.stride + column;
-            if (row < rows.count)
-                pair = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)at));
-            if (row + 1 < rows.count) {
-                const __m512i next = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(at + rows.stride)));
-                pair = _mm512_or_si512(pair, _mm512_slli_epi32(next, 16));
-            }
-            _mm512_storeu_si512(pairs + (row - first) / 2 * dim + column, pair);
-        }
-}
-
-/* Rows of a head in `pair_heads`, padding included: a tile may begin at any row, and it ends with a whole STEP. */
-static inline int64_t padded_rows(int64_t count) { return round_up(count + STEP, TILE); }
-
-/* `pair_rows` of every head of a tensor; the threads of a team share the work. */
-static inline void pair_heads(const Tensor *tensor, int64_t batch, int64_t heads, int64_t count, int64_t dim,
-                              int32_t *pairs) {
-    const int64_t tiles = padded_rows(count) / TILE;
-#pragma omp for schedule(dynamic, 4)
-    for (int64_t item = 0; item < batch * heads * tiles; item++)
-        pair_rows(rows_of(tensor, item / tiles / heads, item / tiles % heads, count), item % tiles * TILE, dim,
-                  pairs + item * TILE / 2 * dim);
-}
-
-#define INLINE static inline __attribute__((always_inline))
-
-/* block[j][v] = vector v of the held rows times walked row first + j, summed over head_dim, for v < vectors. Walked
- * rows past the end repeat the last one. */
-INLINE void multiply_some(const int32_t *held, Rows walked, int64_t first, int64_t dim, const int vectors,
-                          __m512 block[STEP][VECTORS]) {
-    const int32_t *row[STEP];
-    for (int j = 0; j < STEP; j++)
-        row[j] = (const void *)(walked.data + smaller(first + j, walked.count - 1) * walked.stride);
-    for (int j = 0; j < STEP; j++)
-        for (int v = 0; v < vectors; v++)
-            block[j][v] = _mm512_setzero_ps();
-    for (int64_t pair = 0; pair < dim / 2; pair++) {
-        __m512bh lanes[VECTORS];
-        for (int v = 0; v < vectors; v++)
-            lanes[v] = (__m512bh)_mm512_load_si512(held + pair * LANES + 16 * v);
-        for (int j = 0; j < STEP; j++) {
-            const __m512bh both = (__m512bh)_mm512_set1_epi32(row[j][pair]);
-            for (int v = 0; v < vectors; v++)
-                block[j][v] = _mm512_dpbf16_ps(block[j][v], lanes[v], both);
-        }
+/* Elements column .. column + 16 of two neighbouring rows, side by side in 32 bits; 0 past the end. */
+static inline __m512i pair_at(Rows rows, int64_t row, int64_t column) {
+    __m512i pair = _mm512_setzero_si512();
+    const bf16 *at = rows.data + row * rows.stride + column;
+    if (row < rows.count)
+        pair = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)at));
+    if (row + 1 < rows.count) {
+        const __m512i next = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)(at + rows.stride)));
+        pair = _mm512_or_si512(pair, _mm512_slli_epi32(next, 16));
     }
-}
-
-INLINE void multiply(const int32_t *held, Rows walked, int64_t first, int64_t dim, __m512 block[STEP][VECTORS]) {
-    multiply_some(held, walked, first, dim, VECTORS, block);
-}
-
-/* sums[column][lane] += weights[pair][lane] * pairs[pair][column], over `count` pairs of walked rows. */
-static inline void accumulate(const int32_t *weights, const int32_t *pairs, int64_t count, int64_t dim, float *sums) {
-    enum { COLUMNS = 4 };
-    for (int64_t column = 0; column < dim; column += COLUMNS) {
-        __m512 sum[COLUMNS][VECTORS];
-        for (int c = 0; c < COLUMNS; c++)
-            for (int v = 0; v < VECTORS; v++)
-                sum[c][v] = _mm512_load_ps(sums + (column + c) * LANES + 16 * v);
-        for (int64_t pair = 0; pair < count; pair++) {
-            __m512bh lanes[VECTORS];
-            for (int v = 0; v < VECTORS; v++)
-                lanes[v] = (__m512bh)_mm512_load_si512(weights + pair * LANES + 16 * v);
-            for (int c = 0; c < COLUMNS; c++) {
-                const __m512bh both = (__m512bh)_mm512_set1_epi32(pairs[pair * dim + column + c]);
-                for (int v = 0; v < VECTORS; v++)
-                    sum[c][v] = _mm512_dpbf16_ps(sum[c][v], lanes[v], both);
-            }
-        }
-        for (int c = 0; c < COLUMNS; c++)
-            for (int v = 0; v < VECTORS; v++)
-                _mm512_store_ps(sums + (column + c) * LANES + 16 * v, sum[c][v]);
-    }
-}
-
-/* `accumulate` where vector v has weights for the pairs from[v] .. to[v] only. It takes one vector at a time, so that
- * more columns fit in registers. */
-static inline void accumulate_apart(const int32_t *weights, const int32_t *pairs, const int64_t from[VECTORS],
-                                    const int64_t to[VECTORS], int64_t dim, float *sums) {
-    enum { COLUMNS = 16 };
-    for (int v = 0; v < VECTORS; v++)
-        for (int64_t column = 0; column < dim && from[v] < to[v]; column += COLUMNS) {
-            __m512 sum[COLUMNS];
-            for (int c = 0; c < COLUMNS; c++)
-                sum[c] = _mm512_load_ps(sums + (column + c) * LANES + 16 * v);
-            for (int64_t pair = from[v]; pair < to[v]; pair++) {
-                const __m512bh lanes = (__m512bh)_mm512_load_si512(weights + pair * LANES + 16 * v);
-                for (int c = 0; c < COLUMNS; c++)
-                    sum[c] = _mm512_dpbf16_ps(sum[c], lanes, (__m512bh)_mm512_set1_epi32(pairs[pair * dim + column + c]));
-            }
-            for (int c = 0; c < COLUMNS; c++)
-                _mm512_store_ps(sums + (column + c) * LANES + 16 * v, sum[c]);
-        }
+    return pair;
 }
 
 /* The weights of two walked rows for 16 held rows, as pairs. */

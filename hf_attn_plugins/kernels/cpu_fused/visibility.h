@@ -1,6 +1,6 @@
 /* Which walked rows a block of held rows sees: queries that hold see keys, keys that hold are seen by queries. */
 #pragma once
-#include "tile.h"
+#include "products.h"
 
 /* A rectangle of a plan, as `core.rectangle.table` writes it: held rows own_begin .. own_end see, or are seen by, walked
  * rows begin .. end. Where position_masked, positions decide as well, and a query's position moves by `shift`. */

@@ -1,6 +1,6 @@
 /* Which walked rows a block of held rows sees: queries that hold see keys, keys that hold are seen by queries.
  *
- * `../visibility.h` is the same for the AVX512-BF16 kernels, in their registers. */
+ * `../visibility.h` is the same for the kernels with bfloat16 products, in vectors. */
 #pragma once
 #include "tile.h"
 

@@ -56,6 +56,7 @@ NEVER = 2**62
 FUSED_FROM = {
     ("amx", torch.bfloat16): FusedFrom(128, 192, NEVER),
     ("avx512_bf16", torch.bfloat16): FusedFrom(96, 96, 256),
+    ("avx512", torch.float32): FusedFrom(192, NEVER, NEVER),
     ("avx2", torch.float32): FusedFrom(192, 1024, 4096),
     ("avx2", torch.bfloat16): FusedFrom(192, 512, 256),
 }

@@ -12,13 +12,18 @@ _WARNED: set[str] = set()
 def warn_once(message: str) -> None:
     """Log `message` as a warning of logger "hf_attn_plugins", unless this process has logged the same text before.
 
-    While torch.compile traces a graph, nothing is logged: a log call would break the graph.
+    While torch.compile traces a graph, the trace logs it, and the graph does not.
     """
-    if torch.compiler.is_compiling():
-        return
+    _logged(message)
+
+
+# torch.compile cannot trace a log call: it calls this once and keeps the result as a constant.
+@torch.compiler.assume_constant_result
+def _logged(message: str) -> bool:
     if message not in _WARNED:
         _WARNED.add(message)
         logging.getLogger("hf_attn_plugins").warning(message)
+    return True
 
 
 def forget_warnings() -> None:

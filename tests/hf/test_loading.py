@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hf_attn_plugins as hap
 from hf_attn_plugins.hf.compat import config_carries_attention
+from hf_attn_plugins.hf.inputs.load import settle
 from hf_attn_plugins.hf.models import loading
 from tests.families import build
 
@@ -92,3 +93,16 @@ def test_loading_is_as_it_was_after_unregistering():
     finally:
         hap.register()
     assert hasattr(vars(PreTrainedModel)["from_pretrained"].__func__, "unwatched")
+
+
+def test_two_processes_may_convert_the_small_model_at_once(tmp_path):
+    first, second, target = (tmp_path / name for name in ("first", "second", "target"))
+    for folder in (first, second):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+    settle(first, target)
+    settle(second, target)  # the other was faster
+    assert (target / "config.json").is_file() and second.exists()
+    (target / "config.json").rename(target / "half")
+    with pytest.raises(OSError):
+        settle(second, target)

@@ -11,6 +11,7 @@ from transformers import masking_utils
 
 import hf_attn_plugins as hap
 from hf_attn_plugins.core.mask import Mask
+from hf_attn_plugins.core.warn import forget_warnings
 from hf_attn_plugins.hf.masks.mask_function import mask_function
 from hf_attn_plugins.hf.masks.structured_mask import Structure, StructuredMask, TracedMask
 
@@ -187,3 +188,30 @@ def test_a_compiled_model_that_knows_block_masks_still_sees_causally():
         with hap.use(model, "tiled_attention"):
             found = torch.compile(model, backend="eager")(ids, use_cache=False).logits
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_compiled_model_that_asks_for_the_type_of_the_users_mask_alone_keeps_its_plan():
+    config = hf.CTRLConfig(vocab_size=99, n_positions=64, n_embd=32, dff=48, n_layer=2, n_head=2)
+    torch.manual_seed(0)
+    model, ids = hf.CTRLLMHeadModel(config).eval(), torch.arange(11, 51)[None]
+    with torch.no_grad(), hap.use(model, "star_attention", block_size=8, anchor_size=4, query_size=6):
+        expected = model(ids).logits
+        with hap.trace(model) as seen:
+            found = torch.compile(model, backend="eager")(ids).logits
+    assert seen.methods == {"star": 2}
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_mask_tensor_in_a_graph_is_named_as_in_an_eager_call(caplog):
+    config = hf.LlamaConfig(
+        vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
+    )
+    model, ids = hf.LlamaForCausalLM(config).eval(), torch.arange(11, 51)[None]
+    mask = torch.ones(40, 40, dtype=torch.bool).tril()[None, None]
+    for call in (model, torch.compile(model, backend="eager")):
+        forget_warnings()
+        with torch.no_grad(), hap.use(model, "star_attention", block_size=8), hap.trace(model) as seen:
+            call(ids, attention_mask=mask, use_cache=False)
+        assert "a mask tensor that no plan can be read from" in str(seen)
+    said = [record.getMessage() for record in caplog.records if "the attention mask is a tensor" in record.getMessage()]
+    assert len(said) == 2

@@ -66,7 +66,7 @@ def note(trace: int, module: nn.Module, method: Any, chosen: Any, call: CallFact
     """Report one call of `module`, for which `method` was named and `chosen` computes."""
     layer = getattr(module, "layer_idx", None)
     if call.traced:
-        reason = "" if chosen.name == method.name else "not causal self-attention"
+        reason = "" if chosen.name == method.name else _reason(seen)
         start = -1 if call.start is None else call.start
         names = "+".join(seen.recognised)
         _record(

@@ -241,5 +241,14 @@ def demo_folder() -> Path:
         whole = Path(building) / "model"
         model.save_pretrained(whole)
         tokenizer.save_pretrained(whole)
-        whole.rename(folder)
+        settle(whole, folder)
     return folder
+
+
+def settle(whole: Path, folder: Path) -> None:
+    """Give a finished model folder its name, unless another process has made one meanwhile."""
+    try:
+        whole.rename(folder)
+    except OSError:
+        if not (folder / "config.json").is_file():
+            raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 import re
@@ -61,6 +62,9 @@ def modeling_of(config_module: str) -> ModuleType | None:
     return sys.modules.get(f"{package}.{module.replace('configuration_', 'modeling_', 1)}")
 
 
+_ASKED = re.compile(r"isinstance\((attention|causal)_mask, (BlockMask|(torch\.)?Tensor)\)")
+
+
 @torch.compiler.assume_constant_result
 def makes_blocks(config_module: str) -> bool:
     """Whether the models of a config's module give the mask makers blocks that see each other both ways.
@@ -73,13 +77,21 @@ def makes_blocks(config_module: str) -> bool:
 
 @torch.compiler.assume_constant_result
 def asks_for_type_of_mask(config_module: str) -> bool:
-    """Whether the models of a config's module look at the type of their mask.
+    """Whether the models of a config's module look at the type of the mask that was made for them.
 
-    Doge leaves a BlockMask out, DeepSeek-V4 widens a Tensor only.
+    Doge leaves a BlockMask out, DeepSeek-V4 widens a Tensor only. CTRL asks of the user's mask, before it has one made.
     """
     source = _modeling_source(config_module)
-    asked = r"isinstance\((attention|causal)_mask, (BlockMask|(torch\.)?Tensor)\)"
-    return source is not None and re.search(asked, source) is not None
+    if source is None or _ASKED.search(source) is None:
+        return False
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    return any(_asks_for_type(ast.get_source_segment(source, node) or "") for node in functions)
+
+
+def _asks_for_type(function: str) -> bool:
+    """Whether a function's source asks for the type of its mask, once the mask is made if it has one made."""
+    made = re.search(r"= create_\w*mask\w*\(", function)
+    return _ASKED.search(function, made.end() if made else 0) is not None
 
 
 @functools.cache

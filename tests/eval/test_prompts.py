@@ -88,3 +88,12 @@ def test_the_search_ends_whatever_the_counts_are(counts, limit):
     found = largest(lambda n: asked.append(n) or counts[n], limit, 0, len(counts) - 1)
     assert len(asked) <= 2 * len(counts).bit_length() + 2
     assert found is None or counts[found] <= limit
+
+
+def test_the_former_addresses_of_prompts_and_measurements():
+    from hf_attn_plugins.eval import measure, prompts
+    from hf_attn_plugins.eval.running import measure as new_measure
+    from hf_attn_plugins.eval.running import prompts as new_prompts
+
+    assert all(getattr(prompts, name) is getattr(new_prompts, name) for name in prompts.__all__)
+    assert all(getattr(measure, name) is getattr(new_measure, name) for name in measure.__all__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -64,6 +65,12 @@ class Configuration:
     out: str = "runs/eval"
 
     def __post_init__(self) -> None:
+        for name in ("model", "device", "baseline", "text", "haystack", "revision", "out"):
+            value = getattr(self, name)
+            if not isinstance(value, str | os.PathLike) and not (value is None and name not in ("model", "out")):
+                raise ValueError(f"{name}={value!r}: text is needed; in YAML, in quotes.")
+        if not isinstance(self.device_map, str | Mapping | None):
+            raise ValueError(f"device_map={self.device_map!r}: a word, or modules and their devices, are needed.")
         for name in ("samples", "text_samples", "rounds", "max_new_tokens"):
             _whole(name, getattr(self, name), 1, name == "max_new_tokens")
         _whole("decode_tokens", self.decode_tokens, 2)
@@ -106,7 +113,7 @@ def configuration(file: str | None, flags: Mapping[str, Any]) -> Configuration:
         values["out"] = f"runs/{Path(file).stem}"
     values |= {name: value for name, value in flags.items() if value is not None}
     known = {f.name: f for f in dataclasses.fields(Configuration)}
-    unknown = sorted(set(values) - set(known))
+    unknown = sorted(str(name) for name in values if name not in known)
     if unknown:
         raise ValueError(f"configuration has no key {', '.join(unknown)}: known are {', '.join(known)}.")
     values = {name: _value(name, value) for name, value in values.items()}
@@ -181,9 +188,11 @@ def _list(name: str, value: Any) -> list[Any]:
 
 def _number(name: str, word: Any) -> int:
     try:
-        return int(word)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}={word!r}: a whole number is needed.") from None
+        if isinstance(word, int | str) and not isinstance(word, bool):
+            return int(word)
+    except ValueError:
+        pass
+    raise ValueError(f"{name}={word!r}: a whole number is needed.")
 
 
 def _whole(name: str, value: Any, least: int, optional: bool = False) -> None:
@@ -191,6 +200,15 @@ def _whole(name: str, value: Any, least: int, optional: bool = False) -> None:
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}={value!r}: a whole number of at least {least} is needed.")
+
+
+def _refuse_duplicates(node: Any) -> None:
+    """Raise ValueError where the outermost mapping of a YAML tree names a key twice: YAML would take the last."""
+    pairs = node.value if getattr(node, "id", None) == "mapping" else []
+    names = [key.value for key, _ in pairs if isinstance(key.value, str)]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{', '.join(twice)} is there twice: keep one.")
 
 
 def _yaml(file: str) -> Mapping[str, Any]:
@@ -203,7 +221,9 @@ def _yaml(file: str) -> Mapping[str, Any]:
         carried = sorted(p.name[:-5] for p in files(__package__).iterdir() if p.name.endswith(".yaml"))
         raise ValueError(f"--config {file}: no such file; the package itself carries {', '.join(carried)}.")
     try:
-        value = yaml.safe_load(read_text(path))
+        text = read_text(path)
+        _refuse_duplicates(yaml.compose(text, yaml.SafeLoader))
+        value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"--config {file}: {error}") from error
     if not isinstance(value, Mapping):

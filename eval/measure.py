@@ -74,6 +74,7 @@ def answer(
     settings = GenerationConfig(
         do_sample=False,
         num_beams=1,
+        num_return_sequences=1,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
         max_new_tokens=max_new_tokens,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hf_attn_plugins.checkpoint.card import needs_tables, with_section
 from hf_attn_plugins.checkpoint.config import naming
+from hf_attn_plugins.checkpoint.places import Places
 from hf_attn_plugins.checkpoint.source import Source
 from hf_attn_plugins.checkpoint.write import Patch
 
@@ -41,9 +43,10 @@ def plan(source: Source, arguments: argparse.Namespace) -> Patch:
     if named is not None:
         raise ValueError(f"{source.folder} names the attention {named!r}, code of a hub: name another one first.")
     with naming(source.folder):
-        original = _load(source.folder)
+        original, absent = _load(source.folder)
     audit = first_layer.audit(original)
     places = audit.require()
+    _refuse_missing(source.folder, places, absent)
     tables = first_layer.build(original, places)
     tables.update(fingerprint.take(original, places, tables))
     gain = first_layer.gain(original, places)
@@ -83,16 +86,32 @@ def _kernel_name(config: Any) -> str | None:
     return None
 
 
-def _load(folder: Path) -> Any:
-    """The model with plain attention: what its config names (a plugin, a kernel of the hub) has no part in tables."""
+def _refuse_missing(folder: Path, places: Places, absent: Iterable[str]) -> None:
+    """Raise ValueError where a weight that tables are made from is not in the checkpoint: its values are made up."""
+    parts = tuple(f"{path}." for path in (places.embedding, places.norm, *places.projections) if path)
+    made_up = sorted(name for name in absent if name.startswith(parts))
+    if made_up:
+        raise ValueError(f"{folder}: the weights hold no {', '.join(made_up)}, which the tables would be made from.")
+
+
+def _load(folder: Path) -> tuple[Any, set[str]]:
+    """The model with plain attention, and the names of the weights that its checkpoint lacks.
+
+    What its config names (a plugin, a kernel of the hub) has no part in tables.
+    """
     from transformers import AutoModelForCausalLM
 
     # The families without "sdpa" say so when they are loaded; what else is wrong is found again with "eager".
     for implementation in ("sdpa", "eager"):
         try:
-            return AutoModelForCausalLM.from_pretrained(
-                folder, dtype="auto", attn_implementation=implementation, trust_remote_code=False
-            ).eval()
+            model, said = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype="auto",
+                attn_implementation=implementation,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+            return model.eval(), set(said["missing_keys"])
         except ValueError as error:
             if implementation == "eager" or "scaled_dot_product_attention" not in str(error):
                 raise
@@ -105,7 +124,7 @@ def _verify(original: Any, text: str | None, folder: Path) -> None:
     from hf_attn_plugins.checkpoint.verify import compare, samples
 
     loader.register()
-    patched = _load(folder)
+    patched, _ = _load(folder)
     layer = getattr(patched, ATTRIBUTE, None)
     if layer is None:
         raise ValueError("the tables did not attach when the patched folder was loaded.")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_attn_plugins.checkpoint import fingerprint, table_checks
+from hf_attn_plugins.checkpoint import changes, fingerprint, table_checks
 from hf_attn_plugins.checkpoint.circumstances import circumstance
 from hf_attn_plugins.checkpoint.places import Places
 from hf_attn_plugins.core import compat
@@ -37,6 +37,7 @@ class _Tokens(threading.local):
     now: Tensor | None = None  # None outside of a pass, and whenever tables must not be used
     states: Tensor | None = None
     version: int = 0
+    digests: Tensor | None = None  # of the states, where something between norm and projections may write to them
     counted: bool = False
 
     def __reduce__(self) -> tuple[type[_Tokens], tuple[()]]:
@@ -64,6 +65,7 @@ class FirstLayer:
         if not all(key in tables for key in fingerprint.KEYS):
             tables = {**tables, **fingerprint.take(model, places, tables)}
         table_checks.check_fingerprints(places, tables)
+        self.norm_code = changes.code_of(self.norm)
         self.number, self.tokens, self.looked_up, self.said = next(_numbers), _Tokens(), 0, set[str]()
         self.settings = int(tables[fingerprint.SETTINGS])
         self.digests = tables[fingerprint.TABLES].tolist()
@@ -75,26 +77,27 @@ class FirstLayer:
             projection.register_buffer("first_layer_table", table, persistent=False)
         # Tables whose digest was compared.
         self.read: list[Tensor] = [projection.first_layer_table for projection in self.projections]
-        self.before = {module: vars(module).get("forward") for module in self._modules()}
-        for module in self._modules():
+        self.before = {module: vars(module).get("forward") for module in self.modules()}
+        for module in self.modules():
             run = _normalise if module is self.norm else _project
             module.forward = partial(run, self, module, self.before[module])
             # A replica shares its original's __dict__, so the forward of the original with the original's weights.
             compat.replicate_by(module, partial(_replica, module))
-        self.forwards = {module: vars(module)["forward"] for module in self._modules()}
+        self.forwards = {module: vars(module)["forward"] for module in self.modules()}
         self.hooks = (
             self.decoder.register_forward_pre_hook(self._enter, with_kwargs=True),
             self.decoder.register_forward_hook(self._leave, always_call=True),
         )
 
-    def _modules(self) -> list[Any]:
+    def modules(self) -> list[Any]:
+        """The norm, if any, and the projections."""
         return [*([] if self.norm is None else [self.norm]), *self.projections]
 
     def detach(self) -> None:
         """Put the model back as it was."""
         for hook in self.hooks:
             hook.remove()
-        for module in self._modules():
+        for module in self.modules():
             compat.replicate_by(module, None)
             if vars(module).get("forward") is self.forwards[module]:  # else somebody wrapped it: it goes on computing
                 if self.before[module] is None:
@@ -113,7 +116,7 @@ class FirstLayer:
         ids = kwargs.get("input_ids", args[0] if args else None)
         if kwargs.get("inputs_embeds") is not None or not isinstance(ids, Tensor) or ids.is_floating_point():
             return  # no tokens, nothing to look up: not a change that a warning is owed for
-        reason = circumstance(ids, [self.embedding, *self._modules()]) or self._changed(module)
+        reason = circumstance(ids, [self.embedding, *self.modules()]) or changes.reason(self, module)
         if reason is None:
             self.tokens.now = ids
         else:
@@ -121,34 +124,8 @@ class FirstLayer:
 
     def _leave(self, *_: Any) -> None:
         if not torch.compiler.is_compiling():
-            self.tokens.now = self.tokens.states = None
+            self.tokens.now = self.tokens.states = self.tokens.digests = None
             self.tokens.counted = False
-
-    def _changed(self, decoder: nn.Module) -> str | None:
-        """Why the modules are not those of the tables, as far as their structure tells."""
-        if compat.is_replica(decoder):
-            return "the model runs as replicas (DataParallel)"
-        for path, module in zip(self.paths, self._modules(), strict=True):
-            try:
-                now = decoder.get_submodule(path)
-            except AttributeError:
-                now = None
-            if now is not module:
-                return f"{path} was replaced, wrapped, moved or removed (adapters, quantisation, pruning)"
-            if vars(module).get("forward") is not self.forwards[module]:
-                return f"the forward of {path} was replaced or wrapped"
-            if compat.hooks_of(module):
-                return f"{path} has hooks"
-        if fingerprint.settings(self.norm) != self.settings:
-            return f"the settings of {self.paths[0]} have changed (eps)"
-        for i, projection in enumerate(self.projections):
-            table = projection.first_layer_table
-            # Casts of the model (half, float) replace the tables' tensors: read a new one once, it may be rounded.
-            if table is not self.read[i]:
-                if table.is_meta or int(fingerprint.tables_digest([table])[0]) != self.digests[i]:
-                    return "the tables' own bits have changed (a cast of the model, meta tensors)"
-                self.read[i] = table
-        return None
 
     def _say(self, reason: str) -> None:
         if reason not in self.said:
@@ -180,6 +157,8 @@ class FirstLayer:
                 "embedded tokens (hooks, new tokens, dropout)"
             )
         self.tokens.now, self.tokens.states, self.tokens.version = ids, output, compat.version_of(output)
+        watched = changes.watched(self.decoder, self.paths[-len(self.projections) :])
+        self.tokens.digests = fingerprint.row_digests(output) if watched else None
 
     def look_up(self, projection: Any, hidden: Tensor) -> Tensor | None:
         """The rows of the pass's tokens; None where the projection must be computed."""
@@ -188,7 +167,10 @@ class FirstLayer:
         ids, states = self.tokens.now, self.tokens.states
         if ids is None or states is None:
             return None
-        if hidden is not states or compat.version_of(hidden) != self.tokens.version:
+        same = hidden is states and compat.version_of(hidden) == self.tokens.version
+        if same and self.tokens.digests is not None:  # `hidden.data.mul_(2)` leaves the version as it was
+            same = torch.equal(fingerprint.row_digests(hidden), self.tokens.digests)
+        if not same:
             self._say("the states are changed between the norm and the projections")
             return None
         if not self.tokens.counted:
@@ -197,7 +179,7 @@ class FirstLayer:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles. Dictionaries by module would be filled before the modules can be hashed: lists."""
-        state = {**self.__dict__, "hooks": list(self.hooks)}
+        state = {**self.__dict__, "hooks": list(self.hooks), "norm_code": None}
         for name in ("before", "forwards"):
             state[name] = list(state[name].values())
         return state
@@ -205,7 +187,8 @@ class FirstLayer:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         for name in ("before", "forwards"):
-            setattr(self, name, dict(zip(self._modules(), state[name], strict=True)))
+            setattr(self, name, dict(zip(self.modules(), state[name], strict=True)))
+        self.norm_code = changes.code_of(self.norm)
 
 
 @torch.compiler.assume_constant_result

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_attn_plugins.core.compat import is_transforming
+from hf_attn_plugins.core.compat import is_transforming, modes
 from hf_attn_plugins.core.gradient import needs_gradient
+
+LINEAR = nn.Linear.forward  # as PyTorch has it
 
 
 def circumstance(ids: Tensor, modules: Sequence[Any]) -> str | None:
@@ -21,11 +23,15 @@ def circumstance(ids: Tensor, modules: Sequence[Any]) -> str | None:
     """
     parameters = [p for module in modules for p in (*module.parameters(recurse=False), *_weights(module))]
     try:
-        transformed = is_transforming()
+        transformed, watched = is_transforming(), modes()
     except NotImplementedError as gone:  # a model without its tables is right, one that fails is not
         return str(gone)
     if transformed or torch.jit.is_tracing():
         return "the call is transformed or traced (torch.func, vmap, forward-mode gradients, jit)"
+    if watched:
+        return f"{type(watched[-1]).__name__} sees, and may change, what every operator computes"
+    if nn.Linear.forward is not LINEAR:
+        return "nn.Linear.forward was replaced"
     if any(type(p) not in (nn.Parameter, Tensor) for p in parameters) or type(ids) is not Tensor:
         return "the first layer's weights are no plain tensors (quantised, distributed or fake ones)"
     if ids.is_meta or any(p.is_meta for p in parameters):

@@ -21,6 +21,7 @@ FIELDS: dict[str, tuple[type | tuple[type, ...], str]] = {
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size", "head_dim",
          "max_position_embeddings")  # fmt: skip
 POSITIVE = ("hidden_size", "num_attention_heads", "vocab_size")
+MOST_LAYERS = 10_000  # building more, weights or not, takes minutes
 
 
 def check_config(path: Path, config: dict[str, Any]) -> None:
@@ -41,6 +42,10 @@ def check_config(path: Path, config: dict[str, Any]) -> None:
             if isinstance(value, (str, bool)) or value % 1 != 0 or (name in POSITIVE and value < 1):
                 least = "of at least 1 " if name in POSITIVE else ""
                 raise ValueError(f"{path}: {place}{name} is {json.dumps(value)[:80]}, a whole number {least}is needed.")
+            if name == "num_hidden_layers" and value > MOST_LAYERS:
+                raise ValueError(
+                    f"{path}: {place}{name} is {json.dumps(value)[:80]}, at most {MOST_LAYERS} are allowed."
+                )
         for name in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
             value = part.get(name)
             for each in value.values() if isinstance(value, dict) else [value]:

@@ -89,7 +89,7 @@ def audit(model: Any) -> Audit:
     embedding = model.get_input_embeddings()
     depth = getattr(text, "num_hidden_layers", 0)
     stack = next((n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth), None)
-    if not isinstance(embedding, nn.Embedding) or stack is None:
+    if not isinstance(embedding, nn.Embedding) or stack is None or not depth:
         return refuse("no token embedding or no stack of layers was found")
     names = {module: name for name, module in model.named_modules()}
     decoder, first = model.get_submodule(stack.rpartition(".")[0]), model.get_submodule(stack)[0]
@@ -125,6 +125,8 @@ def audit(model: Any) -> Audit:
         tuple(names[m] for m in projections),
     )
     rows = fingerprint.inputs(model, places.projections[0], ids)[0]
+    if not bool(rows.isfinite().all()):
+        return refuse("the projections' input is not finite for some tokens (NaN or infinity in the weights)")
     singles = torch.cat([fingerprint.inputs(model, places.projections[0], ids[:, t : t + 1])[0] for t in range(PROBE)])
     if not torch.allclose(rows.float(), singles.float(), rtol=1e-2, atol=1e-4 * float(rows.float().abs().max())):
         return refuse("the projections' input differs with position or context")

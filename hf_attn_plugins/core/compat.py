@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.functional import multi_head_attention_forward
+from torch.utils import _python_dispatch
+from torch.utils._device import DeviceContext
 
 _TORCH = ("torch", "2.13")  # and the version that everything here was tested with
 _CARRY = "carry a mask through Transformers"
@@ -169,6 +171,21 @@ def is_transforming() -> bool:
     functorch = needed(torch._C, "_functorch", purpose, *_TORCH)
     peek = needed(functorch, "peek_interpreter_stack", purpose, *_TORCH)
     return peek() is not None or needed(forward_ad, "_current_level", purpose, *_TORCH) >= 0
+
+
+def modes() -> list[Any]:
+    """The modes that see every function and operator now (`_get_current_function_mode_stack` and the dispatcher's).
+
+    `with torch.device(...)`, which only places new tensors, and FLOP counters, which only count, are left out.
+    """
+    purpose = "notice modes that change what operators compute"
+    functions = needed(torch.overrides, "_get_current_function_mode_stack", purpose, *_TORCH)()
+    operators = needed(_python_dispatch, "_get_current_dispatch_mode_stack", purpose, *_TORCH)()
+    return [mode for mode in (*functions, *operators) if not _harmless(mode)]
+
+
+def _harmless(mode: Any) -> bool:
+    return isinstance(mode, DeviceContext) or type(mode).__module__ == "torch.utils.flop_counter"
 
 
 def is_fake(tensor: Any) -> bool:

@@ -159,6 +159,10 @@ def plan_for(
     Raises:
         ValueError: as `Plan`; a given anchor_size also needs to fit the default block and halo.
     """
+    given = {"block_size": block_size, "anchor_size": anchor_size, "query_size": query_size, "halo_size": halo_size}
+    for name, value in given.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise ValueError(f"{name}={value!r}: a whole number is needed, or None for the default.")
     query = DEFAULT_QUERY if query_size is None else query_size
     paper = preset == PAPER or (block_size is not None and halo_size is None)
     if halo_size is None:

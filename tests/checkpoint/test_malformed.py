@@ -58,6 +58,7 @@ CONFIGS = {
     "quantisation as text": (fields(quantization_config="int8"), "quantization_config"),
     "no heads": (fields(num_attention_heads=0), "num_attention_heads is 0"),
     "layers as text": (fields(num_hidden_layers="2"), 'num_hidden_layers is "2"'),
+    "layers without end": (fields(num_hidden_layers=10**9), "at most 10000 are allowed"),
     "layers as truth": (fields(num_hidden_layers=True), "num_hidden_layers is true"),
     "a width below zero": (fields(hidden_size=-32), "hidden_size is -32"),
     "model_type as list": (fields(model_type=["llama"]), "model_type is"),

@@ -351,3 +351,16 @@ def test_a_module_that_is_still_being_imported(tmp_path, monkeypatch):
     assert half_way.during is True and is_being_imported(half_way) is False
     del sys.modules["half_way"]
     assert is_being_imported(None) is False and is_being_imported(ModuleType("bare")) is False
+
+
+def test_modes_are_noticed(monkeypatch):
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    with torch.device("cpu"):
+        assert compat.modes() == []
+        with TorchFunctionMode() as functions, TorchDispatchMode() as operators:
+            assert compat.modes() == [functions, operators]
+    monkeypatch.delattr(torch.overrides, "_get_current_function_mode_stack")
+    with pytest.raises(NotImplementedError, match=sentence("_get_current_function_mode_stack", "notice modes")):
+        compat.modes()

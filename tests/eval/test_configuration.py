@@ -53,6 +53,16 @@ def test_attn_entries_hold_commas_of_their_own():
         ("tasks: []", "no tasks"),
         ("lengths: {a: 1}", "a list is needed"),
         ("max_new_tokens: 0", "max_new_tokens=0"),
+        ("model: [a]", r"model=\['a'\]: text"),
+        ("model: &a [*a]", "model=.*: text"),
+        ("model:", "model=None: text"),
+        ("revision: 1.0", "revision=1.0: text"),
+        ("out: 3", "out=3: text"),
+        ("device_map: 0", "device_map=0"),
+        ("lengths: [64.5]", r"lengths=64.5: a whole number"),
+        ("lengths: [true]", "lengths=True: a whole number"),
+        ("1: 2", "no key 1"),
+        ("samples: 2\nsamples: 3", "samples is there twice"),
     ],
 )
 def test_bad_configurations_are_named(tmp_path, text, message):

@@ -101,3 +101,11 @@ def test_ranges_cover_every_position_once(length):
     found = measure.ranges(length)
     assert [i for begin, end in found for i in range(begin, end)] == list(range(length))
     assert len(found) == min(length, measure.BUCKETS)
+
+
+@torch.no_grad()
+def test_an_answer_is_greedy_and_single_whatever_the_generation_config_says(text):
+    model = build("llama")
+    expected = measure.answer(model, text[:9], 3).token_ids
+    model.generation_config.update(num_beams=2, num_return_sequences=2, do_sample=True, return_dict_in_generate=True)
+    assert measure.answer(model, text[:9], 3).token_ids == expected

@@ -50,6 +50,7 @@ def test_the_message_stands_where_the_template_puts_it(kind):
         "nothing",
         f"{{{{ {CONTENT} }}}} again {{{{ {CONTENT} }}}}",
         f"{{{{ {CONTENT} | upper }}}}",
+        f"{{{{ {CONTENT} | length }}}} {{{{ {CONTENT} }}}}",
         "{{ raise_exception('no') }}",
     ],
 )
@@ -128,3 +129,10 @@ def test_an_answers_tokens_are_those_of_the_text_that_goes_on():
             prompt, answer = prompter.whole(parts), prompter.answer_ids(parts, "three four")
             shown = tok.decode(prompt + answer, skip_special_tokens=True)
             assert shown.endswith(("It is three four", "It is: three four")), shown
+
+
+@pytest.mark.parametrize("change", ("replace('\\n', ' ')", "wordwrap(10)", "length"))
+def test_a_list_that_a_template_prints_is_not_the_message(change):
+    tok = made(f"{{{{ {CONTENT} | {change} }}}}")
+    with pytest.raises(ValueError, match="exactly once, as it was written"):
+        Prompter(tok).whole(Parts("Read this very long line.", "\nWhat is it?"))

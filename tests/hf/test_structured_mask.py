@@ -215,3 +215,42 @@ def test_a_mask_tensor_in_a_graph_is_named_as_in_an_eager_call(caplog):
         assert "a mask tensor that no plan can be read from" in str(seen)
     said = [record.getMessage() for record in caplog.records if "the attention mask is a tensor" in record.getMessage()]
     assert len(said) == 2
+
+
+def test_masks_of_another_rank_or_batch_are_refused_in_one_line():
+    from tests.families import build
+
+    model, ids = build("llama"), torch.randint(5, 90, (1, 8))
+    for shape in ((8, 8), (1, 8, 8), (1, 1, 1, 8, 8), (8,)):
+        for name in hap.PLUGINS:
+            with hap.use(model, name), pytest.raises(ValueError, match=r"an attention mask is \(1, keys\)"):
+                model(ids, attention_mask=torch.ones(shape, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("name", ["idx", "states", "pixel_values_videos", "input_features", "offset_mapping"])
+def test_tensors_beside_the_ids_change_nothing_unless_the_family_names_them(name):
+    from tests.families import build
+
+    model, ids = build("llama"), torch.randint(5, 90, (1, 8))
+    with torch.no_grad(), hap.use(model, "tiled_attention"):
+        expected = model(ids).logits
+        extra = torch.rand(1, 8) if name in ("pixel_values_videos", "input_features") else torch.ones(1, 8).long()
+        assert torch.equal(model(ids, **{name: extra}).logits, expected)
+
+
+def test_keywords_that_a_family_names_are_told_from_parts_of_others():
+    from hf_attn_plugins.hf.models.families import names_keyword
+
+    class Base(torch.nn.Module):
+        def forward(self, attend, x, **kwargs):
+            return attend(x, layer_idx=3, soft_bias=kwargs["slopes"])
+
+    class Attention(Base):
+        pass
+
+    named = {key: names_keyword(Attention, key) for key in ("soft_bias", "slopes", "idx", "bias", "slope", "layer_idx")}
+    assert named == {"soft_bias": True, "slopes": True, "idx": False, "bias": False, "slope": False, "layer_idx": True}
+    from transformers.models.gpt_oss import modeling_gpt_oss  # noqa: F401 (its own attention is asked)
+
+    model_code = type("Gpt", (torch.nn.Module,), {"__module__": "transformers.models.gpt_oss.modeling_gpt_oss"})
+    assert names_keyword(model_code, "scaling") and not names_keyword(model_code, "weights")

@@ -9,6 +9,7 @@ import io
 import pytest
 import torch
 from hf_attn_plugins.patches import command
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModel,
@@ -129,6 +130,18 @@ def test_another_dtype_loads_without_tables(tmp_path, caplog):
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16)
     assert getattr(model, ATTRIBUTE, None) is None
     assert "first-layer tables not used" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj.weight", "input_layernorm.weight"])
+def test_weights_that_the_checkpoint_lacks_are_named(tmp_path, name):
+    source = checkpoint(tmp_path / "source")
+    for file in source.glob("*.safetensors"):
+        tensors = load_file(file)
+        tensors.pop(f"model.layers.0.{name}", None)
+        save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"the weights hold no model.layers.0.{name}"):
+        patch("first-layer", source, tmp_path / "target")
+    assert not (tmp_path / "target").exists()
 
 
 def test_saving_a_loaded_model_writes_the_plain_one(tmp_path):
@@ -295,6 +308,15 @@ class TestAudit:
         model = model_of("llama")
         model.model.layers[0].input_layernorm.register_forward_hook(lambda m, a, out: out + out.cumsum(1))
         assert "differs with position or context" in first_layer.audit(model).refusal
+
+    def test_weights_that_are_not_finite_and_models_without_layers_are_refused(self):
+        model = model_of("llama")
+        model.model.layers[0].input_layernorm.weight.data[2] = torch.nan
+        assert "not finite" in first_layer.audit(model).refusal
+        model = model_of("llama")
+        model.config.num_hidden_layers = 0
+        model.model.layers = torch.nn.ModuleList()
+        assert "no stack of layers" in first_layer.audit(model).refusal
 
     def test_it_leaves_no_hooks(self):
         model = model_of("llama")

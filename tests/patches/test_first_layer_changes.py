@@ -15,8 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hf_attn_plugins import register
 from hf_attn_plugins.checkpoint import fingerprint
@@ -110,7 +114,26 @@ def layer_pre_hook(m):
     m.model.layers[0].register_forward_pre_hook(lambda mod, args: (args[0] * 1.1, *args[1:]))
 
 
+def another_class(module):
+    class Doubled(type(module)):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    module.__class__ = Doubled
+
+
+def states_in_place(m):
+    def double(mod, args, kwargs):
+        kwargs["hidden_states"].data.mul_(2)  # leaves the version counter as it was
+        kwargs["hidden_states"].detach().numpy()[0] += 1
+
+    attention(m).register_forward_pre_hook(double, with_kwargs=True)
+
+
 CHANGES = {
+    "projection_class": lambda m: another_class(q(m)),
+    "norm_class": lambda m: another_class(norm(m)),
+    "states_in_place": states_in_place,
     "in_place": lambda m: q(m).weight.detach().add_(0.1),
     "data_add": lambda m: q(m).weight.data.add_(0.1),
     "data_one_value": lambda m: q(m).weight.data[3, 7].add_(0.5),
@@ -173,6 +196,40 @@ def test_a_change_gives_the_plain_values_and_one_warning(name, caplog):
     assert used(model) == 1 and len(warnings_of(caplog)) == 1, caplog.text
     if name not in ("half_and_back", "bfloat16", "double", "replaced", "resized"):
         assert not torch.allclose(plain(IDS).logits, before, rtol=1e-5, atol=1e-5), "the change changes nothing"
+
+
+class DoubledFunctions(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        return made * 2 if func is F.linear else made
+
+
+class DoubledOperators(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        return made * 2 if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) else made
+
+
+@pytest.mark.parametrize("mode", (DoubledFunctions, DoubledOperators))
+@torch.no_grad()
+def test_modes_see_the_projections(mode, caplog):
+    plain, model = model_of("llama"), attached(model_of("llama"))
+    with mode():
+        torch.testing.assert_close(model(IDS).logits, plain(IDS).logits, rtol=0, atol=0)
+    assert not used(model) and len(warnings_of(caplog)) == 1
+    with torch.device("cpu"):  # only says where new tensors go
+        model(IDS)
+    assert used(model) == 1
+
+
+@pytest.mark.parametrize("kind", (nn.Linear, LlamaRMSNorm))
+@torch.no_grad()
+def test_a_class_whose_forward_is_replaced(kind, monkeypatch, caplog):
+    plain, model = model_of("llama"), attached(model_of("llama"))
+    of_class = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: 2 * of_class(self, x))
+    torch.testing.assert_close(model(IDS).logits, plain(IDS).logits, rtol=0, atol=0)
+    assert not used(model) and len(warnings_of(caplog)) == 1
 
 
 @torch.no_grad()
@@ -405,9 +462,9 @@ class TestFolders:
         names, inner = [], AutoModelForCausalLM.from_pretrained
 
         def recording(*args, **kwargs):
-            model = inner(*args, **kwargs)
-            names.append(model.config._attn_implementation)
-            return model
+            made = inner(*args, **kwargs)  # the model, and what the load says
+            names.append(made[0].config._attn_implementation)
+            return made
 
         monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", recording)
         patch("first-layer", source, tmp_path / "target")

@@ -178,6 +178,18 @@ def test_many_questions_over_one_cache(family: str, together: int) -> None:
         assert torch.equal(pair[0], other[0]) and torch.equal(pair[1], other[1])
 
 
+@pytest.mark.parametrize("field", [{"cache_implementation": "static"}, {"return_dict_in_generate": True}])
+def test_what_a_generation_config_says_of_the_cache_is_no_obstacle(field: dict[str, object]) -> None:
+    model = tiny("llama")
+    cache = star.encode(model, tokens(29), block_size=8, anchor_size=4)
+    asked = dict(questions=[tokens(4)[0]], max_new_tokens=3, do_sample=False)
+    expected = star.ask(model, cache, **asked)
+    model.generation_config.update(**field)
+    assert torch.equal(star.ask(model, cache, **asked)[0], expected[0])
+    with pytest.raises(ValueError, match=f"ask.. sets {next(iter(field))}"):
+        star.ask(model, cache, **asked, **field)
+
+
 def test_a_second_turn_keeps_question_and_answer() -> None:
     model = tiny("llama")
     ids = tokens(37)
@@ -200,6 +212,11 @@ def test_user_errors() -> None:
         star.encode(model, tokens(20), batch_blocks=0)
     with pytest.raises(ValueError, match="token ids"):
         star.encode(model, torch.rand(3, 4))
+    with pytest.raises(ValueError, match="token ids"):
+        star.encode(model, torch.ones(1, 4, dtype=torch.bool))
+    for sizes in ({"block_size": "8"}, {"block_size": 8, "anchor_size": "4"}, {"halo_size": 1.5}):
+        with pytest.raises(ValueError, match="a whole number is needed"):
+            star.encode(model, tokens(20), **sizes)
     with pytest.raises(ValueError, match="at least one token"):
         star.ask(model, cache, [[]])
     with pytest.raises(ValueError, match="input_ids"):

@@ -18,16 +18,20 @@ REFUSED = {
     "block_indices": "block-sparse attention",
     "cache": "continuous batching over a paged cache; `with hap.continuous_batching(model)` runs it",
 }
-# Float keywords that models pass along and that change nothing in the attention itself. Integer and boolean tensors
-# (what a tokenizer or a collator returns beside the ids) change nothing either, unless the model itself names them.
+# Float keywords that models pass along, or processors return, and that change nothing in the attention itself. Integer
+# and boolean tensors (what a tokenizer or a collator returns beside the ids) change nothing either, unless the model
+# itself names them.
 HARMLESS = {
     "position_ids", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
     "encoder_hidden_states", "encoder_attention_mask", "deterministic", "num_items_in_batch", "logits_to_keep",
     "labels", "max_length_q", "max_length_k", "cu_seq_lens_k", "past_key_values", "position_embeddings",
     "cache_position", "input_ids", "inputs_embeds", "token_type_ids", "mm_token_type_ids", "pixel_values",
     "layer_idx", "shared_kv_states", "attention_mask", "head_mask", "per_layer_input", "per_layer_inputs",
-    "image_sizes", "decoder_input_ids", "cross_attention_mask", "full_text_row_masked_out_mask",
+    "pixel_values_videos", "input_features", "input_values", "audio_values", "image_embeds", "video_embeds",
+    "second_per_grid_ts", "image_sizes", "decoder_input_ids", "cross_attention_mask", "full_text_row_masked_out_mask",
 }  # fmt: skip
+
+MASK_DTYPES = (torch.bool, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Seen(NamedTuple):
@@ -137,7 +141,7 @@ def _checked(mask: Any, query: Tensor, keys: int) -> Tensor:
         raise ValueError(
             f"an attention mask tensor must be 4-d and broadcast to (batch, heads, {rows}, {keys}), got {given}."
         )
-    if mask.dtype != torch.bool and not mask.is_floating_point():
+    if mask.dtype not in MASK_DTYPES:
         raise ValueError(
             f"a 4-d attention mask is bool (True = attend) or float (added to the scores), got {mask.dtype}: "
             "pass mask.bool()."

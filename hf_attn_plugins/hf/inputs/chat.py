@@ -21,6 +21,8 @@ THOUGHTS = (
     ("<|START_THINKING|>", "<|END_THINKING|>"),
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
 )
+# What stands before a message whose template wrote the list [{"type": "text", "text": message}] out as it is.
+PRINTED_LIST = re.compile(r"""["']text["']: ["']$""")
 
 
 @dataclass(frozen=True)
@@ -78,18 +80,19 @@ def render(
     Raises:
         ValueError: the message does not stand in the result exactly once, or the template failed.
     """
-    problem = ""
+    problem = "the chat template does not show the user's message exactly once, as it was written"
     for as_list in (False, True):
         try:
             texts = [_applied(tokenizer, x, system, as_list, arguments) for x in (message, _unlike(message))]
         except Exception as error:  # templates raise errors of Jinja and of their own
-            problem = problem or f"the chat template failed: {type(error).__name__}: {' '.join(str(error).split())}"
+            if not as_list:
+                problem = f"the chat template failed: {type(error).__name__}: {' '.join(str(error).split())}"
             continue
         found = _located(texts, message)
-        if found is not None:
+        if found is not None and not (as_list and PRINTED_LIST.search(found.before)):
             return found
     raise ValueError(
-        (problem or "the chat template does not show the user's message exactly once, as it was written").rstrip(".")
+        problem.rstrip(".")
         + ": leave it aside (--chat no, chat=False), or set its variables (--template-arg NAME=VALUE)."
     )
 

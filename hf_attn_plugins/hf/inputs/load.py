@@ -69,9 +69,9 @@ def load(
             options["device_map"] = _device_map(device_map)
         with without_warning():
             model: Any = AutoModelForCausalLM.from_pretrained(source, **options)
-    except OSError as error:
-        raise ValueError(f"cannot load {name!r}: {_first_line(error)}") from error
-    except ValueError as error:
+    except ImportError:
+        raise
+    except Exception as error:  # a broken folder gives errors of every kind, of safetensors and tokenizers too
         raise _named(error, name) from error
     if implementation_of(model.config) in PLUGINS:
         model.set_attn_implementation(own_backend(model))
@@ -112,7 +112,9 @@ def read_config(source: str | Path, *, revision: str | None = None, trust_remote
     chosen = {} if revision is None else {"revision": revision}
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **chosen)
-    except (OSError, ValueError) as error:
+    except ImportError:
+        raise
+    except Exception as error:
         raise _named(error, str(source)) from error
 
 
@@ -126,13 +128,22 @@ def config_of(name: str) -> dict[str, Any]:
 
 
 def model_without_weights(config: Any, *, trust_remote_code: bool = False, **options: Any) -> Any:
-    """The model of a config on the meta device: what AutoModel builds, or the first class that its own code names."""
+    """The model of a config on the meta device: what AutoModel builds, or the first class that its own code names.
+
+    Raises:
+        ValueError: the config describes no model that can be built.
+    """
     import transformers
 
     named = [name for name in getattr(config, "auto_map", None) or {} if name.startswith("AutoModel")]
     auto = "AutoModel" if not named or "AutoModel" in named else named[0]
-    with torch.device("meta"):
-        return getattr(transformers, auto).from_config(config, trust_remote_code=trust_remote_code, **options)
+    try:
+        with torch.device("meta"):
+            return getattr(transformers, auto).from_config(config, trust_remote_code=trust_remote_code, **options)
+    except (ImportError, NotImplementedError):
+        raise
+    except Exception as error:
+        raise _named(error, str(config.name_or_path)) from error
 
 
 def positions(config: Any) -> int | None:
@@ -174,7 +185,8 @@ def _named(error: Exception, name: str) -> ValueError:
         return ValueError(
             f"{name!r} brings Python code of its own, which is not run unasked: read it, then pass --trust-remote-code."
         )
-    return ValueError(f"cannot load {name!r}: {_first_line(error)}")
+    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+    return ValueError(f"cannot load {name!r}: {kind}{_first_line(error)}")
 
 
 def _first_line(error: Exception) -> str:

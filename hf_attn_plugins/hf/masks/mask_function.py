@@ -65,6 +65,7 @@ def mask_function(
         )
     else:
         read = recognise(mask_function, place)
+    _check_padding(attention_mask, batch_size)
     padding = _padding(attention_mask, kv_length, kv_offset, tracing)
     # Families without sdpa add their masks to the scores, and never leave one out.
     floats = config is not None and families.own_backend_of(type(config).__module__) == "eager"
@@ -79,6 +80,15 @@ def mask_function(
     if isinstance(mask, TracedMask) and config is not None and families.asks_for_type_of_mask(type(config).__module__):
         return mask.tensor()
     return mask
+
+
+def _check_padding(mask: Any, batch: int) -> None:
+    """Raise ValueError for a padding mask that is not one row of keys for each sequence, or one for all."""
+    if mask is not None and (mask.ndim != 2 or mask.shape[0] not in (1, batch)):
+        raise ValueError(
+            f"an attention mask is ({batch}, keys), 1 where a token is to be seen, or 4-d, ({batch}, 1 or heads, "
+            f"queries, keys); got {tuple(mask.shape)}: a mask of queries and keys is mask[None, None]."
+        )
 
 
 def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int, tracing: bool) -> Tensor | None:

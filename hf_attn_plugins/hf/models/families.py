@@ -124,8 +124,21 @@ def refuse_models_that_never_ask(config_module: str) -> None:
 
 @torch.compiler.assume_constant_result
 def names_keyword(module_class: Any, keyword: str) -> bool:
-    """Whether an attention class passes `keyword=` by name, so that it means something to this family."""
-    return f"{keyword}=" in class_source(module_class).replace(f"{keyword} =", f"{keyword}=")
+    """Whether a keyword of the attention call means something to this family.
+
+    Its attention class passes `keyword=` by name or reads kwargs["keyword"], or its file's own attention takes it.
+    """
+    return _names_keyword(module_class, keyword)
+
+
+@functools.cache
+def _names_keyword(module_class: Any, keyword: str) -> bool:
+    own = vars(sys.modules.get(module_class.__module__) or object).get("eager_attention_forward")
+    if own is not None and keyword in inspect.signature(own).parameters:
+        return True
+    named = re.compile(rf"(?<!\w){re.escape(keyword)} ?=(?!=)|[\"']{re.escape(keyword)}[\"']")
+    classes = [cls for cls in module_class.__mro__ if not cls.__module__.startswith("torch.")]
+    return any(named.search(class_source(cls)) for cls in classes if cls is not object)
 
 
 @functools.cache

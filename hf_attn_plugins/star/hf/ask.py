@@ -14,6 +14,8 @@ from hf_attn_plugins.star.hf.cache import as_ids, branch, record_of
 from hf_attn_plugins.star.hf.fingerprint import fingerprint
 from hf_attn_plugins.star.hf.model import dense, frozen_rope, windows
 
+OURS = ("return_dict_in_generate", "cache_implementation")
+
 
 def ask(
     model: nn.Module,
@@ -45,7 +47,7 @@ def ask(
         raise ValueError(
             f"this cache holds {len(record.context_ids)} contexts: ask() takes one; call generate() yourself."
         )
-    taken = {"input_ids", "inputs", "attention_mask", *NAMES, "return_dict_in_generate"} & set(generate)
+    taken = {"input_ids", "inputs", "attention_mask", *NAMES, *OURS} & set(generate)
     if taken:
         raise ValueError(
             f"ask() sets {', '.join(sorted(taken))} itself: call model.generate over star.branch(cache) instead."
@@ -90,8 +92,8 @@ def _generate(model: nn.Module, cache: Any, questions: list[Tensor], options: di
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     input_ids = torch.cat([context, padded], 1).to(device)
     mask = torch.cat([torch.ones_like(context), real], 1).to(device)
+    ours: dict[str, Any] = dict.fromkeys(OURS)  # whatever the model's generation config says of them
+    ours |= {cache_keyword(model): branch(cache, len(questions)), "return_dict_in_generate": False}
     with dense(model), frozen_rope(model, record.max_length):
-        output = model.generate(  # type: ignore[operator]
-            input_ids=input_ids, attention_mask=mask, **{cache_keyword(model): branch(cache, len(questions))}, **options
-        )
+        output = model.generate(input_ids=input_ids, attention_mask=mask, **ours, **options)  # type: ignore[operator]
     return output[:, input_ids.shape[1] :].cpu()

@@ -163,7 +163,7 @@ def as_ids(tokens: Tensor | Sequence[int] | Sequence[Sequence[int]], name: str) 
     ids = ids.unsqueeze(0) if ids.ndim == 1 else ids
     if ids.numel() == 0:
         ids = ids.long()
-    if ids.ndim != 2 or ids.is_floating_point():
+    if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(
             f"{name} must be token ids of shape (tokens,) or (batch, tokens), got {tuple(ids.shape)} {ids.dtype}."
         )

@@ -60,7 +60,7 @@ From a folder, without the Hub: `LOCAL_KERNELS="OWNER/{name}=FOLDER"`, FOLDER be
 ## Variants
 {variants}
 
-Both hold the same Python and C sources. On CPUs with AVX512-BF16 or AVX2 the C sources are compiled on first use, in
+Both hold the same Python and C sources. On CPUs with AMX, AVX-512 or AVX2 the C sources are compiled on first use, in
 about a second, by `cc`, `gcc` or `clang`; other CPUs, and machines without a compiler, use PyTorch's operators and
 tiles in Python. `HF_ATTN_PLUGINS_COMPILE=0` keeps the kernel from calling a compiler. GPUs use PyTorch's operators, and
 FlexAttention or Triton for what those cannot do. `metadata.json` holds the SHA-256 digest of every file.

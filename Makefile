@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 # A CPU build of torch first, so that no other package pulls in one of several gigabytes.
 TORCH_INDEX ?=
 
-.PHONY: demo eval compatibility test test-grid test-slow test-gpu test-versions test-floor lint format bench readme docs clean
+.PHONY: demo eval compatibility test test-grid test-slow test-gpu test-versions test-floor lint format bench readme docs wheel clean
 
 $(VENV)/.dev: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -79,6 +79,11 @@ $(VENV)/.docs: $(VENV)/.dev
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict --quiet
 	$(BIN)/python -m tests.docs.offline build/site
+
+# A release in dist/: the source archive, the wheel for any platform, and the one for Linux on x86-64, which ships the C
+# kernels compiled. Needs gcc 12 or newer on x86-64.
+wheel: $(VENV)/.dev
+	$(BIN)/python -m tests.wheel dist
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

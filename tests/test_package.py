@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.wheel import built
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hf_attn_plugins"
@@ -43,20 +44,6 @@ def test_import_touches_no_gpu_and_brings_little():
         "assert 'tiled_attention' in AttentionInterface._global_mapping\n"
         "assert not torch.cuda.is_initialized()\n"
     )
-
-
-def built(place: Path, *words: str) -> Path:
-    """The folder of what `python -m build` makes of a copy of this tree: building leaves its own folders behind."""
-    source, target = place / "source", place / "dist"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for name in ("hf_attn_plugins", "eval", "patches"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    command = [sys.executable, "-m", "build", *words, "--no-isolation", "--outdir", str(target), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return target
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,9 @@
-"""The C sources beside this file as a shared library: compiled by the machine's compiler on first use, then kept.
+"""The C sources beside this file as a shared library: shipped in the wheel for Linux, else compiled on first use.
 
-There is one library per instruction set (`instruction_sets.py`). It takes a few seconds, once for every version of the
-sources and of the compiler. Nothing is compiled at install, and without a compiler, or without one of the instruction
-sets, PyTorch's operator or the tiles of `kernels.cpu` do the same work.
+There is one library per instruction set (`instruction_sets.py`). The wheel for Linux on x86-64 has them in `compiled/`.
+Otherwise the machine's compiler makes one, in a few seconds, once for every version of the sources and of the compiler,
+and it is kept. Nothing is compiled at install. Without a library, or without one of the instruction sets, PyTorch's
+operator or the tiles of `kernels.cpu` do the same work.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from hf_attn_plugins.kernels.cpu_fused.instruction_sets import SETS, Instruction
 
 logger = logging.getLogger(__name__)
 
-SWITCH = "HF_ATTN_PLUGINS_COMPILE"  # "0" keeps the package from calling a compiler
+HERE = Path(__file__).parent
+SWITCH = "HF_ATTN_PLUGINS_COMPILE"  # "0" turns the C kernels off: none is compiled, and no shipped one is loaded
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=fast", "-fPIC", "-shared", "-fopenmp")
 SECONDS = 120  # after which a compiler is given up
@@ -42,13 +44,13 @@ class Unavailable(RuntimeError):
 
 @torch.compiler.assume_constant_result
 def unavailable(dtype: torch.dtype = torch.bfloat16) -> str | None:
-    """None where kernels for `dtype` can run, else the reason why not. Compiles them, the first time it is asked."""
+    """None where kernels for `dtype` can run, else the reason why not. The first time, it loads or compiles them."""
     chosen = best(dtype, allowed())
     return chosen if isinstance(chosen, str) else reason_against(chosen)
 
 
 def reason_against(chosen: InstructionSet) -> str | None:
-    """None where the kernels of an instruction set of this CPU can run, else the reason why not; compiles them."""
+    """None where the kernels of an instruction set of this CPU can run, else the reason why not; see `unavailable`."""
     return _state(chosen.name)[1]
 
 
@@ -56,7 +58,7 @@ def library(chosen: InstructionSet | None = None) -> ctypes.CDLL:
     """The loaded library of an instruction set; None takes the one for bfloat16.
 
     Raises:
-        Unavailable: the CPU has no such instructions, there is no compiler, or one that failed.
+        Unavailable: the CPU has no such instructions, or no library was shipped and there is no compiler that works.
     """
     found = best(torch.bfloat16, allowed()) if chosen is None else chosen
     if isinstance(found, str):
@@ -74,9 +76,17 @@ def _state(name: str) -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"they are built on Linux only, not on {sys.platform}"
     if os.environ.get(SWITCH) == "0":
         return None, f"{SWITCH}=0 is set"
+    lacking = "this package came without compiled ones"
+    try:
+        shipped = HERE / shipped_name(chosen)
+        if _in_package(shipped):
+            return ctypes.CDLL(str(shipped)), None
+    except OSError as error:  # another system's, damaged, without an OpenMP runtime; or there are no sources
+        lacking = f"those that came with this package cannot be loaded ({error})"
+        logger.warning("hf_attn_plugins' fused CPU kernels: %s. They are compiled here, if possible.", lacking)
     compiler = next(filter(None, map(shutil.which, [os.environ.get("CC", ""), *COMPILERS])), None)
     if compiler is None:
-        return None, f"there is no C compiler ({', '.join(COMPILERS)} or $CC)"
+        return None, f"there is no C compiler ({', '.join(COMPILERS)} or $CC), and {lacking}"
     try:
         return _loaded(compiler, chosen), None
     except (OSError, subprocess.SubprocessError) as error:
@@ -84,6 +94,30 @@ def _state(name: str) -> tuple[ctypes.CDLL | None, str | None]:
         reason = f"{compiler} could not build them ({said[-1] if said else error})"
         logger.warning("hf_attn_plugins' fused CPU kernels are off: %s. Slower ones are used instead.", reason)
         return None, reason
+
+
+def shipped_name(chosen: InstructionSet) -> str:
+    """Where the wheel for Linux has an instruction set's library, from this folder on.
+
+    The name holds a digest of the sources and flags: a library of other sources is not found.
+    """
+    return f"compiled/{chosen.name}_{_digest(chosen)}.so"
+
+
+def _in_package(path: Path) -> bool:
+    """Whether a file is there and lies in this folder, links followed in both: installers may link every file."""
+    found = path.resolve()
+    return found.is_file() and found.is_relative_to(Path(__file__).resolve().parent)
+
+
+def _digest(chosen: InstructionSet, *more: str) -> str:
+    """20 hexadecimal digits for the sources of an instruction set, the flags, and `more`."""
+    key = hashlib.sha256("\n".join([*more, *FLAGS, *chosen.flags]).encode())
+    folder = HERE / chosen.folder
+    shared = (HERE / name for name in ("call.h", "altered.h"))
+    for source in sorted({*folder.glob("*.c"), *folder.glob("*.h"), *shared}):
+        key.update(source.read_bytes())
+    return key.hexdigest()[:20]
 
 
 def _loaded(compiler: str, chosen: InstructionSet) -> ctypes.CDLL:
@@ -97,13 +131,8 @@ def _loaded(compiler: str, chosen: InstructionSet) -> ctypes.CDLL:
 
 def _built(compiler: str, chosen: InstructionSet) -> Path:
     """The library's file, compiled unless an earlier process has done so; complete or not there at all."""
-    folder = Path(__file__).parent / chosen.folder
-    known = [_output(compiler, "--version"), *platform.libc_ver(), *FLAGS, *chosen.flags]
-    key = hashlib.sha256("\n".join(known).encode())
-    shared = (Path(__file__).parent / name for name in ("call.h", "altered.h"))
-    for source in sorted({*folder.glob("*.c"), *folder.glob("*.h"), *shared}):
-        key.update(source.read_bytes())
-    path = _cache() / f"fused_{chosen.name}_{key.hexdigest()[:20]}.so"
+    digest = _digest(chosen, _output(compiler, "--version"), *platform.libc_ver())
+    path = _cache() / f"fused_{chosen.name}_{digest}.so"
     if not _ours(path, stat.S_ISREG):
         if os.path.lexists(path):
             logger.warning("%s is not a file that only this user can write: compiled anew.", path)
@@ -114,7 +143,7 @@ def _built(compiler: str, chosen: InstructionSet) -> Path:
 
 def compile_library(compiler: str, chosen: InstructionSet, library: Path, *more: str) -> None:
     """Compile the sources of an instruction set to a file; `more` are further options of the compiler."""
-    folder = Path(__file__).parent / chosen.folder
+    folder = HERE / chosen.folder
     sources = [str(source) for source in sorted(folder.glob("*.c"))]
     _output(compiler, *FLAGS, *chosen.flags, *more, *sources, "-o", str(library), "-lm")
     library.chmod(0o700)

@@ -54,7 +54,7 @@ class FusedFrom(NamedTuple):
 # By instruction set and dtype. Only what was measured stands here (kernels/README.md); anything else is never chosen.
 NEVER = 2**62
 FUSED_FROM = {
-    ("amx", torch.bfloat16): FusedFrom(128, 192, NEVER),
+    ("amx", torch.bfloat16): FusedFrom(256, 512, NEVER),
     ("avx512_bf16", torch.bfloat16): FusedFrom(96, 96, 256),
     ("avx512", torch.float32): FusedFrom(192, NEVER, NEVER),
     ("avx2", torch.float32): FusedFrom(192, 1024, 4096),
@@ -64,7 +64,7 @@ LEAST_ROWS, LEAST_FEW = (min(sizes[i] for sizes in FUSED_FROM.values()) for i in
 # The same for a mask tensor alone, which PyTorch's operator takes too. Others with a mask tensor, a softcap or dropout
 # would else run in tiles of PyTorch operators: `cpu_fused` wins there at any size.
 MASKED_FROM = {
-    ("amx", torch.bfloat16): FusedFrom(128, 128, NEVER),
+    ("amx", torch.bfloat16): FusedFrom(256, 256, NEVER),
     ("avx512_bf16", torch.bfloat16): FusedFrom(64, 64, 256),
     ("avx512", torch.float32): FusedFrom(192, 192, NEVER),
     ("avx2", torch.float32): FusedFrom(192, 192, NEVER),

@@ -76,6 +76,11 @@ def test_the_likelihood_of_an_answer_is_that_of_one_dense_forward(model, tmp_pat
         wanted = -logp.gather(1, torch.tensor(asked.answer)[:, None]).mean()
         assert done["tiled"][0][index]["nll"] == pytest.approx(float(wanted), rel=1e-4)
         assert done["sdpa"][0][index]["nll"] == pytest.approx(float(wanted), rel=1e-4)
+    row, base = (torch.tensor([each["nll"] for each in done[name][0]]).double() for name in ("near 64", "sdpa"))
+    more = row - base
+    cell = f"| {row.mean():.3f} ({more.mean():+.3f} ± {more.std() / 5**0.5:.3f}) |"
+    line = next(line for line in (tmp_path / "front.md").read_text().splitlines() if line.startswith("| near 64 |"))
+    assert cell in line
 
 
 def test_rows_by_name(model, tmp_path: Path, capsys) -> None:

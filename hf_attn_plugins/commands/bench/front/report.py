@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,8 @@ def report(done: dict[str, Any], folder: Path) -> Path:
         "Speed: sdpa's seconds for a prefill over the row's, medians over rounds in which all rows run one after "
         "another in an order drawn anew (from the row's longest time to its shortest). Pairs: attended over causal "
         "ones. KL: nats against sdpa, mean over 2048 positions spread evenly over each text (smallest to largest "
-        "text). Perplexity: ratio to sdpa's, at the same positions. "
-        "NLL: mean negative log-likelihood of an answer's tokens. Found: answers all of whose tokens are the first "
+        "text). Perplexity: ratio to sdpa's, at the same positions. NLL: mean negative log-likelihood of an answer's "
+        "tokens; in brackets what it adds to sdpa's, with the standard error of the paired difference. Found: answers all of whose tokens are the first "
         "choice. Passkeys: five numbers in a document, each asked for by itself over one prefill. Needles: RULER's "
         "niah_multikey_2 and vt in turns. Heads and tuned options were chosen on other texts.",
         "",
@@ -61,8 +62,8 @@ def table(done: dict[str, Any], length: str, rows: list[dict[str, Any]]) -> list
         cells = [name, speed(done, length, name), *agreement(done, length, name)]
         for part in ("passkeys", "needles"):
             asked = answers(done, part, length, name)
-            nll = f"{statistics.fmean(each['nll'] for each in asked):.3f}" if asked else ""
-            cells += [nll, f"{sum(each['exact'] for each in asked)}/{len(asked)}" if asked else ""]
+            found = f"{sum(each['exact'] for each in asked)}/{len(asked)}" if asked else ""
+            cells += [likelihood(asked, [] if name == "sdpa" else answers(done, part, length, "sdpa")), found]
         lines.append("| " + " | ".join(cells) + " |")
     counts = {"texts": len(done["agreement"].get(length, {}).get(names[0], []))}
     counts |= {part: len(answers(done, part, length, "sdpa")) for part in ("passkeys", "needles")}
@@ -89,6 +90,17 @@ def answers(done: dict[str, Any], part: str, length: str, name: str) -> list[dic
     held = done[part].get(length, {})
     documents = held.get(name, [])
     return [each for document in documents for each in document] if len(documents) >= len(held.get("sdpa", [])) else []
+
+
+def likelihood(asked: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
+    """The mean of a row's answers, and what it adds to that of the same answers of `base`, with the standard error."""
+    if not asked:
+        return ""
+    mean = f"{statistics.fmean(each['nll'] for each in asked):.3f}"
+    more = [mine["nll"] - theirs["nll"] for mine, theirs in zip(asked, base, strict=False)]
+    if len(more) < 2:
+        return mean
+    return f"{mean} ({statistics.fmean(more):+.3f} ± {statistics.stdev(more) / math.sqrt(len(more)):.3f})"
 
 
 def speeds(done: dict[str, Any], length: str, name: str) -> list[float]:

@@ -36,9 +36,10 @@ def report(done: dict[str, Any], folder: Path) -> Path:
         "another in an order drawn anew (from the row's longest time to its shortest). Pairs: attended over causal "
         "ones. KL: nats against sdpa, mean over 2048 positions spread evenly over each text (smallest to largest "
         "text). Perplexity: ratio to sdpa's, at the same positions. NLL: mean negative log-likelihood of an answer's "
-        "tokens; in brackets what it adds to sdpa's, with the standard error of the paired difference. Found: answers all of whose tokens are the first "
-        "choice. Passkeys: five numbers in a document, each asked for by itself over one prefill. Needles: RULER's "
-        "niah_multikey_2 and vt in turns. Heads and tuned options were chosen on other texts.",
+        "tokens; in brackets what it adds to sdpa's, with the standard error of the paired difference. Found: answers "
+        "all of whose tokens are the first choice. Passkeys: five numbers in a document, each asked for by itself over "
+        "one prefill. Needles: RULER's niah_multikey_2 and vt in turns. Heads and tuned options were chosen on other "
+        "texts.",
         "",
     ]
     for length, rows in done["rows"].items():

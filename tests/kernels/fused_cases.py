@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,7 +17,7 @@ from hf_attn_plugins.core.rectangle import Rectangle
 from hf_attn_plugins.kernels import attend
 from hf_attn_plugins.kernels.attend_rectangles import attend_rectangles
 from hf_attn_plugins.kernels.cpu_fused import build
-from hf_attn_plugins.kernels.cpu_fused.instruction_sets import SETS, best
+from hf_attn_plugins.kernels.cpu_fused.instruction_sets import SETS, VARIABLE, allowed, best
 from hf_attn_plugins.testing import assert_close_to_reference, dense_attention, sharp_inputs
 
 FEW = 32  # rows, below which the worst error of plain attention is a matter of luck
@@ -37,6 +39,20 @@ def kinds(folders: tuple[str, ...] = ("float32",)) -> list[Kind]:
         for dtype in one.dtypes
         if best(dtype, one.name) == one and build._state(one.name)[1] is None
     ]
+
+
+@contextlib.contextmanager
+def allowing(instructions: str) -> Iterator[None]:
+    """No instruction set above this one is used inside. The package reads the variable once: it forgets."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = instructions
+    allowed.cache_clear()
+    try:
+        yield
+    finally:
+        os.environ.pop(VARIABLE)
+        os.environ |= {} if before is None else {VARIABLE: before}
+        allowed.cache_clear()
 
 
 def losses(

@@ -1,6 +1,6 @@
 """The compiled CPU kernels in bfloat16 against the oracle, with outputs poisoned; how they are built and done without.
 
-Whatever instruction set this CPU has runs here; `test_fused_float32.py` has float32 and the other sets.
+What multiplies bfloat16 here, or else whatever this CPU has; `test_fused_float32.py` has float32 and the other sets.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from hf_attn_plugins.kernels.cpu_fused import build, call, instruction_sets, lay
 from hf_attn_plugins.kernels.cpu_fused.build import library, unavailable
 from hf_attn_plugins.testing import assert_close_to_reference, dense_attention, sharp_inputs, visibility
 from tests import forks
+from tests.kernels.fused_cases import allowing, kinds
 from tests.kernels.test_attend import MASKS, as_mask
 
+on_each_set = pytest.mark.usefixtures("instructions")
 needs_library = pytest.mark.skipif(unavailable() is not None, reason=f"cpu_fused: {unavailable()}")
 # Few rows, which hold keys instead of queries, in chunks of 512; fewer and more rows than the 64 held; more keys than a
 # tile of 96; more rows than keys; ragged last steps.
@@ -37,6 +39,13 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(params=[kind.instructions for kind in kinds((".",))] or ["avx512"])
+def instructions(request):
+    """One of the sets that multiply bfloat16."""
+    with allowing(request.param):
+        yield request.param
+
+
 def losses(function, inputs, dtype, seen, grads):
     leaves = [x.to(dtype).detach().requires_grad_() for x in inputs]
     out, lse = function(*leaves)
@@ -45,6 +54,7 @@ def losses(function, inputs, dtype, seen, grads):
     return out.detach(), lse.detach(), torch.autograd.grad(loss, leaves)
 
 
+@on_each_set
 @needs_library
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -67,6 +77,7 @@ def test_forward_and_gradients(name, shape):
     assert torch.equal(attend(*inputs, mask=mask, kernel="cpu_fused").lse == -torch.inf, ~seen.expand(lse.shape))
 
 
+@on_each_set
 @needs_library
 @pytest.mark.parametrize("head_dims", [(16, 16), (64, 64), (80, 64), (128, 128), (192, 128), (256, 256)], ids=str)
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (5, 1)], ids=str)
@@ -83,6 +94,7 @@ def test_head_dims_and_shared_keys(head_dims, heads, rows):
         assert_close_to_reference(g, lo, r, 3.0)
 
 
+@on_each_set
 @needs_library
 @pytest.mark.parametrize("size", [1000.0, -1000.0])
 @pytest.mark.parametrize("rows", [2, 140])
@@ -96,6 +108,7 @@ def test_huge_scores_stay_finite(size, rows):
         assert tensor.isfinite().all()
 
 
+@on_each_set
 @needs_library
 def test_many_heads_on_the_same_keys_are_not_too_many_rows():
     query, key, value = sharp_inputs(1, 40, 1, 30, 700, 16, dtype=BF16)  # 1200 rows a key head
@@ -104,6 +117,7 @@ def test_many_heads_on_the_same_keys_are_not_too_many_rows():
     assert_close_to_reference(attend(query, key, value, is_causal=True, kernel="cpu_fused").out, low, ref)
 
 
+@on_each_set
 @needs_library
 def test_the_shift_moves_when_later_scores_are_far_larger():
     """The maximum is guessed from the first keys: needles hundreds of powers of two above it must still win."""
@@ -119,6 +133,7 @@ def test_the_shift_moves_when_later_scores_are_far_larger():
     assert_close_to_reference(lse, low_lse, ref_lse)
 
 
+@on_each_set
 @needs_library
 @pytest.mark.parametrize("rows", [2, 200])
 def test_a_nan_reaches_the_rows_that_see_it_and_no_other(rows):
@@ -130,6 +145,7 @@ def test_a_nan_reaches_the_rows_that_see_it_and_no_other(rows):
     assert out[0, 0, others].isfinite().all() and lse[0, 0, others].isfinite().all()
 
 
+@on_each_set
 @needs_library
 @pytest.mark.parametrize("rows", [2, 200])
 def test_keys_of_nan_are_not_taken_for_keys_unseen(rows):
@@ -156,6 +172,7 @@ def test_a_mask_of_another_shape_is_refused(rows, shape):
         attend(query, key, value, mask=mask, kernel="cpu_fused")
 
 
+@on_each_set
 @needs_library
 def test_strided_inputs_and_any_number_of_threads_give_the_same_bits():
     query, key, value = (torch.randn(2, 170, 3, 32).to(BF16).transpose(1, 2) for _ in range(3))
@@ -265,7 +282,7 @@ from hf_attn_plugins.kernels import attend
 from hf_attn_plugins.kernels.cpu_fused import build as fused
 from hf_attn_plugins.kernels.choose import choose
 from hf_attn_plugins.core.mask import Mask
-query = torch.randn(1, 2, 200, 32).to(torch.bfloat16)
+query = torch.randn(1, 2, 300, 32).to(torch.bfloat16)
 out = attend(query, query, query, is_causal=True).out
 kernel = choose(query, query, query, Mask(causal=True), None, 0.0).name
 print(kernel, "|", fused.unavailable(), "|", bool(out.isfinite().all()))

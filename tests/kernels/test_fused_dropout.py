@@ -8,9 +8,9 @@ from torch import Tensor
 
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.kernels import attend
-from hf_attn_plugins.kernels.cpu_fused import build, instruction_sets
+from hf_attn_plugins.kernels.cpu_fused import build
 from hf_attn_plugins.testing import assert_close_to_reference, sharp_inputs, visibility
-from tests.kernels.fused_cases import Kind, kinds
+from tests.kernels.fused_cases import Kind, allowing, kinds
 
 KINDS = kinds((".", "float32"))
 pytestmark = pytest.mark.skipif(not KINDS, reason=f"cpu_fused: {build.unavailable(torch.float32)}")
@@ -19,9 +19,9 @@ P = 0.3
 
 
 @pytest.fixture(params=KINDS, ids=lambda kind: f"{kind.instructions}-{str(kind.dtype)[6:]}")
-def kind(request, monkeypatch) -> Kind:
-    monkeypatch.setenv(instruction_sets.VARIABLE, request.param.instructions)
-    return request.param
+def kind(request) -> Kind:
+    with allowing(request.param.instructions):
+        yield request.param
 
 
 def kept(rows: int, dtype: torch.dtype, seed: int = 3) -> Tensor:

@@ -16,7 +16,7 @@ from hf_attn_plugins.kernels import attend
 from hf_attn_plugins.kernels.attend_rectangles import attend_rectangles
 from hf_attn_plugins.kernels.cpu_fused import build, call, instruction_sets
 from hf_attn_plugins.testing import assert_close_to_reference, dense_attention, sharp_inputs, visibility
-from tests.kernels.fused_cases import FEW, Kind, check_call, drawn, drawn_changes, kinds
+from tests.kernels.fused_cases import FEW, Kind, allowing, check_call, drawn, drawn_changes, kinds
 from tests.kernels.test_attend import MASKS, as_mask
 from tests.kernels.test_attend_rectangles import PAIRS, PER_ROW, STAR, padding, seen_by
 
@@ -26,20 +26,13 @@ pytestmark = pytest.mark.skipif(not KINDS, reason=f"cpu_fused: {build.unavailabl
 SHAPES = [(1, 1), (1, 1230), (7, 7), (20, 590), (65, 129), (97, 201), (200, 71), (130, 330)]
 
 
-def allow(monkeypatch, instructions: str) -> None:
-    """Set the variable, which the package reads once. Clear the cache again behind the test."""
-    monkeypatch.setenv(instruction_sets.VARIABLE, instructions)
-    instruction_sets.allowed.cache_clear()
-
-
 @pytest.fixture(params=KINDS, ids=lambda kind: f"{kind.instructions}-{str(kind.dtype)[6:]}")
-def kind(request, monkeypatch) -> Kind:
+def kind(request) -> Kind:
     """One instruction set, and memory that nothing was written to holds NaN."""
-    allow(monkeypatch, request.param.instructions)
     torch.use_deterministic_algorithms(True)
-    yield request.param
+    with allowing(request.param.instructions):
+        yield request.param
     torch.use_deterministic_algorithms(False)
-    instruction_sets.allowed.cache_clear()
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -198,12 +191,10 @@ def test_sizes_in_python_are_those_in_c():
     assert int(defined["SPLIT_KEYS"]) % int(defined["LANES"]) == 0
 
 
-def test_an_unknown_instruction_set_is_refused(monkeypatch):
-    allow(monkeypatch, "avx3")
-    query = torch.randn(1, 1, 100, 16)
-    with pytest.raises(ValueError, match=r"HF_ATTN_PLUGINS_INSTRUCTIONS='avx3' is unknown: choose one of amx"):
+def test_an_unknown_instruction_set_is_refused():
+    query, refused = torch.randn(1, 1, 100, 16), "HF_ATTN_PLUGINS_INSTRUCTIONS='avx3' is unknown: choose one of amx"
+    with allowing("avx3"), pytest.raises(ValueError, match=refused):
         attend(query, query, query, kernel="cpu_fused")
-    instruction_sets.allowed.cache_clear()
 
 
 def test_a_cpu_without_any_of_them_is_told_so(monkeypatch):

@@ -35,8 +35,7 @@ def indexed_scores(tables: Tables, indices: Tensor) -> Tensor:
     total, heads, _ = tables.scores.shape
     if whole_rows(tables):
         # Index_row of the character terms and of their position terms together; then Index_col of the result.
-        meta, position = tables.scores[:n], tables.scores[n : n + length]
-        rows = F.embedding(indices, meta.flatten(1)).view(words, length, heads, total) + position
+        rows = index_rows(tables.scores, indices, n)
         columns = indices[:, None, None].expand(words, length, heads, length)
         return rows[..., :n].gather(-1, columns) + rows[..., n : n + length]
     flat, head = tables.scores.view(-1), torch.arange(heads, device=indices.device).view(-1, 1)
@@ -102,7 +101,7 @@ def index_rows(table: Tensor, indices: Tensor, characters: int) -> Tensor:
     """Index_row(Meta, I) + Pos of a (n + L, H, dim) table: (W, L', H, dim)."""
     words, length = indices.shape
     meta, position = table[:characters], table[characters : characters + length]
-    if words <= characters:
+    if words <= characters or length * meta.numel() > PIECE:
         return F.embedding(indices, meta.flatten(1)).view(words, length, *meta.shape[1:]) + position
     # The result is by far the largest tensor. A table of all (position, character) sums lets one look-up write it once;
     # adding the positions afterwards would write it a second time.

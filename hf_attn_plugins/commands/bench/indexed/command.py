@@ -78,11 +78,11 @@ def _stages(found: dict[str, Any]) -> list[str]:
         "Tables are built in every call unless the row says otherwise. The rows Q K^T and whole include the "
         "projections, on both sides.",
         "",
-        "| stage | direct, ms | tables, ms | ratio | largest difference |",
-        "|---|---|---|---|---|",
+        "| stage | direct, ms | tables, ms | ratio | of one turn | largest difference |",
+        "|---|---|---|---|---|---|",
         *(
             f"| {row['name']} | {1e3 * row['direct']:.2f} | {1e3 * row['tables']:.2f} | {row['ratio']:.1f}x "
-            f"| {row['error']:.1e} |"
+            f"| {row.get('spread', '')} | {row['error']:.1e} |"
             for row in found["stages"]
         ),
     ]
@@ -94,14 +94,16 @@ def _scaling(rows: list[dict[str, Any]]) -> list[str]:
         "",
         'Below 1 the direct form is faster. The forecast is that of `indexed.plan`, by which `form="auto"` decides.',
         "",
-        "| varied | value | direct, ms | tables, ms | ratio | forecast | frozen, ms | ratio | forecast |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| varied | value | direct, ms | tables, ms | ratio | of one turn | forecast | frozen, ms | ratio "
+        "| of one turn | forecast |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         direct, tables, frozen = (1e3 * row[name] for name in ("direct", "tables", "frozen"))
         lines.append(
             f"| {row['varied']} | {row['value']} | {direct:.2f} | {tables:.2f} | {direct / tables:.2f}x "
-            f"| {row['forecast']:.2f}x | {frozen:.2f} | {direct / frozen:.2f}x | {row['forecast_frozen']:.2f}x |"
+            f"| {row.get('spread', '')} | {row['forecast']:.2f}x | {frozen:.2f} | {direct / frozen:.2f}x "
+            f"| {row.get('spread_frozen', '')} | {row['forecast_frozen']:.2f}x |"
         )
     return lines
 
@@ -111,7 +113,8 @@ def _text(found: dict[str, Any]) -> list[str]:
     before, after = found["accuracy_before"], found["accuracy_after"]
     for name in ("tables", "frozen"):
         fast, slow = found[f"{name}_seconds"], found[f"direct_seconds_beside_{name}"]
-        lines.append(f"| {name} | {words / slow:,.0f} | {words / fast:,.0f} | {slow / fast:.1f}x |")
+        turns = found.get(f"spread_{name}", "")
+        lines.append(f"| {name} | {words / slow:,.0f} | {words / fast:,.0f} | {slow / fast:.1f}x | {turns} |")
     return [
         f"## A real text: {found['name']}",
         "",
@@ -119,8 +122,8 @@ def _text(found: dict[str, Any]) -> list[str]:
         f"{found['characters']} characters, {found['length']} positions, d = {found['width']}, {found['heads']} heads, "
         f"concatenated. Largest difference between the forms: {found['error']:.1e}.",
         "",
-        "| every distinct word once | direct, words/s | words/s | ratio |",
-        "|---|---|---|---|",
+        "| every distinct word once | direct, words/s | words/s | ratio | of one turn |",
+        "|---|---|---|---|---|",
         *lines,
         "",
         f"{found['steps']} training steps through the tables ({found['train_seconds']:.1f} s) move the vector of a "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_attn_plugins.bench.timing import spread
 from hf_attn_plugins.commands.bench.indexed.timing import interleaved
 from hf_attn_plugins.indexed.modules import WordEncoder
 from hf_attn_plugins.indexed.words import Vocabulary, by_frequency, misspell, words_of
@@ -154,7 +156,7 @@ def run(text: str, queries: Sequence[str], settings: Settings | None = None) -> 
     }
 
 
-def _throughput(encoder: WordEncoder, indices: Tensor, repeats: int) -> dict[str, float]:
+def _throughput(encoder: WordEncoder, indices: Tensor, repeats: int) -> dict[str, Any]:
     attention = encoder.attention
 
     def direct() -> Tensor:
@@ -174,9 +176,11 @@ def _throughput(encoder: WordEncoder, indices: Tensor, repeats: int) -> dict[str
         return encoder(indices)
 
     error = (direct() - tables()).abs().max().item()
-    seconds = {}
+    found: dict[str, Any] = {}
     pairs = {"tables": tables, "frozen": frozen}
     for name, form in pairs.items():
-        seconds[f"{name}_seconds"], seconds[f"direct_seconds_beside_{name}"] = interleaved([form, direct], repeats)
+        fast, slow = interleaved([form, direct], repeats)
+        found[f"{name}_seconds"], found[f"direct_seconds_beside_{name}"] = map(statistics.median, (fast, slow))
+        found[f"spread_{name}"] = spread(slow, fast)
     attention.form = "auto"
-    return {**seconds, "error": error}
+    return {**found, "error": error}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_attn_plugins.bench.timing import spread
 from hf_attn_plugins.commands.bench.arguments import PUBLISHED
 from hf_attn_plugins.indexed.attention import (
     column_weights,
@@ -41,12 +42,14 @@ class Timing:
     Attributes:
         name: the stage.
         direct, tables: median seconds of the direct form and of the table form.
+        spread: the smallest and the largest ratio of one turn.
         error: the largest absolute difference between the two results.
     """
 
     name: str
     direct: float
     tables: float
+    spread: str
     error: float
 
     @property
@@ -55,8 +58,8 @@ class Timing:
         return self.direct / self.tables
 
 
-def interleaved(functions: list[Callable[[], Any]], repeats: int, batch: list[int] | None = None) -> list[float]:
-    """Median seconds of each function. They run in turns, so that a machine that slows down slows all of them.
+def interleaved(functions: list[Callable[[], Any]], repeats: int, batch: list[int] | None = None) -> list[list[float]]:
+    """Seconds of each function, turn by turn. They take turns, so that a machine that slows down slows all of them.
 
     Args:
         functions: what to time.
@@ -73,7 +76,7 @@ def interleaved(functions: list[Callable[[], Any]], repeats: int, batch: list[in
             for _ in range(count):
                 function()
             record.append((time.perf_counter() - start) / count)
-    return [statistics.median(record) for record in seconds]
+    return seconds
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,7 @@ def time_stages(sizes: CallSizes = PUBLISHED_SIZES, repeats: int = 7) -> list[Ti
     for name, direct, tables in stages(sizes):
         error = (direct() - tables()).abs().max().item()
         slow, fast = interleaved([direct, tables], repeats, [1, 5])
-        found.append(Timing(name, slow, fast, error))
+        found.append(Timing(name, statistics.median(slow), statistics.median(fast), spread(slow, fast), error))
     return found
 
 
@@ -193,10 +196,11 @@ def time_scaling(base: CallSizes = PUBLISHED_SIZES, repeats: int = 5) -> list[di
 
             seconds = interleaved([direct, tables, frozen], repeats, [1, 3, 3])
             forecast = [direct_cost(sizes).total / table_cost(sizes, of).total for of in (False, True)]
-            row = dict(zip(("direct", "tables", "frozen"), seconds, strict=True))
-            found.append(
-                {"varied": name, "value": value, **row, "forecast": forecast[0], "forecast_frozen": forecast[1]}
-            )
+            row: dict[str, Any] = {"varied": name, "value": value}
+            row |= zip(("direct", "tables", "frozen"), map(statistics.median, seconds), strict=True)
+            row |= zip(("forecast", "forecast_frozen"), forecast, strict=True)
+            row |= zip(("spread", "spread_frozen"), (spread(seconds[0], own) for own in seconds[1:]), strict=True)
+            found.append(row)
     return found
 
 

@@ -164,3 +164,23 @@ def test_an_unknown_kernel_is_refused():
     query = torch.empty(1, 2, 1, 16)
     with pytest.raises(ValueError, match="'fast' is unknown: choose one of reference"):
         choosing.choose(query, query, query, Mask(), None, 0.0, "fast")
+
+
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("group", [1, 3, 4])
+def test_few_heads_that_share_keys_become_rows_only_where_that_is_faster(monkeypatch, amx, group):
+    from hf_attn_plugins.kernels.aten import attend as aten
+
+    shapes = []
+    run = aten.flash_cpu
+    monkeypatch.setattr(aten, "_has_amx", lambda: amx)
+    monkeypatch.setattr(aten, "flash_cpu", lambda query, *rest: shapes.append(tuple(query.shape)) or run(query, *rest))
+    query, key, value = sharp_inputs(1, 2 * group, 2, 1, 40, 16, dtype=torch.bfloat16)
+    out, lse = attend(query, key, value, kernel="aten")
+    folded = group > 1 and (group >= 4 or not amx)
+    assert shapes == [(1, 2, group, 16) if folded else (1, 2 * group, 1, 16)]
+    visible = visibility(1, 40)
+    ref, ref_lse = dense_attention(query.double(), key.double(), value.double(), visible)
+    low, low_lse = dense_attention(query, key, value, visible)
+    assert_close_to_reference(out, low, ref)
+    assert_close_to_reference(lse, low_lse, ref_lse, 3.0, "lse")

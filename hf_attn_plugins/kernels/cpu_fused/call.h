@@ -27,11 +27,11 @@ typedef struct {
     const int32_t *row_pieces, *key_pieces;
     int64_t row_pieces_most, key_pieces_most;   /* most pieces of a tile */
     int64_t row_pieces_batch, key_pieces_batch; /* stride of the batch in elements; 0 if all its rows share the plan */
-    int32_t *pairs;  /* scratch of the kernels with bfloat16 products: see forward.c and backward.c */
-    float *partials; /* scratch of decode.c, and of float32/backward.c */
+    int32_t *pairs;  /* scratch of the kernels in bfloat16/: see forward.c and backward.c */
+    float *partials; /* scratch of both decode.c, and of float32/backward.c */
     float scale;
     int32_t threads;
-    int32_t dtype; /* how the tensors are stored: see float32/vec.h. Those with bfloat16 products take bfloat16 only */
+    int32_t dtype; /* how the tensors are stored: see float32/vec.h. Those in bfloat16/ take bfloat16 only */
     int32_t parts; /* of float32/backward.c: how many threads may share one key head */
     /* (batch, heads, rows): what rounding lse to float32 left out, in base 2: an lse of 40 is off by 2e-6, and so would
      * be all weights of the backward. Written by float32/forward.c, read by float32/backward.c; NULL means 0. */

@@ -49,9 +49,9 @@ AVX512_BF16 = (*AVX512, "-mavx512bf16")
 STORED = (torch.float32, torch.bfloat16)  # in the order of vec.h
 # The first that the CPU has is used. Sources in `float32` multiply in float32, whatever the tensors are stored in.
 SETS = (
-    InstructionSet("amx", X86, "amx_tile", "AMX", ".", (*AVX512_BF16, "-mamx-tile", "-mamx-bf16"),
+    InstructionSet("amx", X86, "amx_tile", "AMX", "bfloat16", (*AVX512_BF16, "-mamx-tile", "-mamx-bf16"),
                    (torch.bfloat16,), 64, 512, (32, 128)),
-    InstructionSet("avx512_bf16", X86, "avx512_bf16", "AVX512-BF16", ".", AVX512_BF16,
+    InstructionSet("avx512_bf16", X86, "avx512_bf16", "AVX512-BF16", "bfloat16", AVX512_BF16,
                    (torch.bfloat16,), 64, 512, (6, 96)),
     InstructionSet("avx512", X86, "avx512", "AVX-512", "float32", AVX512, STORED, 96, 576),
     InstructionSet("avx2", X86, "avx2", "AVX2", "float32", AVX2, STORED, 96, 576),

@@ -1,6 +1,6 @@
 /* Which walked rows a block of held rows sees: queries that hold see keys, keys that hold are seen by queries.
  *
- * `../visibility.h` is the same for the kernels with bfloat16 products, in vectors. */
+ * `../bfloat16/visibility.h` is the same for the kernels with bfloat16 products. */
 #pragma once
 #include "tile.h"
 

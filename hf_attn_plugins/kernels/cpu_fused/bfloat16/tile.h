@@ -29,7 +29,7 @@ typedef struct {
 } Rows;
 
 #define ELEMENT bf16
-#include "call.h"
+#include "../call.h"
 
 static inline Rows rows_of(const Tensor *tensor, int64_t b, int64_t h, int64_t count) {
     return (Rows){tensor->data + b * tensor->batch + h * tensor->head, tensor->token, count};

@@ -1,7 +1,7 @@
 /* From products to scores of altered calls: see altered.h. Plain calls come here for decoding only. */
 #pragma once
 #include "visibility.h" /* first: it says what ELEMENT is */
-#include "altered.h"
+#include "../altered.h"
 
 /* The score of a product, without the bias. `slope` becomes its derivative, that of tanh, where it is not NULL.
  * tanh(y) = 1 - 2 r and its slope is 4 r (1 - r), with r = 1 / (1 + exp(2 y)). */

@@ -63,9 +63,9 @@ def names_of(words: list[str]) -> list[str]:
     for word in words:
         if word not in TASKS and word not in GROUPS:
             hint = did_you_mean(word, [*GROUPS, *TASKS])
+            known = [*GROUPS, *(name for name in TASKS if "/" not in name)]
             raise ValueError(
-                f"no task {word!r}{hint}: choose from {', '.join(GROUPS)}, {', '.join(n for n in TASKS if '/' not in n)}, "
-                "or one of a suite, such as longbench/qasper."
+                f"no task {word!r}{hint}: choose from {', '.join(known)}, or one of a suite, such as longbench/qasper."
             )
         found.update(dict.fromkeys(GROUPS.get(word, (word,))))
     if not found:

@@ -23,7 +23,7 @@ class Formatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An `argparse.ArgumentParser` that shows defaults, and suggests the nearest option or choice for a misspelt one."""
+    """An `argparse.ArgumentParser` that shows defaults, and suggests what was meant by a misspelt option or choice."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         options.setdefault("formatter_class", Formatter)

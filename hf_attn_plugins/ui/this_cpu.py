@@ -28,10 +28,10 @@ def sentence(machine: str, flags: Set[str]) -> str:
     if machine.lower() not in X86 or not flags:
         return ""
     for flag, title, multiplies in FEATURES:
-        if flag in flags and multiplies:
-            return f"This CPU multiplies bfloat16 ({title}): load models in bfloat16 and use tiled_attention."
         if flag in flags:
-            return f"This CPU has {title} and does not multiply bfloat16: load models in float32 and use tiled_attention."
+            what = f"multiplies bfloat16 ({title})" if multiplies else f"has {title} and does not multiply bfloat16"
+            dtype = "bfloat16" if multiplies else "float32"
+            return f"This CPU {what}: load models in {dtype} and use tiled_attention."
     return "This CPU has neither AVX2 nor AVX-512: load models in float32; no plugin is faster than sdpa there."
 
 

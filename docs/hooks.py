@@ -26,6 +26,7 @@ PAGES = {
     "reference/kernels.md": "hf_attn_plugins/kernels/README.md",
     "reference/patches.md": "patches/README.md",
     "results/default.md": f"{RESULTS}/default/report.md",
+    "results/amx.md": f"{RESULTS}/amx/tiled.md",
     **{f"results/{path.name}": f"{RESULTS}/{path.name}" for path in sorted((ROOT / RESULTS).glob("*.md"))},
 }
 _SITE = {source: page for page, source in PAGES.items()}

@@ -22,6 +22,7 @@ from hf_attn_plugins.checkpoint.write import (
     write_in_place,
 )
 from hf_attn_plugins.hf.inputs.arguments import DEMO
+from hf_attn_plugins.ui.suggest import did_you_mean, nearest
 
 
 def recipe(name: str) -> ModuleType:
@@ -85,7 +86,7 @@ def _patch(arguments: argparse.Namespace) -> None:
         if arguments.in_place:
             raise ValueError(f"{DEMO} is the copy that all commands share: write to a new folder DST.")
         arguments.source = str(demo_folder())
-    source = open_source(arguments.source)
+    source = _opened(arguments.source)
     if arguments.in_place:
         refuse_in_place(source)
         if not arguments.dry_run and interrupted(source.folder):
@@ -103,6 +104,15 @@ def _patch(arguments: argparse.Namespace) -> None:
     else:
         write_copy(source, arguments.destination, patch, hard_link=arguments.hard_link)
         print(f"{arguments.destination}: written; {source.folder} is untouched.")
+
+
+def _opened(given: str) -> Source:
+    try:
+        return open_source(given)
+    except FileNotFoundError as error:
+        if nearest(str(given), [DEMO]) is None or Path(given).exists():
+            raise
+        raise FileNotFoundError(f"{str(error).rstrip('.')}{did_you_mean(str(given), [DEMO])}.") from error
 
 
 def _diff(source: Source, patch: Patch) -> str:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 Column = tuple[str, Callable[[Row], str]]
 LISTED_ERRORS = 20
-BASELINE = "baseline"
+BASELINE, OVERVIEW = "baseline", "Overview"
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,6 @@ def headline(metrics: Row) -> Table:
         ("decode speed-up", lambda row: figures.speed(row, "decode_speed_up")),
         ("peak memory", figures.memory),
         ("errors", lambda row: str(row["errors"] or figures.NOTHING)),
-        ("what ran", lambda row: "; ".join(row.get("plans") or ()) or figures.NOTHING),
     ]
     sources = {row["speed_source"] for row in rows if row.get("speed_source")}
     timed = "" if sources <= {"speed"} else " Seconds are those of the answers themselves, not of repeated rounds."
@@ -80,7 +79,12 @@ def headline(metrics: Row) -> Table:
         "by how much the right answer is less likely than under the baseline. Ratios are to the baseline; a speed-up "
         f"above 1 is faster.{timed}"
     )
-    return _table("Overview", columns, rows, note)
+    return _table(OVERVIEW, columns, rows, note)
+
+
+def ran(metrics: Row) -> list[tuple[str, list[str]]]:
+    """(attention, the different plans that ran) for every attention of which it was recorded."""
+    return [(row["attn"], list(row["plans"])) for row in metrics["overall"] if row.get("plans")]
 
 
 def details(metrics: Row) -> list[Table]:
@@ -175,6 +179,13 @@ def markdown(title: str, config: Row, environment: Row, metrics: Row, errors: Se
     for table in (headline(metrics), *details(metrics)):
         page += ["", f"## {table.title}", "", *markdown_lines(table)]
         page += ["", table.note] if table.note else []
+        if table.title == OVERVIEW and ran(metrics):
+            page += [
+                "",
+                "What ran:",
+                "",
+                *(f"- {_plain(name)}: {_plain('; '.join(plans))}" for name, plans in ran(metrics)),
+            ]
     if errors:
         page += ["", f"## {figures.count(metrics['errors'], 'error')}", ""]
         page += [f"- {_plain(text)}" for text in errors[:LISTED_ERRORS]]

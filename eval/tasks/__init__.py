@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 
+from hf_attn_plugins.ui.suggest import did_you_mean
+
 from .task import Item, Setting, Task
 
 __all__ = ["GROUPS", "TASKS", "Item", "Setting", "Task", "names_of", "task"]
@@ -60,9 +62,10 @@ def names_of(words: list[str]) -> list[str]:
     found: dict[str, None] = {}
     for word in words:
         if word not in TASKS and word not in GROUPS:
+            hint = did_you_mean(word, [*GROUPS, *TASKS])
+            known = [*GROUPS, *(name for name in TASKS if "/" not in name)]
             raise ValueError(
-                f"no task {word!r}: choose from {', '.join(GROUPS)}, {', '.join(n for n in TASKS if '/' not in n)}, "
-                "or one of a suite, such as longbench/qasper."
+                f"no task {word!r}{hint}: choose from {', '.join(known)}, or one of a suite, such as longbench/qasper."
             )
         found.update(dict.fromkeys(GROUPS.get(word, (word,))))
     if not found:

@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
         f"activated: {folder / MODULE}.pth\n"
         "Every Python of this environment now imports one small file at its start (below a millisecond). A program "
         "that imports transformers also imports hf_attn_plugins (some ten milliseconds; without torch).\n"
-        "hf-attn deactivate takes it back; so must whoever uninstalls the package."
+        "hf-attn deactivate takes it back: run it before you uninstall the package."
     )
 
 

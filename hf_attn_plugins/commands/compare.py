@@ -123,5 +123,5 @@ def _lengths(text: str) -> list[int]:
 
 
 def _machine(facts: dict[str, Any]) -> str:
-    machine = f"{facts['processor']}, {facts['threads']} threads"
+    machine = f"{facts['processor']}, {facts['threads']} thread{'s' * (facts['threads'] != 1)}"
     return f"{machine}, torch {facts['torch']}, transformers {facts['transformers']}"

@@ -38,7 +38,9 @@ class Place:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("shell", choices=list(HOW), help="; ".join(HOW.values()))
+    parser.add_argument("shell", choices=list(HOW), help="the shell")
+    parser.epilog = "\n".join(["to install it:", *(f"  {line}" for line in HOW.values())])
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""`hf-attn list`: the plugin table, for the terminal, as Markdown (the README's) or as JSON."""
+"""`hf-attn list`: the plugin table, for the terminal, as Markdown (the README's) or as JSON; and what this CPU is."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 
 from hf_attn_plugins.plugins import PLUGINS
+from hf_attn_plugins.ui import this_cpu
 
 WIDE = 110  # columns of a terminal from which on the table is not cut into narrow columns
 
@@ -18,25 +19,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the table; in a narrow terminal one block of lines for each plugin."""
+    """Print the table, in a narrow terminal as one block of lines for each plugin, and a sentence on this CPU."""
     if arguments.json:
         print(json.dumps([plugin.as_dict() for plugin in PLUGINS.values()], indent=2))
     elif arguments.markdown:
         print(markdown())
     else:
-        from rich.console import Console
-        from rich.table import Column, Table
+        _print_table()
+        found = this_cpu.here()
+        if found:
+            print(f"\n{found}")
 
-        console = Console()
-        if console.width < WIDE:
-            print(blocks())
-            return
-        table = Table(
-            Column("name", no_wrap=True), "what it does", "exact", Column("options", overflow="fold"), "source"
-        )
-        for row in _rows():
-            table.add_row(*row)
-        console.print(table)
+
+def _print_table() -> None:
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    console = Console()
+    if console.width < WIDE:
+        print(blocks())
+        return
+    table = Table(Column("name", no_wrap=True), "what it does", "exact", Column("options", overflow="fold"), "source")
+    for row in _rows():
+        table.add_row(*row)
+    console.print(table)
 
 
 def markdown() -> str:

@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from hf_attn_plugins.bench.hardware import describe
-    from hf_attn_plugins.commands.look_page import page
+    from hf_attn_plugins.commands.look_page import changed, hidden, page
     from hf_attn_plugins.core.staging import put
     from hf_attn_plugins.hf.inputs.load import load_for, positions
     from hf_attn_plugins.hf.inputs.texts import text_tokens
@@ -69,8 +69,13 @@ def run(arguments: argparse.Namespace) -> None:
             lambda what: progress(what, next(done), steps),
         )
     tokens = [tokenizer.decode([token]) for token in ids[0].tolist()]
-    facts = {"model": arguments.model, "dtype": arguments.dtype, "tokens": str(len(tokens)), **describe(model.device)}
+    machine = describe(model.device)
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "transformers", "hf_attn_plugins"))
+    facts = {"model": arguments.model, "dtype": arguments.dtype, "tokens": f"{len(tokens):,} tokens"}
+    facts |= {"processor": str(machine["processor"]), "versions": versions}
     choices = {token: tokenizer.decode([token]) for each in found.values() for token in each.choices()}
-    text = page(facts, tokens, heads, options.plan_of(len(tokens)), found, choices)
+    plan = options.plan_of(len(tokens))
+    text = page(facts, tokens, heads, plan, found, choices)
     put(out, lambda path: path.write_text(text, encoding="utf-8"))
+    print("\n".join([hidden(heads, plan), *(f"{label}: {changed(each)}" for label, each in found.items())]))
     print(f"written to {out}")

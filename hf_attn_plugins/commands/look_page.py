@@ -13,6 +13,7 @@ from hf_attn_plugins.hf.look.reach import FIRST, WINDOWS, HeadReach
 from hf_attn_plugins.star.plan import Plan
 
 LEVELS = (0.01, 0.1, 1.0)  # nats from which on a token is coloured, and coloured more
+SAME = 0.004  # mean KL, twice what rounding to bfloat16 makes
 SOME = 0.1  # a head that loses so much of its weight is named in the verdict
 LEGEND = (
     '<ul class="key"><li><span class="k1">0.01 to 0.1 nats</span></li><li><span class="k2">0.1 to 1</span></li>'
@@ -32,7 +33,7 @@ def page(
     """The page as HTML, with style and data inside.
 
     Args:
-        facts: what was looked at, and on what, for the line under the title.
+        facts: what was looked at, and on what: "model" for the title, the others for the line under it, as they are.
         tokens: the text, token by token.
         heads: the reach of every key head; what is hidden is so by `plan`.
         plan: star's plan of this text.
@@ -41,7 +42,7 @@ def page(
     """
     style = (Path(report.__file__).parent / "page.css").read_text(encoding="utf-8")
     style += (Path(__file__).parent / "look.css").read_text(encoding="utf-8")
-    about = ", ".join(f"{name} {value}" for name, value in facts.items() if name != "model")
+    about = " · ".join(value for name, value in facts.items() if name != "model")
     parts = {
         "kicker": "How far heads look, and where predictions change",
         "title": escape(f"Inside {facts['model']}"),
@@ -90,13 +91,15 @@ def changed(found: Changes) -> str:
     """One sentence on what an attention changes, and how it is spread over the text."""
     total, count = float(found.kl.sum()), int(found.changed.sum())
     length = len(found.kl)
-    said = f"{found.plan}. The first choice is another one for {count} of {length - 1} tokens; mean KL "
-    said += f"{total / max(1, length - 1):.4f} nats"
+    mean = total / max(1, length - 1)
+    said = f"{found.plan}. The first choice is another one for {count} of {length - 1} tokens; mean KL {mean:.4f} nats"
     if not total:
         return f"{said}: nothing changes."
+    if mean < SAME:
+        return f"{said}: no more than rounding to bfloat16 changes."
     ordered = found.kl.sort(descending=True).values.cumsum(0)
     few = int((ordered < total / 2).sum()) + 1
-    return f"{said}, half of it in {few} tokens ({few / length:.1%} of the text)."
+    return f"{said}, half of it in {few} token{'s' * (few != 1)} ({few / length:.1%} of the text)."
 
 
 def _grids(heads: Sequence[HeadReach], plan: Plan) -> str:
@@ -133,10 +136,11 @@ def _grid(title: str, heads: Sequence[HeadReach], of: Callable[[HeadReach], floa
 
 
 def _texts(tokens: Sequence[str], plan: Plan, found: Mapping[str, Changes], choices: Mapping[int, str]) -> str:
+    most = max(found, key=lambda label: float(found[label].kl.sum()), default=None)  # what the reader came for
     parts = "".join(
-        f"<details{' open' if not index else ''}><summary>{escape(label)}</summary>{LEGEND}"
+        f"<details{' open' if label == most else ''}><summary>{escape(label)}</summary>{LEGEND}"
         f'<div class="text" tabindex="0">{_text(tokens, plan, each, choices)}</div></details>'
-        for index, (label, each) in enumerate(found.items())
+        for label, each in found.items()
     )
     note = "A token's colour: KL between the two predictions for it. Rest the pointer on it to read both first choices."
     return f'<section id="text"><h2>Where predictions change</h2><p class="note">{note}</p>{parts}</section>'

@@ -76,12 +76,14 @@ class Agreement(Shown):
         """Who is faster, by how much and how surely: "1.43x faster (1.35 - 1.52)", "within noise (0.97 - 1.04)"."""
         times = max(self.speedup, 1 / self.speedup)
         said = f"{times:.2f}x {'faster' if self.speedup >= 1 else 'slower'}"
-        pairs = [a / b for a, b in zip(self.baseline.repeats, self.plugin.repeats)]
-        if len(pairs) < 2:
+        base, ours = self.baseline.repeats, self.plugin.repeats
+        if min(len(base), len(ours)) < 2:
             return f"{said}, one prefill each: spread unknown"
-        slower = self.speedup < 1 and not self.within_noise
-        ends = sorted(1 / each if slower else each for each in pairs)
-        spread = f"({ends[0]:.2f} - {ends[-1]:.2f})"
+        # Any repeat of one side over any of the other: 1 lies between the ends just where the ranges overlap.
+        ends = (min(base) / max(ours), max(base) / min(ours))
+        if self.speedup < 1 and not self.within_noise:
+            ends = (1 / ends[1], 1 / ends[0])
+        spread = f"({ends[0]:.2f} - {ends[1]:.2f})"
         return f"within noise {spread}" if self.within_noise else f"{said} {spread}"
 
     def faults(

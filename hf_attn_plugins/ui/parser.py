@@ -5,13 +5,29 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hf_attn_plugins.ui.suggest import nearest
 
 
+class Formatter(argparse.HelpFormatter):
+    """Help that names the default of every option which has one and does not speak of it itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        said = action.help or ""
+        value = action.default
+        silent = value is None or isinstance(value, (bool, list)) or value in ("", argparse.SUPPRESS)
+        if silent or "default" in said or not action.option_strings:
+            return action.help
+        return f"{said} (default: %(default)s)"
+
+
 class Parser(argparse.ArgumentParser):
-    """An `argparse.ArgumentParser` that suggests the nearest option or choice for a misspelt one."""
+    """An `argparse.ArgumentParser` that shows defaults, and suggests what was meant by a misspelt option or choice."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        options.setdefault("formatter_class", Formatter)
+        super().__init__(*arguments, **options)
 
     def error(self, message: str) -> NoReturn:
         """Print usage and the message with its suggestions on stderr, and exit with status 2."""

@@ -12,12 +12,12 @@ ALIKE = 0.6  # ratio of difflib below which two names have nothing to do with ea
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The one of `known` that `word` was probably meant to be; None where none is alike.
 
-    A name counts as a whole and by its first part, so that "star" and "tilde" find "star_attention" and
-    "tiled_attention".
+    A name counts as a whole, by its first part and by what follows a slash, so that "star", "tilde" and "qasper" find
+    "star_attention", "tiled_attention" and "longbench/qasper".
     """
     best, likeness = None, ALIKE
     for name in known:
-        for form in {name.lower(), re.split(r"[_:]", name.lower())[0]}:
+        for form in {name.lower(), re.split(r"[_:]", name.lower())[0], name.lower().rpartition("/")[2]}:
             ratio = difflib.SequenceMatcher(None, word.lower(), form).ratio()
             if ratio > likeness:
                 best, likeness = name, ratio

@@ -34,7 +34,9 @@ def test_the_verdict_names_the_heads_that_lose_and_counts_what_changes():
     assert look_page.changed(found).startswith(
         "star: blocks 3. The first choice is another one for 1 of 7 tokens; mean KL"
     )
-    assert "half of it in 1 tokens (12.5% of the text)" in look_page.changed(found)
+    assert "half of it in 1 token (12.5% of the text)" in look_page.changed(found)
+    small = made([0, 0.002, 0.001], [-1, 1, 2], [-1, 1, 3])
+    assert look_page.changed(small).endswith("mean KL 0.0015 nats: no more than rounding to bfloat16 changes.")
     assert look_page.changed(made([0, 0], [-1, 1], [-1, 1])).endswith("nothing changes.")
 
 
@@ -53,6 +55,12 @@ def test_a_text_can_put_nothing_into_the_page():
     assert body.count("<i></i>") == 3 and "://" not in page.replace("http://www.w3.org", "")
 
 
+def test_the_attention_that_changes_most_is_the_open_one():
+    little, much = (made([0, kl] + [0.0] * 6, [-1, *range(1, 8)], [-1, *range(1, 8)]) for kl in (0.01, 0.5))
+    page = look_page.page({"model": "m"}, list("abcdefgh"), [head(0, 0.2)], PLAN, {"one": little, "two": much}, {})
+    assert "<details open><summary>two<" in page and "<details><summary>one<" in page
+
+
 def test_from_the_command_line(tmp_path, capsys):
     model, out = model_folder(tmp_path / "model"), tmp_path / "look.html"
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
@@ -61,7 +69,8 @@ def test_from_the_command_line(tmp_path, capsys):
     assert cli.main([*words, "--attn", f"tiled_attention,{star}", "--out", str(out)]) == 0
     page = out.read_text()
     assert star in page and "blocks of 16, halo 8, 24 first tokens" in page and page.count('class="text"') == 2
-    assert "written to" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith("Star's plan (blocks of 16") and f"\n{star}: star: blocks" in said and "written to" in said
     for wrong, message in (
         (["--length", "1"], "at least 2 tokens"),
         (["--attn", "star"], "star"),

@@ -13,6 +13,7 @@ from hf_attn_plugins._version import __version__
 from hf_attn_plugins.cli import main
 from hf_attn_plugins.commands import completion
 from hf_attn_plugins.commands.table import Entry, commands
+from hf_attn_plugins.ui import this_cpu
 from hf_attn_plugins.ui.parser import options_of
 from hf_attn_plugins.ui.suggest import did_you_mean, nearest
 
@@ -61,7 +62,11 @@ def test_no_help_imports_torch():
         (["compare", "--attn", "star_atention"], "did you mean 'star_attention'?"),
         (["compare", "--attn", "star_attention:block=4"], "did you mean 'block_size'?"),
         (["compare", "--baseline", "spda"], "did you mean 'sdpa'?"),
+        (["compare", "--attn", "star_attention:block_size=64:anchor_size=8"], "write a comma between options"),
         (["compare", "smollm2-135"], "did you mean 'smollm2-135m'?"),
+        (["patch", "set-attention", "smollm2-135", "out", "--attn", "star_attention"], "did you mean 'smollm2-135m'?"),
+        (["eval", "--tasks", "rulr"], "did you mean 'ruler'?"),
+        (["eval", "--tasks", "qasper"], "did you mean 'longbench/qasper'?"),
         (["plan", "star", "--length", "9000", "--model", "smollm-135m"], "did you mean 'smollm2-135m'?"),
     ],
 )
@@ -72,6 +77,45 @@ def test_a_misspelt_word_is_recognised(capsys, words, meant):
         status = stop.code
     said = capsys.readouterr()
     assert status == 2 and meant in said.err and said.out == ""
+
+
+def test_help_names_defaults_once(capsys):
+    said = {}
+    for words in (["compare"], ["look"], ["bench", "parallel"], ["scan"]):
+        with pytest.raises(SystemExit):
+            main([*words, "--help"])
+        said[words[-1]] = " ".join(capsys.readouterr().out.split())
+    assert "interleaved (default: 3)" in said["compare"] and "(default: 4096)" in said["compare"]
+    assert "exchanges per layer of CQS (default: 1)" in said["parallel"]
+    assert "one core each (default 1) --" in said["scan"] and "(default: False)" not in "".join(said.values())
+
+
+def test_the_cpu_is_told_which_row_of_the_table_it_is():
+    known = {"fpu", "avx2"}
+    for more, title, dtype in (
+        ({"avx512f", "avx512_bf16", "amx_tile"}, "AMX", "bfloat16"),
+        ({"avx512f", "avx512_bf16"}, "AVX512-BF16", "bfloat16"),
+        ({"avx512f"}, "AVX-512", "float32"),
+        (set(), "AVX2", "float32"),
+    ):
+        said = this_cpu.sentence("x86_64", known | more)
+        assert title in said and f"load models in {dtype} and use tiled_attention" in said
+    assert "float32; no plugin is faster" in this_cpu.sentence("AMD64", {"fpu"})
+    assert "no speed is measured" in this_cpu.sentence("aarch64", set())
+    assert this_cpu.sentence("x86_64", set()) == this_cpu.sentence("riscv64", {"avx2"}) == ""
+
+
+def test_list_ends_with_this_cpu(capsys, tmp_path):
+    from hf_attn_plugins.kernels.choose import cpu_multiplies_bf16
+
+    assert main(["list"]) == 0
+    said = capsys.readouterr().out
+    assert said.endswith(f"{this_cpu.here()}\n" if this_cpu.here() else "\n")
+    if "load models in" in said:  # PyTorch says the same of the CPU
+        assert ("load models in bfloat16" in said) == cpu_multiplies_bf16()
+    file = tmp_path / "cpuinfo"
+    file.write_text("processor\t: 0\nflags\t\t: fpu avx2\n\nflags\t\t: other\n")
+    assert this_cpu.flags_of(file) == {"fpu", "avx2"} and this_cpu.flags_of(tmp_path / "none") == set()
 
 
 def test_what_is_unlike_everything_is_not_guessed():

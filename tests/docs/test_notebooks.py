@@ -1,4 +1,4 @@
-"""The notebooks: kept with their outputs, and executed again (slow) in less than three minutes each."""
+"""The notebooks: kept with their outputs; their code runs on a tiny model, and (slow) on the real one, in 3 minutes."""
 
 from __future__ import annotations
 
@@ -34,6 +34,17 @@ def test_a_notebook_is_kept_executed_in_order_without_an_error(path):
         assert all(output.get("name") != "stderr" for output in cell["outputs"]), "a warning is shown to the reader"
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"/(home|root|tmp|work|Users)/", text), "a path of somebody's machine"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_code_of_a_notebook_runs_on_a_tiny_model(path, tiny_demo, tmp_path, monkeypatch, capsys):
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for number, cell in enumerate(cells(path, "code"), 1):
+        exec(compile("".join(cell["source"]), f"{path.name}, cell {number}", "exec"), names)
+    assert capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -139,6 +139,26 @@ return Object.fromEntries(arguments[0].map(([selector, property]) => {
 """
 
 
+def test_the_headline_is_seen_whole(browser, tmp_path):
+    """At 1280 no column is cut, and on a phone no cell is a tower of words, however many plans ran."""
+    from hf_attn_plugins.eval.records import Sample
+
+    plans = [f"star: blocks {n}, block_size 128, anchor_size 64, query_size 128, halo_size 384" for n in (7, 15, 31)]
+    samples = [Sample(f"ruler/vt/64/{n:04}", "vt", "ruler", 64, 60, None, ["a"], "a") for n in range(3)]
+    answers = [
+        Generation(one.sample, label, prediction="a", score=1.0, plan=plan if label != "sdpa" else None)
+        for one, plan in zip(samples, plans, strict=True)
+        for label in ("sdpa", "tiled_attention", STAR)
+    ]
+    folder = fabricated.write(tmp_path / "run", samples, answers, ["sdpa", "tiled_attention", STAR])
+    page = Page(browser).open(report(folder))
+    assert len(page.texts(".ran dd > div")) == 6
+    assert page.run("const box = document.querySelector('.wide'); return box.scrollWidth <= box.clientWidth")
+    page.open(folder / "report.html", width=390)
+    heights = "return [...document.querySelectorAll('.turned tr')].map((row) => row.getBoundingClientRect().height)"
+    assert max(page.run(heights)) < 120
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_and_lines_stand_out(browser, path, scheme):
     page = Page(browser).open(path, scheme=scheme)

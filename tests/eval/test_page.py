@@ -157,6 +157,26 @@ def test_a_run_of_errors_only_says_so(tmp_path):
     assert "RuntimeError: no memory" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
 
 
+def test_what_ran_is_a_list_and_no_column(tmp_path):
+    sample = Sample("ruler/vt/64/0000", "vt", "ruler", 64, 60)
+    plans = {"sdpa": None, "star": "star: blocks 7, block_size 8, anchor_size 4"}
+    answers = [Generation(sample.sample, label, prediction="a", score=1.0, plan=plan) for label, plan in plans.items()]
+    text, _ = page(fabricated.write(tmp_path / "run", [sample], answers, list(plans)))
+    (listed,) = re.findall(r'<dl class="facts ran">(.*?)</dl>', text, re.DOTALL)
+    assert listed.count("<dt>") == 1 and "block_size 8, anchor_size 4" in listed
+    assert 'data-head="what ran"' not in text
+    markdown = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    assert "What ran:\n\n- star: star: blocks 7, block_size 8, anchor_size 4\n" in markdown
+
+
+def test_no_axis_has_a_score_above_all():
+    from hf_attn_plugins.eval.report.charts.speed_sections import _trade_axes
+
+    for means in ((1.0, 1.0), (0.0, 0.0), (0.5, 0.5), (0.97, 1.0)):
+        _, score = _trade_axes([{"mean": mean, "low": None, "high": None, "n": 1} for mean in means], [1.2])
+        assert 0 <= score.low < score.high <= 100 and score.low <= 100 * means[0] <= score.high
+
+
 def test_the_verdicts_stand_before_everything_else(tmp_path):
     text, _ = page(fabricated.full(tmp_path / "run", count=3))
     body = text[text.index("<main>") :]

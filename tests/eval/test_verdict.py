@@ -16,7 +16,7 @@ FASTER = {"speed_up": 1.43, "speed_up_low": 1.38, "speed_up_high": 1.5, "speed_l
 FEW = {"n": 8, "pairs": 8, "changed": 1, "difference": -0.125, "difference_low": -0.25, "difference_high": 0.0}
 
 
-def said(label="star_attention", lengths=(), **row):
+def said(label="tiled_attention", lengths=(), **row):
     known = {
         "attn": label,
         "kl": None,
@@ -75,6 +75,14 @@ def test_what_to_do(row, wanted):
     assert said(**row) == wanted
 
 
+def test_an_approximate_plugin_is_safe_only_where_it_was_measured():
+    near = {"kl": 0.006, "perplexity_ratio": 1.003}
+    star, text = "star_attention:block_size=128", "nearly the same predictions (KL 0.006), 1.43× faster prefill"
+    assert said(star, **near, **FASTER) == ("safe", f"{text}: safe to switch at this length")
+    assert said(**near, **FASTER) == ("safe", f"{text}: safe to switch")
+    assert said(star, lengths=[(512, 0.002, 1.0), (1024, 0.006, 1.0)], **near)[1].endswith("at these lengths")
+
+
 def test_a_score_that_chance_cannot_explain_lowers_the_grade():
     lower = {"n": 40, "pairs": 40, "difference": -0.2, "difference_low": -0.3, "difference_high": -0.1}
     assert said(**SAME, **lower) == ("try", "same predictions, score 20.0 points lower: try it on your own task first")
@@ -93,9 +101,10 @@ def test_the_worst_length_counts_and_the_longest_good_one_is_named():
 def test_an_approximate_plugin_that_ran_dense_was_not_tested():
     dense = ["dense: 1024 tokens, below 2048"]
     assert (
-        said(**SAME, plans=dense)[0] == "unknown" and "nothing approximate was tested" in said(**SAME, plans=dense)[1]
+        said("star_attention", **SAME, plans=dense)[0] == "unknown"
+        and "nothing approximate was tested" in said("star_attention", **SAME, plans=dense)[1]
     )
-    assert said(**SAME, plans=[*dense, "star: blocks 4, block_size 512"])[0] == "safe"
+    assert said("star_attention", **SAME, plans=[*dense, "star: blocks 4, block_size 512"])[0] == "safe"
     assert said("tiled_attention", **SAME, plans=["tiled"])[0] == "safe"
     for short in ("star", "star block 512"):  # as the page and the terminal call it
         assert said(short, **SAME, plans=dense)[0] == "unknown"

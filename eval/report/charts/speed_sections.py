@@ -73,6 +73,8 @@ def _trade_axes(rows: Sequence[Row], speed: Sequence[float]) -> tuple[axes.Axis,
     ratios = [1.0, *speed]
     x = axes.linear("prefill speed-up", (0.95 * min(ratios), 1.05 * max(ratios)), lambda value: f"{value:g}×")
     ends = [100 * end for row in rows for end in (row["mean"], *figures.interval(row)) if end is not None]
+    if ends and min(ends) == max(ends):
+        ends = [max(0.0, ends[0] - 25), min(100.0, ends[0] + 25)]  # no score is above 100 %
     return x, axes.linear("score, %", ends or [0.0, 100.0], lambda value: f"{value:g}")
 
 

@@ -185,8 +185,20 @@ def _overview(report: Report, metrics: Row) -> str:
     meanings = "".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in MEANINGS.items())
     return (
         f"{table(headline, 'headline', names, rulers)}{side_by_side(headline)}"
-        f'<p class=note>{escape(headline.note)}</p><h3>What the words mean</h3><dl class="facts words">{meanings}</dl>'
+        f'<p class="note">{escape(headline.note)}</p>{_ran(metrics, numbers)}'
+        f'<h3 class="words-head">What the words mean</h3><dl class="facts words">{meanings}</dl>'
     )
+
+
+def _ran(metrics: Row, numbers: Mapping[str, int]) -> str:
+    """What every attention really did: its plans, a line each."""
+    items = ""
+    for label, plans in tables.ran(metrics):
+        lines = "".join(f"<div>{breakable(plan)}</div>" for plan in plans)
+        items += (
+            f"<div><dt>{svg.swatch(Series(label, numbers[label], ()))} {breakable(label)}</dt><dd>{lines}</dd></div>"
+        )
+    return f'<h3>What ran</h3><dl class="facts ran">{items}</dl>' if items else ""
 
 
 def _badge(implementation: str | None) -> str:

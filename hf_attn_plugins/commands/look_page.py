@@ -8,12 +8,12 @@ from itertools import groupby
 from pathlib import Path
 
 from hf_attn_plugins.eval.report.page import page as report
+from hf_attn_plugins.eval.report.wording.findings import SAME
 from hf_attn_plugins.hf.look.by_token import Changes
 from hf_attn_plugins.hf.look.reach import FIRST, WINDOWS, HeadReach
 from hf_attn_plugins.star.plan import Plan
 
 LEVELS = (0.01, 0.1, 1.0)  # nats from which on a token is coloured, and coloured more
-SAME = 0.004  # mean KL, twice what rounding to bfloat16 makes
 SOME = 0.1  # a head that loses so much of its weight is named in the verdict
 LEGEND = (
     '<ul class="key"><li><span class="k1">0.01 to 0.1 nats</span></li><li><span class="k2">0.1 to 1</span></li>'

@@ -8,6 +8,12 @@ typedef struct {
     int64_t batch, head, token;
 } Tensor;
 
+/* A rectangle of a plan, as `core.rectangle.table` writes it: held rows own_begin .. own_end see, or are seen by, walked
+ * rows begin .. end. Where position_masked, positions decide as well, and a query's position moves by `shift`. */
+typedef struct {
+    int32_t own_begin, own_end, begin, end, position_masked, shift;
+} Piece;
+
 /* One call; call.py declares the same fields in the same order. */
 typedef struct {
     Tensor query, key, value, out, grad_out, grad_query, grad_key, grad_value;

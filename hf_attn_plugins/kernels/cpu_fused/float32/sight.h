@@ -4,12 +4,6 @@
 #pragma once
 #include "tile.h"
 
-/* A rectangle of a plan, as `core.rectangle.table` writes it: held rows own_begin .. own_end see, or are seen by, walked
- * rows begin .. end. Where position_masked, positions decide as well, and a query's position moves by `shift`. */
-typedef struct {
-    int32_t own_begin, own_end, begin, end, position_masked, shift;
-} Piece;
-
 typedef struct {
     int64_t begin, end;             /* walked rows that some lane sees */
     int64_t prefix;                 /* walked rows before it are seen whatever the position */

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_attn_plugins.core.cpu import X86
 from hf_attn_plugins.kernels.cpu_fused import build
-from hf_attn_plugins.kernels.cpu_fused.instruction_sets import SETS, X86, best
+from hf_attn_plugins.kernels.cpu_fused.instruction_sets import SETS, best
 from tests.test_package import installed
 from tests.wheel import ANY, FOLDER, built, compiled, platform_wheel
 

@@ -20,8 +20,9 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from hf_attn_plugins.core.cpu import X86
 from hf_attn_plugins.kernels.cpu_fused import build
-from hf_attn_plugins.kernels.cpu_fused.instruction_sets import SETS, X86, InstructionSet
+from hf_attn_plugins.kernels.cpu_fused.instruction_sets import SETS, InstructionSet
 
 ROOT = Path(__file__).resolve().parent.parent
 ANY = "py3-none-any"

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from hf_attn_plugins.core.cpu import fields
+
 
 def describe(device: torch.device | None = None) -> dict[str, Any]:
     """Processor, threads, device and versions as JSON values; `device` None is the CPU."""
@@ -26,16 +28,11 @@ def describe(device: torch.device | None = None) -> dict[str, Any]:
 
 def processor() -> str:
     """The name of the CPU; on Linux with its family and model, if known."""
-    fields: dict[str, str] = {}
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="ignore") as file:
-            for line in file:
-                name, _, value = line.partition(":")
-                fields.setdefault(name.strip(), value.strip())
-    except OSError:
+    said = fields()
+    if not said:
         return platform.processor() or platform.machine()
-    name = fields.get("model name", platform.machine())
-    return f"{name} (family {fields['cpu family']}, model {fields['model']})" if "cpu family" in fields else name
+    name = said.get("model name", platform.machine())
+    return f"{name} (family {said['cpu family']}, model {said['model']})" if "cpu family" in said else name
 
 
 def _bf16() -> bool:

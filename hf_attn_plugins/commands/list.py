@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
+from hf_attn_plugins.commands import this_cpu
 from hf_attn_plugins.plugins import PLUGINS
-from hf_attn_plugins.ui import this_cpu
 
 WIDE = 110  # columns of a terminal from which on the table is not cut into narrow columns
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Set
-from pathlib import Path
 
-X86, ARM = ("x86_64", "amd64"), ("aarch64", "arm64")
+from hf_attn_plugins.core.cpu import ARM, X86, fields
+
 # By a word of the flags, the best first: what it is called, and whether it multiplies bfloat16.
 FEATURES = (
     ("amx_tile", "AMX", True),
@@ -37,14 +37,4 @@ def sentence(machine: str, flags: Set[str]) -> str:
 
 def here() -> str:
     """`sentence` for the CPU that this process runs on."""
-    return sentence(platform.machine(), flags_of(Path("/proc/cpuinfo")))
-
-
-def flags_of(path: Path) -> frozenset[str]:
-    """The words of the first "flags" line of Linux's list of CPUs; none where it cannot be read."""
-    try:
-        with path.open(encoding="utf-8", errors="ignore") as file:
-            line = next((line for line in file if line.startswith("flags")), "")
-    except OSError:
-        line = ""
-    return frozenset(line.partition(":")[2].split())
+    return sentence(platform.machine(), set(fields().get("flags", "").split()))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_attn_plugins.core.compat import cpu_has
+from hf_attn_plugins.core.cpu import fields
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.options import KERNELS
 from hf_attn_plugins.core.partial import Partial
@@ -18,7 +18,7 @@ from hf_attn_plugins.core.warn import warn_once
 from hf_attn_plugins.kernels.aten import attend as aten
 from hf_attn_plugins.kernels.cpu_fused import build
 from hf_attn_plugins.kernels.cpu_fused import call as fused
-from hf_attn_plugins.kernels.cpu_fused.instruction_sets import STORED, allowed, best
+from hf_attn_plugins.kernels.cpu_fused.instruction_sets import STORED, allowed, best, cpu_has_kept
 from hf_attn_plugins.kernels.flex import attend as flex
 from hf_attn_plugins.kernels.on_device import before_named_triton, kernel_for, one_launch
 
@@ -112,13 +112,13 @@ def load_rectangles(name: str) -> Callable[..., Partial]:
 @torch.compiler.assume_constant_result
 def cpu_multiplies_bf16() -> bool:
     """Whether this CPU has bfloat16 matrix instructions (AVX512-BF16 or AMX, or Arm's BF16)."""
-    return _cpu_has("avx512_bf16") or _cpu_has("amx_tile") or "bf16" in _arm_features()
+    return cpu_has_kept("avx512_bf16") or cpu_has_kept("amx_tile") or "bf16" in _arm_features()
 
 
 @torch.compiler.assume_constant_result
 def tiles_pay() -> bool:
     """Whether large products in bfloat16 gain more than tiles cost; with AMX, PyTorch's operator uses it as well."""
-    return cpu_multiplies_bf16() and not _cpu_has("amx_tile")
+    return cpu_multiplies_bf16() and not cpu_has_kept("amx_tile")
 
 
 @torch.compiler.assume_constant_result
@@ -133,25 +133,14 @@ def fused_from(dtype: torch.dtype, altered: bool = False) -> FusedFrom | None:
     sizes = None if isinstance(chosen, str) else table.get((chosen.name, dtype))
     if sizes is None or isinstance(chosen, str):
         return None
-    if dtype == torch.bfloat16 and chosen.name != "amx" and not altered and _cpu_has("amx_tile"):
+    if dtype == torch.bfloat16 and chosen.name != "amx" and not altered and cpu_has_kept("amx_tile"):
         return None
     return sizes if build.reason_against(chosen) is None else None
 
 
 @functools.cache
-def _cpu_has(feature: str) -> bool:
-    return cpu_has(feature)
-
-
-@functools.cache
 def _arm_features() -> str:
-    if platform.machine() != "aarch64":
-        return ""
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="ignore") as cpuinfo:
-            return next((line for line in cpuinfo if line.startswith("Features")), "")
-    except OSError:
-        return ""
+    return fields().get("Features", "") if platform.machine() == "aarch64" else ""
 
 
 def worth_fusing(

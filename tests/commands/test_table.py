@@ -11,9 +11,9 @@ import pytest
 
 from hf_attn_plugins._version import __version__
 from hf_attn_plugins.cli import main
-from hf_attn_plugins.commands import completion
+from hf_attn_plugins.commands import completion, this_cpu
 from hf_attn_plugins.commands.table import Entry, commands
-from hf_attn_plugins.ui import this_cpu
+from hf_attn_plugins.core import cpu
 from hf_attn_plugins.ui.parser import options_of
 from hf_attn_plugins.ui.suggest import did_you_mean, nearest
 
@@ -115,7 +115,7 @@ def test_list_ends_with_this_cpu(capsys, tmp_path):
         assert ("load models in bfloat16" in said) == cpu_multiplies_bf16()
     file = tmp_path / "cpuinfo"
     file.write_text("processor\t: 0\nflags\t\t: fpu avx2\n\nflags\t\t: other\n")
-    assert this_cpu.flags_of(file) == {"fpu", "avx2"} and this_cpu.flags_of(tmp_path / "none") == set()
+    assert set(cpu.fields(file)["flags"].split()) == {"fpu", "avx2"} and cpu.fields(tmp_path / "none") == {}
 
 
 def test_what_is_unlike_everything_is_not_guessed():

@@ -88,7 +88,7 @@ def test_few_rows_are_fused_where_pytorch_is_slower_or_cannot(monkeypatch):
 
 def test_beside_amx_of_pytorch_only_amx_of_ours_is_chosen(monkeypatch):
     sets = {one.name: one for one in instruction_sets.SETS}
-    monkeypatch.setattr(choosing, "_cpu_has", lambda feature: True)
+    monkeypatch.setattr(choosing, "cpu_has_kept", lambda feature: True)
     monkeypatch.setattr(choosing.build, "reason_against", lambda chosen: None)
     for name, plain in (("amx", choosing.FUSED_FROM["amx", torch.bfloat16]), ("avx512_bf16", None)):
         monkeypatch.setattr(choosing, "best", lambda dtype, most, name=name: sets[name])
@@ -173,7 +173,7 @@ def test_few_heads_that_share_keys_become_rows_only_where_that_is_faster(monkeyp
 
     shapes = []
     run = aten.flash_cpu
-    monkeypatch.setattr(aten, "_has_amx", lambda: amx)
+    monkeypatch.setattr(aten, "_multiplies_by_amx", lambda: amx)
     monkeypatch.setattr(aten, "flash_cpu", lambda query, *rest: shapes.append(tuple(query.shape)) or run(query, *rest))
     query, key, value = sharp_inputs(1, 2 * group, 2, 1, 40, 16, dtype=torch.bfloat16)
     out, lse = attend(query, key, value, kernel="aten")

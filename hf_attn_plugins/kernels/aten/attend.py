@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_attn_plugins.core.compat import cpu_has
 from hf_attn_plugins.core.gradient import needs_gradient
 from hf_attn_plugins.core.mask import FULL, Mask
 from hf_attn_plugins.core.partial import Partial, merge
 from hf_attn_plugins.kernels.aten import gpu
 from hf_attn_plugins.kernels.aten.ops import FlashCPU, flash_cpu
+from hf_attn_plugins.kernels.cpu_fused.instruction_sets import cpu_has_kept
 
 # Up to so many rows, heads that share keys become rows, and one call with a bias is faster than one per prompt.
 FOLDED_ROWS = 16
@@ -186,12 +184,7 @@ def _full(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Partial:
 
 @torch.compiler.assume_constant_result
 def _multiplies_by_amx() -> bool:
-    return _has_amx()
-
-
-@functools.cache
-def _has_amx() -> bool:
-    return cpu_has("amx_tile")
+    return cpu_has_kept("amx_tile")
 
 
 @torch.compiler.assume_constant_result

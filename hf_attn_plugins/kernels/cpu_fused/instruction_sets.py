@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from hf_attn_plugins.core.compat import cpu_has
+from hf_attn_plugins.core.cpu import ARM, X86
 
 VARIABLE = "HF_ATTN_PLUGINS_INSTRUCTIONS"  # the best set that may be used; sets above it in the table are not
 
@@ -42,7 +43,6 @@ class InstructionSet(NamedTuple):
     walked: tuple[int, int] | None = None
 
 
-X86, ARM = ("x86_64", "amd64"), ("aarch64", "arm64")
 AVX2 = ("-mavx2", "-mfma")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 AVX512_BF16 = (*AVX512, "-mavx512bf16")
@@ -57,6 +57,12 @@ SETS = (
     InstructionSet("avx2", X86, "avx2", "AVX2", "float32", AVX2, STORED, 96, 576),
     InstructionSet("neon", ARM, "", "Arm NEON", "float32", (), STORED, 96, 576),
 )  # fmt: skip
+
+
+@functools.cache
+def cpu_has_kept(feature: str) -> bool:
+    """`cpu_has`, asked once in a process: for questions of every call."""
+    return cpu_has(feature)
 
 
 @functools.cache

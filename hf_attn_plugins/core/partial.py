@@ -31,8 +31,9 @@ class Partial(NamedTuple):
     def unfilled(cls, query: Tensor, head_dim_v: int) -> Partial:
         """Memory for the result of rows of `query` (B, H, T, D); out runs token by token, as models read it next."""
         batch, heads, rows, _ = query.shape
-        out = query.new_empty(batch, rows, heads, head_dim_v).transpose(1, 2)
-        return cls(out, query.new_empty(query.shape[:-1], dtype=lse_dtype(query)))
+        strides = (rows * heads * head_dim_v, head_dim_v, heads * head_dim_v, 1)
+        out = query.new_empty_strided((batch, heads, rows, head_dim_v), strides)
+        return cls(out, query.new_empty((batch, heads, rows), dtype=lse_dtype(query)))
 
     def rows(self, low: int, high: int) -> Partial:
         """Rows low..high, as views."""

@@ -18,6 +18,7 @@ from hf_attn_plugins.core.warn import warn_once
 from hf_attn_plugins.kernels.aten import attend as aten
 from hf_attn_plugins.kernels.cpu_fused import build
 from hf_attn_plugins.kernels.cpu_fused import call as fused
+from hf_attn_plugins.kernels.cpu_fused.attend import cpu_fused, cpu_fused_rectangles, unasked
 from hf_attn_plugins.kernels.cpu_fused.instruction_sets import STORED, allowed, best, cpu_has_kept
 from hf_attn_plugins.kernels.flex import attend as flex
 from hf_attn_plugins.kernels.on_device import before_named_triton, kernel_for, one_launch
@@ -34,7 +35,8 @@ class Choice(NamedTuple):
 
 
 PLAIN = ("cpu", "meta")  # every other device is decided in `on_device.py`
-ATEN, SHORT = Choice("aten", aten.aten), Choice("aten", aten.run_one_operator)
+# Kernels of short calls, which each line of Python delays: "short" and "fused" do not ask `reason_against` once more.
+ATEN, SHORT, FUSED = Choice("aten", aten.aten), Choice("aten", aten.run_one_operator), Choice("cpu_fused", unasked)
 
 # Measured with `hf-attn bench tiled` (benchmarks/results/tiled.md): below these sizes tiles cost more than
 # fast bfloat16 products save. Heads that share keys are rows of one product, so they count as rows.
@@ -81,8 +83,6 @@ def load(name: str) -> Kernel:
 
         return cpu_tiled
     if name == "cpu_fused":
-        from hf_attn_plugins.kernels.cpu_fused.attend import cpu_fused
-
         return cpu_fused
     if name == "triton":
         from hf_attn_plugins.kernels.triton.attend import triton
@@ -103,8 +103,6 @@ def load_rectangles(name: str) -> Callable[..., Partial]:
         from hf_attn_plugins.kernels.triton.attend import triton_rectangles
 
         return triton_rectangles
-    from hf_attn_plugins.kernels.cpu_fused.attend import cpu_fused_rectangles
-
     return cpu_fused_rectangles
 
 
@@ -232,7 +230,7 @@ def choose(
         return Choice(name, _flex_or_next if name == "flex" else load(name))
     if worth_fusing(*call):
         if fused.reason_against(*call) is None:
-            return Choice("cpu_fused", load("cpu_fused"))
+            return FUSED
     elif aten.is_short(*call):
         return SHORT
     if aten.reason_against(*call) is not None:

@@ -158,6 +158,8 @@ def _checked(mask: Any, query: Tensor, keys: int) -> Tensor:
 
 def packed(seen: Seen, query: Tensor, key: Tensor, cu_seq_lens: Any, seq_idx: Tensor | None) -> Seen:
     """`seen` with the boundaries (n + 1,) or segment ids (B, Q) of packed sequences that the call names."""
+    if cu_seq_lens is None and seq_idx is None:
+        return seen
     mask, rows = seen.mask, query.shape[2]
     if mask.query_segments is not None or rows != key.shape[2] or not mask.causal:
         return seen

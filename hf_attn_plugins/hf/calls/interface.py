@@ -35,6 +35,7 @@ class Method:
     exact: bool
     attention: Callable[..., Partial]
     options_type: type[Options]
+    defaults: Options
     decide: Callable[..., Decision]
     has_own_plan: bool
 
@@ -42,12 +43,15 @@ class Method:
     def of(cls, row: Plugin) -> Method:
         """The functions of a row."""
         own = row.decide != TILES
-        return cls(row.name, row.short, row.exact, row.attention(), row.options_type(), row.decision(), own)
+        kind = row.options_type()
+        return cls(row.name, row.short, row.exact, row.attention(), kind, kind(), row.decision(), own)
 
     def options(self, config: Any) -> Any:
         """This method's options as stored in a config, defaults where it holds none."""
-        where = f"hf_attn_plugins[{self.name!r}] in the config ({type(config).__name__})"
-        return self.options_type.of(families.stored_options(config, self.name), where)
+        stored = families.stored_options(config, self.name)
+        if not stored:
+            return self.defaults
+        return self.options_type.of(stored, f"hf_attn_plugins[{self.name!r}] in the config ({type(config).__name__})")
 
     def decision(self, call: CallFacts, options: Any) -> Decision:
         """What this method does with a call; a method without a `decide` of its own is named by its short name."""

@@ -25,7 +25,7 @@ _NUMBERS, _ORDER = itertools.count(1), itertools.count()
 
 def on(module: nn.Module) -> int | None:
     """The number of the trace that is open on a module, None where there is none."""
-    return getattr(module, ATTRIBUTE, None)
+    return getattr(module, ATTRIBUTE, None) if OPEN else None  # a module is slow to say that it has no attribute
 
 
 @contextlib.contextmanager

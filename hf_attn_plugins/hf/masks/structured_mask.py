@@ -217,9 +217,12 @@ for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "and", "or", "eq", "n
     setattr(TracedMask, f"__{_name}__", _operator(f"__{_name}__"))
 
 
+_FORMS = (StructuredMask, TracedMask)
+
+
 def structure_of(attention_mask: Any) -> Structure | None:
     """The structure of a mask that our mask function made; None for any other."""
-    return attention_mask.structure if isinstance(attention_mask, StructuredMask | TracedMask) else None
+    return attention_mask.structure if isinstance(attention_mask, _FORMS) else None
 
 
 def travelling(

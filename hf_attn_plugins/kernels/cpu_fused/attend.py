@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_attn_plugins.core.compat import is_transforming
+from hf_attn_plugins.core.gradient import needs_gradient
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial
 from hf_attn_plugins.core.rectangle import Rectangle
@@ -33,6 +35,14 @@ def cpu_fused_rectangles(
     reason = reason_against(query, key, value, mask, softcap, dropout)
     if reason is not None:
         raise NotImplementedError(f"kernel 'cpu_fused' cannot do {reason}: use kernel=None, or 'cpu_tiled'.")
+    return unasked(query, key, value, mask, scale, softcap, dropout, plan)
+
+
+def unasked(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, softcap: float | None, dropout: float,
+    plan: Sequence[Sequence[Rectangle]] = (),
+) -> Partial:  # fmt: skip
+    """`cpu_fused_rectangles` for a caller that has asked `reason_against` itself."""
     if torch.compiler.is_compiling():
         from hf_attn_plugins.kernels.cpu_ops import tiled_op
 
@@ -40,8 +50,11 @@ def cpu_fused_rectangles(
     if isinstance(mask.offset, Tensor):
         mask = mask.replace(offset=int(mask.offset))  # a static cache counts on before backward runs
     seed = int(torch.randint(2**62, (), device="cpu")) if dropout else 0
-    options = (mask, scale, softcap, tuple(flat(plan)), dropout, seed)
-    return Partial(*_Fused.apply(query, key, value, mask.bias, *options))
+    places = tuple(flat(plan)) if plan else ()
+    learned = needs_gradient(query, key, value) or (mask.bias is not None and needs_gradient(mask.bias))
+    if not (learned or is_transforming()):  # an `autograd.Function` takes as long as everything else in Python
+        return Partial(*forward(query, key, value, mask, scale, softcap, places, None, dropout, seed))
+    return Partial(*_Fused.apply(query, key, value, mask.bias, mask, scale, softcap, places, dropout, seed))
 
 
 class _Fused(torch.autograd.Function):

@@ -59,8 +59,9 @@ def reason_against(
     """Why `cpu_fused` cannot do this call; None when it can."""
     if query.device.type != "cpu" or query.dtype not in STORED:
         return f"{query.dtype} on {query.device.type}: they are for float32 and bfloat16 on CPUs"
-    if any(dim % 16 or not 16 <= dim <= MAX_DIM for dim in (query.shape[-1], value.shape[-1])):
-        return f"head_dim {query.shape[-1]} and {value.shape[-1]}: multiples of 16 up to {MAX_DIM} are needed"
+    dim, dim_v = query.shape[3], value.shape[3]
+    if dim % 16 or dim_v % 16 or not (0 < dim <= MAX_DIM and 0 < dim_v <= MAX_DIM):
+        return f"head_dim {dim} and {dim_v}: multiples of 16 up to {MAX_DIM} are needed"
     if mask.predicate is not None:
         return "a predicate in the mask"
     if mask.bias is not None:
@@ -103,28 +104,29 @@ def forward(
             large score.
         dropout, seed: the weights that are dropped follow from the seed and their places.
     """
-    out, lse = Partial.unfilled(query, value.shape[-1])
-    if not key.shape[2]:
+    (batch, heads, rows, _), (kv_heads, keys), dim_v = query.shape, key.shape[1:3], value.shape[3]
+    out, lse = Partial.unfilled(query, dim_v)
+    if not keys:
         return out.zero_(), lse.fill_(-torch.inf)
-    if not out.numel():
+    if not (batch and heads and rows):
         return out, lse
     chosen, compiled = checked_library(query.dtype)
-    query, key, value = (_rows(x) for x in (query, key, value))
-    rows = query.shape[2] * (query.shape[1] // key.shape[1])
-    few = query.shape[2] < SPLIT_ROWS and rows <= MAX_ROWS and not plan
+    query, key, value = _rows(query), _rows(key), _rows(value)
+    few = rows < SPLIT_ROWS and rows * (heads // kv_heads) <= MAX_ROWS and not plan
     few = few and lse_rest is None and not dropout
     call, _kept = make_call(query, key, value, mask, scale, softcap, plan, chosen.lanes, out=out, keys_too=few)
-    set_dropout(call, dropout, seed)
+    if dropout:
+        set_dropout(call, dropout, seed)
     call.lse = lse.data_ptr()
     call.lse_rest = None if lse_rest is None else lse_rest.data_ptr()
     if few:
-        chunks = -(-key.shape[2] // chosen.split_keys)
-        partials = lse.new_empty(key.shape[:2].numel() * chunks * rows * (value.shape[-1] + 2))
+        chunks = -(-keys // chosen.split_keys)
+        partials = lse.new_empty(batch * heads * rows * chunks * (dim_v + 2))
         call.partials = partials.data_ptr()
         compiled.hap_decode(ctypes.byref(call))
         return out, lse
     if chosen.walked:
-        pairs = query.new_empty(key.shape[:2].numel() * _padded(key.shape[2], *chosen.walked) * value.shape[-1])
+        pairs = query.new_empty(batch * kv_heads * _padded(keys, *chosen.walked) * dim_v)
         call.pairs = pairs.data_ptr()
     compiled.hap_forward(ctypes.byref(call))
     return out, lse

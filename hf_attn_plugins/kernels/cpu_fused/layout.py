@@ -159,4 +159,5 @@ def _set_pieces(call: CallStruct, side: str, plan: tuple[int, ...], length: int,
 
 def point_to(tensor: Tensor) -> TensorStruct:
     """The address and the strides of batch, head and token."""
-    return TensorStruct(tensor.data_ptr(), *tensor.stride()[:3])
+    batch, head, token, _ = tensor.stride()
+    return TensorStruct(tensor.data_ptr(), batch, head, token)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from hf_attn_plugins import PLUGINS
 from hf_attn_plugins.cli import commands, main
@@ -139,8 +140,12 @@ def test_bench_memory_writes_its_table(capsys, tmp_path):
     status, out, _ = run(capsys, "bench", "memory", "--lengths", 256, 512, "--rows", 64, "--out", tmp_path)
     assert status == 0 and "written to" in out
     rows = json.loads((tmp_path / "memory.json").read_text())["rows"]
-    kernels = ["cpu_tiled", "aten"] if fused.unavailable() else ["cpu_fused", "cpu_tiled", "aten"]
-    assert [(row["keys"], row["kernel"]) for row in rows] == [(n, kernel) for n in (256, 512) for kernel in kernels]
+    for name in ("bfloat16", "float32"):
+        kernels = (
+            ["cpu_tiled", "aten"] if fused.unavailable(getattr(torch, name)) else ["cpu_fused", "cpu_tiled", "aten"]
+        )
+        measured = [(row["keys"], row["kernel"]) for row in rows if row["dtype"] == name]
+        assert measured == [(n, kernel) for n in (256, 512) for kernel in kernels]
 
 
 BAD = {

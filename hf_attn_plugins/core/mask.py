@@ -83,9 +83,9 @@ class Mask:
             return FULL, slice(0, num_keys)
         if isinstance(self.offset, Tensor) or self.prefix or not (self.causal or self.window != (None, None)):
             return self, slice(0, num_keys)
-        if num_rows > 1 and self.window == (None, None) and num_rows <= num_keys:
-            if self.offset is None or self.offset == num_keys - num_rows:  # the last row sees the last key
-                return self, slice(0, num_keys)
+        ends_together = self.offset is None or self.offset == num_keys - num_rows  # the last row and the last key
+        if ends_together and self.window == (None, None) and 1 < num_rows <= num_keys:
+            return self, slice(0, num_keys)
         start, (left, right) = self.start(num_rows, num_keys), self.window
         last = start + num_rows - 1
         first_key = 0 if left is None else min(max(0, start - left), num_keys)

@@ -9,6 +9,7 @@ import pytest
 
 from hf_attn_plugins.kernels.cpu_fused import build as fused
 from tests import forks
+from tests.kernels.fused_cases import kinds
 
 CODE = """
 import json, sys, torch
@@ -44,3 +45,33 @@ def test_growth(kernel, dtype):
     inputs = 4 * 32 * (8192 - 4096) * 4 * 8  # keys, values, their copies and float32 gradients
     assert large - middle < max(inputs, scores // 2), (small, middle, large)
     assert large < 3 * middle, (small, middle, large)
+
+
+FORWARD = """
+import os, sys, torch
+name, dtype, rows, keys = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+os.environ["HF_ATTN_PLUGINS_INSTRUCTIONS"] = name
+from hf_attn_plugins.kernels import attend
+from hf_attn_plugins.bench.peak_memory import PeakMemory
+
+torch.set_num_threads(1)
+query, key, value = (torch.randn(1, 4, n, 32).to(dtype) for n in (rows, keys, keys))
+attend(query, key, value, kernel="cpu_fused")
+with PeakMemory(query.device) as memory:
+    attend(query, key, value, kernel="cpu_fused")
+print(memory.bytes)
+"""
+
+
+@pytest.mark.parametrize("kind", kinds(("bfloat16", "float32")), ids=lambda kind: f"{kind.instructions}-{kind.dtype}")
+@pytest.mark.parametrize("rows", (32, 256))
+def test_a_forward_copies_no_keys_and_no_values(kind, rows):
+    """AMX copies the values of a call with more rows than one block holds: that is said in kernels/README.md."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("peak memory is read from Linux's /proc")
+    keys = 16384
+    done = forks.run(FORWARD, kind.instructions, str(kind.dtype).removeprefix("torch."), str(rows), str(keys))
+    assert done.returncode == 0, done.stderr
+    values = 4 * keys * 32 * kind.dtype.itemsize
+    copies = 1 if kind.instructions == "amx" and rows > 64 else 0
+    assert copies * values * 0.9 <= int(done.stdout) < (copies + 0.5) * values

@@ -106,6 +106,9 @@ def memory(parser: argparse.ArgumentParser) -> None:
     """The options of `hf-attn bench memory`."""
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384], help="numbers of keys")
     parser.add_argument("--rows", type=int, default=512, help="query rows (default: 512)")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["bfloat16", "float32"], help="(default: both)"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for memory.md and memory.json")
 
 

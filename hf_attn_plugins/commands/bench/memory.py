@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +17,12 @@ from hf_attn_plugins.bench.peak_memory import PeakMemory
 from hf_attn_plugins.bench.timing import write_table
 from hf_attn_plugins.kernels.attend import attend
 from hf_attn_plugins.kernels.cpu_fused import build as fused
+from hf_attn_plugins.kernels.cpu_fused.instruction_sets import allowed, best
 
 KERNELS = ("cpu_fused", "cpu_tiled", "aten")
 HEADS, HEAD_DIM, MIB = 8, 64, 2**20
+SDPA = F.scaled_dot_product_attention
+LIMIT = "ONEDNN_MAX_CPU_ISA"
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -28,36 +34,48 @@ def run(arguments: argparse.Namespace) -> None:
     if min([*arguments.lengths, arguments.rows]) < 1:
         raise ValueError("--lengths and --rows must be at least 1.")
     rows = []
-    for length in arguments.lengths:
-        for kernel in KERNELS if fused.unavailable() is None else KERNELS[1:]:
-            row: dict[str, Any] = {"keys": length, "rows": arguments.rows, "kernel": kernel}
-            row["scores alone, MiB"] = HEADS * arguments.rows * length * 2 / MIB
-            row["forward, MiB"] = _peak(
-                arguments.rows, length, lambda q, k, v, name=kernel: _ours(q, k, v, name), False
-            )
-            row["with backward, MiB"] = _peak(
-                arguments.rows, length, lambda q, k, v, name=kernel: _ours(q, k, v, name), True
-            )
-            row["SDPA with backward, MiB"] = _peak(arguments.rows, length, F.scaled_dot_product_attention, True)
-            rows.append(row)
+    for name in arguments.dtypes:
+        dtype = getattr(torch, name)
+        kernels = KERNELS if fused.unavailable(dtype) is None else KERNELS[1:]
+        for length, kernel in itertools.product(arguments.lengths, kernels):
+            row = {"dtype": name, **_row(arguments.rows, length, dtype, kernel)}
             print("  ".join(f"{k} {v:.1f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+            rows.append(row)
+    instructions = _instructions(arguments.dtypes)
     notes = (
-        f"bfloat16, {HEADS} heads, head_dim {HEAD_DIM}, full attention. The peak is without the inputs. `scores alone` "
-        "is what the score matrix would need in bfloat16; no kernel here makes it. cpu_fused copies the values; with "
-        "backward it also copies queries, keys and gradients, one after another. cpu_tiled keeps one tile of scores "
-        "and copies of keys and values; with backward also float32 gradients of keys and values. All of these grow "
-        "linearly with the number of keys."
+        f"{HEADS} heads, head_dim {HEAD_DIM}, full attention. The peak is without the inputs. `scores alone` is what "
+        f"the score matrix would need; no kernel here makes it. cpu_fused used {instructions}. It copies the "
+        "values with AMX; in bfloat16 with backward it copies queries, keys, values and gradients, one after another. "
+        "cpu_tiled keeps one tile of scores and copies of keys and values; with backward also float32 "
+        "gradients of keys and values. All of these grow linearly with the number of keys."
     )
+    if LIMIT in os.environ:
+        notes += f" PyTorch's products were limited by {LIMIT}={os.environ[LIMIT]}."
     print("written to", write_table(arguments.out, "memory", "Peak memory of one attention call", rows, notes))
+
+
+def _row(rows: int, length: int, dtype: torch.dtype, kernel: str) -> dict[str, Any]:
+    row: dict[str, Any] = {"keys": length, "rows": rows, "kernel": kernel}
+    row["scores alone, MiB"] = HEADS * rows * length * dtype.itemsize / MIB
+    for backward, what in ((False, "forward"), (True, "with backward")):
+        for whose, attention in (("", functools.partial(_ours, kernel=kernel)), ("SDPA ", SDPA)):
+            _peak(rows, length, dtype, attention, backward)  # what a first call loads is not counted
+            row[f"{whose}{what}, MiB"] = _peak(rows, length, dtype, attention, backward)
+    return row
+
+
+def _instructions(dtypes: list[str]) -> str:
+    chosen = {name: best(getattr(torch, name), allowed()) for name in dtypes}
+    return ", ".join(f"{one if isinstance(one, str) else one.title} in {name}" for name, one in chosen.items())
 
 
 def _ours(query: Tensor, key: Tensor, value: Tensor, kernel: str) -> Tensor:
     return attend(query, key, value, kernel=kernel).out
 
 
-def _peak(rows: int, keys: int, function: Callable[..., Tensor], backward: bool) -> float:
-    query = torch.randn(1, HEADS, rows, HEAD_DIM).to(torch.bfloat16).requires_grad_(backward)
-    key, value = (torch.randn(1, HEADS, keys, HEAD_DIM).to(torch.bfloat16).requires_grad_(backward) for _ in range(2))
+def _peak(rows: int, keys: int, dtype: torch.dtype, function: Callable[..., Tensor], backward: bool) -> float:
+    sizes = (rows, keys, keys)
+    query, key, value = (torch.randn(1, HEADS, n, HEAD_DIM).to(dtype).requires_grad_(backward) for n in sizes)
     with PeakMemory(query.device) as memory:
         out = function(query, key, value)
         if backward:

@@ -23,7 +23,7 @@ from hf_attn_plugins.kernels.rectangle_tables import flat
 def cpu_fused(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, softcap: float | None, dropout: float
 ) -> Partial:
-    """See `kernels.attend`. Memory besides inputs and output: a copy of value (backward: of all but out)."""
+    """See `kernels.attend`. Memory besides inputs and output: with AMX a copy of value (backward: of all but out)."""
     return cpu_fused_rectangles(query, key, value, mask, scale, softcap, dropout, [])
 
 

@@ -125,7 +125,7 @@ def forward(
         call.partials = partials.data_ptr()
         compiled.hap_decode(ctypes.byref(call))
         return out, lse
-    if chosen.walked:
+    if chosen.walked and chosen.pairs_first and rows > chosen.lanes:  # fewer rows read each value once
         pairs = query.new_empty(batch * kv_heads * _padded(keys, *chosen.walked) * dim_v)
         call.pairs = pairs.data_ptr()
     compiled.hap_forward(ctypes.byref(call))

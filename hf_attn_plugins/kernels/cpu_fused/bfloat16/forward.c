@@ -14,7 +14,8 @@ typedef struct {
     _Alignas(64) int32_t weights[TILE / 2 * LANES];
     _Alignas(64) float sums[MAX_DIM * LANES];
     __m512 row_max[VECTORS], row_sum[VECTORS]; /* row_max: see to_base_2 */
-    Rows keys;
+    _Alignas(64) int32_t pairs[TILE / 2 * MAX_DIM]; /* values of a tile, where no pairs of all were made */
+    Rows keys, values;
     Sight sight;
     int64_t dim, dim_v;
     float scale;    /* of products: with log2(e), in base 2; 1 for altered scores */
@@ -150,8 +151,16 @@ static int within_limit(const __m512 row_sum[VECTORS]) {
     return lanes == 0xffff;
 }
 
-/* Sums over the keys of `sight`. */
-static void walk(const Call *call, Block *block, int64_t first, const int32_t *values) {
+/* Values from `key` on as pairs: of those that were made before, or made now. */
+static const int32_t *pairs_at(Block *block, int64_t key, const int32_t *made) {
+    if (made)
+        return made + key / 2 * block->dim_v;
+    pair_rows(block->values, key, block->dim_v, block->pairs);
+    return block->pairs;
+}
+
+/* Sums over the keys of `sight`. `made`: all values as pairs, or NULL. */
+static void walk(const Call *call, Block *block, int64_t first, const int32_t *made) {
     const Sight *sight = &block->sight;
     /* Keys that every lane sees tell all maxima at once; under a window the first keys do not. */
     if (!block->bias.data && unset(block) && sight->inner_end - sight->inner_begin >= FIRST_KEYS)
@@ -173,7 +182,7 @@ static void walk(const Call *call, Block *block, int64_t first, const int32_t *v
         }
         for (int v = 0; v < VECTORS; v++)
             block->row_sum[v] = _mm512_add_ps(block->row_sum[v], row_sum[v]);
-        const int32_t *pairs = values + key / 2 * block->dim_v;
+        const int32_t *pairs = pairs_at(block, key, made);
         int64_t from[VECTORS], to[VECTORS];
         int whole = 1;
         for (int v = 0; v < VECTORS; v++) {
@@ -188,7 +197,7 @@ static void walk(const Call *call, Block *block, int64_t first, const int32_t *v
     }
 }
 
-static void forward_block(const Call *call, Block *block, int64_t b, int64_t h, int64_t first, const int32_t *values) {
+static void forward_block(const Call *call, Block *block, int64_t b, int64_t h, int64_t first, const int32_t *made) {
     const Rows queries = rows_of(&call->query, b, h, call->num_rows);
     hold_rows(queries, first, call->dim, block->held);
     memset(block->sums, 0, sizeof(float) * call->dim_v * LANES);
@@ -202,7 +211,7 @@ static void forward_block(const Call *call, Block *block, int64_t b, int64_t h, 
     const Piece *pieces = pieces_of(call->row_pieces, call->row_pieces_most, call->row_pieces_batch, b, first);
     for (int64_t i = 0; i < (pieces ? call->row_pieces_most : 1); i++) {
         block->sight = keys_seen(call, b, first, pieces ? pieces + i : NULL);
-        walk(call, block, first, values);
+        walk(call, block, first, made);
     }
     float row_sum[LANES], row_max[LANES], factor[LANES];
     for (int v = 0; v < VECTORS; v++) {
@@ -221,7 +230,8 @@ static void forward_block(const Call *call, Block *block, int64_t b, int64_t h, 
 /* Bytes of `Call`, which call.py compares with its own. */
 int64_t hf_call_size(void) { return sizeof(Call); }
 
-/* out (bfloat16) and lse of a call. `pairs`: (batch, key heads, padded keys, dim_v) numbers of 16 bit. */
+/* out (bfloat16) and lse of a call. `pairs`: room for (batch, key heads, padded keys, dim_v) numbers of 16 bit, where
+ * all values become pairs once; NULL, and every block of queries makes its own, tile by tile. */
 void hap_forward(const Call *call) {
     const int64_t group_size = call->heads / call->kv_heads, head_pairs = padded_rows(call->num_keys) / 2 * call->dim_v;
     const int64_t blocks = (call->num_rows + LANES - 1) / LANES;
@@ -233,7 +243,8 @@ void hap_forward(const Call *call) {
         block.scale = block.altered ? 1 : block.shape.scale;
         block.to_base_2 = to_base_2(call);
         begin_products();
-        pair_heads(&call->value, call->batch, call->kv_heads, call->num_keys, call->dim_v, call->pairs);
+        if (call->pairs)
+            pair_heads(&call->value, call->batch, call->kv_heads, call->num_keys, call->dim_v, call->pairs);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t item = 0; item < call->batch * call->heads * blocks; item++) {
             /* A causal mask gives later rows more to do: they go first. Heads that share keys follow each other. */
@@ -241,8 +252,9 @@ void hap_forward(const Call *call) {
             const int64_t pair_head = item / group_size / blocks, b = pair_head / call->kv_heads;
             const int64_t kv_head = pair_head % call->kv_heads;
             block.keys = rows_of(&call->key, b, kv_head, call->num_keys);
+            block.values = rows_of(&call->value, b, kv_head, call->num_keys);
             forward_block(call, &block, b, kv_head * group_size + member, block_index * LANES,
-                          call->pairs + pair_head * head_pairs);
+                          call->pairs ? call->pairs + pair_head * head_pairs : NULL);
         }
         end_products();
     }

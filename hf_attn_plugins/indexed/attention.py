@@ -37,7 +37,7 @@ def indexed_scores(tables: Tables, indices: Tensor) -> Tensor:
         # Index_row of the character terms and of their position terms together; then Index_col of the result.
         rows = index_rows(tables.scores, indices, n)
         columns = indices[:, None, None].expand(words, length, heads, length)
-        return rows[..., :n].gather(-1, columns) + rows[..., n : n + length]
+        return rows[..., :n].gather(-1, columns).add_(rows[..., n : n + length])
     flat, head = tables.scores.view(-1), torch.arange(heads, device=indices.device).view(-1, 1)
     positions = torch.arange(n, n + length, device=indices.device)
 

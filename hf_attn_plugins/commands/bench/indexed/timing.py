@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_attn_plugins.bench.hardware import describe
 from hf_attn_plugins.bench.timing import spread
 from hf_attn_plugins.commands.bench.arguments import PUBLISHED
 from hf_attn_plugins.indexed.attention import (
@@ -27,6 +27,7 @@ from hf_attn_plugins.indexed.plan import CallSizes, direct_cost, table_cost
 from hf_attn_plugins.indexed.tables import Projections, build_tables, project_tables, sinusoids
 
 PUBLISHED_SIZES = CallSizes(**PUBLISHED)
+MOST_CALLS = 100  # of one function in a turn
 SWEEPS = {
     "words": (1, 2, 5, 20, 100, 500, 2000),
     "characters": (16, 64, 256, 1024, 4096, 8192),
@@ -58,25 +59,32 @@ class Timing:
         return self.direct / self.tables
 
 
-def interleaved(functions: list[Callable[[], Any]], repeats: int, batch: list[int] | None = None) -> list[list[float]]:
+def interleaved(functions: list[Callable[[], Any]], repeats: int) -> list[list[float]]:
     """Seconds of each function, turn by turn. They take turns, so that a machine that slows down slows all of them.
+
+    In a turn each function runs for about as long as one call of the slowest takes, in at most `MOST_CALLS` calls. The
+    first calls after another function are slower, since caches and fresh memory are the other's.
 
     Args:
         functions: what to time.
         repeats: turns.
-        batch: how often each function runs within one turn (1 each when None).
     """
-    batch = batch or [1] * len(functions)
-    seconds: list[list[float]] = [[] for _ in functions]
     for function in functions:
         function()
+    once = [_seconds(function, 1) for function in functions]
+    batch = [min(MOST_CALLS, max(1, round(max(once) / one))) for one in once]
+    seconds: list[list[float]] = [[] for _ in functions]
     for _ in range(repeats):
         for function, count, record in zip(functions, batch, seconds, strict=True):
-            start = time.perf_counter()
-            for _ in range(count):
-                function()
-            record.append((time.perf_counter() - start) / count)
+            record.append(_seconds(function, count))
     return seconds
+
+
+def _seconds(function: Callable[[], Any], count: int) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        function()
+    return (time.perf_counter() - start) / count
 
 
 @dataclass(frozen=True)
@@ -162,11 +170,11 @@ def stages(sizes: CallSizes) -> Iterator[tuple[str, Callable[[], Tensor], Callab
 
 @torch.no_grad()
 def time_stages(sizes: CallSizes = PUBLISHED_SIZES, repeats: int = 7) -> list[Timing]:
-    """Time every stage. Each turn runs the table form five times: it takes a fifth of the time or less."""
+    """Time every stage."""
     found = []
     for name, direct, tables in stages(sizes):
         error = (direct() - tables()).abs().max().item()
-        slow, fast = interleaved([direct, tables], repeats, [1, 5])
+        slow, fast = interleaved([direct, tables], repeats)
         found.append(Timing(name, statistics.median(slow), statistics.median(fast), spread(slow, fast), error))
     return found
 
@@ -194,7 +202,7 @@ def time_scaling(base: CallSizes = PUBLISHED_SIZES, repeats: int = 5) -> list[di
             def frozen(x: Inputs = x, kept: Any = kept) -> Tensor:
                 return indexed_attention(kept, x.indices)
 
-            seconds = interleaved([direct, tables, frozen], repeats, [1, 3, 3])
+            seconds = interleaved([direct, tables, frozen], repeats)
             forecast = [direct_cost(sizes).total / table_cost(sizes, of).total for of in (False, True)]
             row: dict[str, Any] = {"varied": name, "value": value}
             row |= zip(("direct", "tables", "frozen"), map(statistics.median, seconds), strict=True)
@@ -206,16 +214,5 @@ def time_scaling(base: CallSizes = PUBLISHED_SIZES, repeats: int = 5) -> list[di
 
 def machine() -> dict[str, Any]:
     """The processor, threads and versions of the measurement."""
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as lines:
-            name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    except OSError:
-        pass  # no Linux: `platform` gives the name
-    return {
-        "processor": name,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+    said = describe()
+    return {"cores": os.cpu_count(), **{name: said[name] for name in ("processor", "threads", "python", "torch")}}

@@ -51,8 +51,8 @@ def main() -> None:
     notes = (
         "SmolLM2-135M's attention: 9 query heads, 3 key heads, head_dim 64, causal. `whole`: everything between the "
         "model and the kernel and back, memory for the results included. `from the mask on` begins at "
-        "`tiled.entry.attention`, where the arguments of Transformers are understood; `kernel's own` is what the chosen "
-        "kernel's Python takes. `sdpa`: the same of Transformers' function for it."
+        "`tiled.entry.attention`, where Transformers' arguments are one mask. `kernel's own`: Python of the chosen "
+        "kernel. `sdpa`: Transformers' function for it, which copies shared keys for each query head."
     )
     print("written to", write_table(given.out, "call_time", "Python's time in an attention call", rows, notes))
 

@@ -1,13 +1,15 @@
 /* Split-KV decoding, for few queries and many keys. A thread computes a chunk of SPLIT_KEYS keys at a time; then the
  * chunks' results are merged.
  *
- * The keys are the held rows here, one per lane. So each key is read once for all queries of all heads that share it.
- * In the product of weights and values, the columns of value are in the lanes, and the sum is over pairs of keys. */
-#define FEW_ROWS
+ * Each key is read once for all queries of all heads that share it. Scores have the keys in the lanes: a few queries are
+ * multiplied with keys as they lie in memory, and the products are summed across lanes; for more queries the keys are
+ * held, one per lane. In the product of weights and values, the columns of value are in the lanes, and the sum is over
+ * pairs of keys. */
+#define MAX_ROWS 256 /* rows of all heads that share a key head */
 #include "scores.h"
+#include "few.h"
 
 #define SPLIT_KEYS 512 /* keys of a chunk; not by the number of threads, so that sums are the same for any number */
-#define MAX_ROWS 256   /* rows of all heads that share a key head */
 
 /* The result of one chunk for every row: row_max (of scores, see to_base_2), row_sum = sum of exp(score - row_max),
  * and the values' sum with the same weights. */
@@ -16,9 +18,10 @@ typedef struct {
 } Found;
 
 typedef struct {
-    _Alignas(64) int32_t held[MAX_DIM / 2 * LANES]; /* the keys, see `hold_rows` */
-    _Alignas(64) bf16 weights[MAX_ROWS][LANES];
+    Few few;
     _Alignas(64) bf16 queries[MAX_ROWS * MAX_DIM]; /* rows of all heads that share the keys, head by head */
+    _Alignas(64) bf16 weights[MAX_ROWS][LANES];
+    __m512 row_sum[MAX_ROWS]; /* lane by lane */
     int64_t b, kv_head;
 } Block;
 
@@ -31,14 +34,6 @@ static Found found_of(const Call *call, int64_t item) {
     return (Found){start, start + rows, start + 2 * rows};
 }
 
-/* Prefetch LANES rows from `first` on. They arrive while the products before their use are computed. Inlined,
- * because GCC takes a function that only prefetches for one without effect, and drops calls of it. */
-INLINE void prefetch(Rows rows, int64_t first, int64_t dim) {
-    for (int64_t row = first; row < smaller(first + LANES, rows.count); row++)
-        for (int64_t column = 0; column < dim; column += 32)
-            _mm_prefetch((const void *)(rows.data + row * rows.stride + column), _MM_HINT_T0);
-}
-
 /* The score of row t and 16 keys from `key` on, from their product. */
 INLINE __m512 altered_score(const Call *call, const Shape *shape, const Bias *bias, int64_t t, int64_t key,
                             __m512 product) {
@@ -46,93 +41,76 @@ INLINE __m512 altered_score(const Call *call, const Shape *shape, const Bias *bi
     return bias->data ? with_bias(score, load_bias(bias, t, key, call->num_keys)) : score;
 }
 
-/* Weights of LANES keys from `first` on, for all rows. Where a row's maximum grows, its sums so far are rescaled. */
-INLINE void weigh(const Call *call, const int altered, Block *block, Found found, const Sight *sight, int64_t first,
-                  int64_t end) {
-    const int64_t rows = shared_rows(call);
-    const Rows queries = {block->queries, call->dim, rows};
-    const Shape shape = altered ? shape_of(call) : (Shape){0};
-    const __m512 scale = _mm512_set1_ps(call->scale / LN_2), nothing = _mm512_set1_ps(-INFINITY);
-    const float power = altered ? to_base_2(call) : 1;
-    for (int64_t row = 0; row < rows; row += STEP) {
-        __m512 scores[STEP][VECTORS];
-        multiply(block->held, queries, row, call->dim, scores);
-        for (int j = 0; j < STEP && row + j < rows; j++) {
-            const int64_t h = block->kv_head * (rows / call->num_rows) + (row + j) / call->num_rows;
-            const int64_t t = (row + j) % call->num_rows;
-            const Bias bias = altered ? bias_of(call, block->b, h) : (Bias){0};
-            __m512 most = nothing, sum = _mm512_setzero_ps(), weight[VECTORS];
-            for (int v = 0; v < VECTORS; v++) {
-                const int64_t lanes = smaller(larger(end - first - 16 * v, 0), 16);
-                const __mmask16 mask = seen(sight, v, t) & ((1u << lanes) - 1);
-                const int64_t key = first + 16 * v;
-                weight[v] = _mm512_mul_ps(scores[j][v], scale);
-                if (altered)
-                    weight[v] = altered_score(call, &shape, &bias, t, key, scores[j][v]);
-                weight[v] = _mm512_mask_mov_ps(nothing, mask, weight[v]);
-                most = _mm512_max_ps(most, weight[v]);
-            }
-            const float before = found.row_max[row + j], row_max = fmaxf(before, _mm512_reduce_max_ps(most));
-            if (row_max > before) {
-                const float change = (before - row_max) * power;
-                const __m512 rescale = exp2_of(_mm512_set1_ps(before == -INFINITY ? -1e30f : change));
-                float *sums = found.sums + (row + j) * call->dim_v;
-                for (int64_t column = 0; column < call->dim_v; column += 16)
-                    _mm512_storeu_ps(sums + column, _mm512_mul_ps(_mm512_loadu_ps(sums + column), rescale));
-                found.row_sum[row + j] *= _mm512_cvtss_f32(rescale);
-                found.row_max[row + j] = row_max;
-            }
-            const __m512 shift = _mm512_set1_ps(row_max == -INFINITY ? 0 : row_max);
-            for (int v = 0; v < VECTORS; v++) {
-                const __mmask16 mask = _mm512_cmp_ps_mask(weight[v], nothing, _CMP_NEQ_UQ);
-                __m512 shifted = _mm512_sub_ps(weight[v], shift);
-                if (altered)
-                    shifted = _mm512_mul_ps(shifted, _mm512_set1_ps(power));
-                weight[v] = _mm512_maskz_mov_ps(mask, exp2_of(shifted));
-                sum = _mm512_add_ps(sum, weight[v]);
-            }
-            found.row_sum[row + j] += _mm512_reduce_add_ps(sum);
-            for (int v = 0; v < VECTORS; v += 2)
-                _mm512_store_si512(block->weights[row + j] + 16 * v,
-                                   (__m512i)_mm512_cvtne2ps_pbh(weight[v + 1], weight[v]));
-        }
-    }
+/* Whether every query row sees every one of LANES keys from `first` on. */
+static inline int all_seen(const Call *call, const Sight *sight, int64_t first, int64_t end) {
+    return first + LANES <= end && sight->whole_begin <= 0 && sight->whole_end >= call->num_rows &&
+           sight->inner_begin <= 0 && sight->inner_end >= call->num_rows;
 }
 
-/* found.sums[row][column] += weights[row][key] * value[key][column], over LANES keys. */
-static void add_values(const Call *call, Block *block, Found found, Rows values, int64_t first) {
-    const int64_t rows = shared_rows(call);
-    for (int64_t row = 0; row < rows; row += STEP)
-        for (int64_t column = 0; column < call->dim_v; column += 16 * VECTORS) {
-            const int vectors = (int)smaller(VECTORS, (call->dim_v - column) / 16);
-            float *at[STEP];
-            __m512 sum[STEP][VECTORS];
-            for (int j = 0; j < STEP; j++)
-                at[j] = found.sums + smaller(row + j, rows - 1) * call->dim_v + column;
-            for (int j = 0; j < STEP; j++)
-                for (int v = 0; v < VECTORS; v++)
-                    sum[j][v] = _mm512_setzero_ps();
-            for (int key = 0; key < LANES; key += 2) {
-                const bf16 *even = values.data + smaller(first + key, values.count - 1) * values.stride + column;
-                const bf16 *odd = values.data + smaller(first + key + 1, values.count - 1) * values.stride + column;
-                __m512bh pair[VECTORS];
-                for (int v = 0; v < VECTORS; v++) {
-                    const __mmask16 mask = v < vectors ? 0xffff : 0;
-                    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, even + 16 * v));
-                    const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, odd + 16 * v));
-                    pair[v] = (__m512bh)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-                }
-                for (int j = 0; j < STEP; j++) {
-                    int32_t both;
-                    memcpy(&both, block->weights[smaller(row + j, rows - 1)] + key, sizeof both);
-                    for (int v = 0; v < VECTORS; v++)
-                        sum[j][v] = _mm512_dpbf16_ps(sum[j][v], (__m512bh)_mm512_set1_epi32(both), pair[v]);
-                }
-            }
-            for (int j = 0; j < STEP && row + j < rows; j++)
-                for (int v = 0; v < vectors; v++)
-                    _mm512_storeu_ps(at[j] + 16 * v, _mm512_add_ps(_mm512_loadu_ps(at[j] + 16 * v), sum[j][v]));
+/* Weights of LANES keys from `first` on for one row, from their products. Where the row's maximum grows, its sums so far
+ * are rescaled. `all`: it sees all of these keys. */
+INLINE void weigh_row(const Call *call, const int altered, const int all, Block *block, Found found, const Sight *sight,
+                      int64_t row, int64_t first, int64_t end, const __m512 products[VECTORS]) {
+    const __m512 scale = _mm512_set1_ps(call->scale / LN_2), nothing = _mm512_set1_ps(-INFINITY);
+    const float power = altered ? to_base_2(call) : 1, before = found.row_max[row];
+    const int64_t t = call->num_rows == 1 ? 0 : row % call->num_rows;
+    __m512 most = nothing, weight[VECTORS], sum = block->row_sum[row];
+    for (int v = 0; v < VECTORS; v++)
+        weight[v] = _mm512_mul_ps(products[v], scale);
+    if (altered) {
+        const Shape shape = shape_of(call);
+        const Bias bias = bias_of(call, block->b, block->kv_head * (call->heads / call->kv_heads) + row / call->num_rows);
+        for (int v = 0; v < VECTORS; v++)
+            weight[v] = altered_score(call, &shape, &bias, t, first + 16 * v, products[v]);
+    }
+    for (int v = 0; v < VECTORS; v++) {
+        if (!all) {
+            const int64_t lanes = smaller(larger(end - first - 16 * v, 0), 16);
+            weight[v] = _mm512_mask_mov_ps(nothing, seen(sight, v, t) & ((1u << lanes) - 1), weight[v]);
         }
+        most = _mm512_max_ps(most, weight[v]);
+    }
+    if (_mm512_cmp_ps_mask(most, _mm512_set1_ps(before), _CMP_GT_OQ)) {
+        const float row_max = fmaxf(before, _mm512_reduce_max_ps(most)), change = (before - row_max) * power;
+        const __m512 rescale = exp2_of(_mm512_set1_ps(before == -INFINITY ? -1e30f : change));
+        float *sums = found.sums + row * call->dim_v;
+        for (int64_t column = 0; column < call->dim_v; column += 16)
+            _mm512_storeu_ps(sums + column, _mm512_mul_ps(_mm512_loadu_ps(sums + column), rescale));
+        sum = _mm512_mul_ps(sum, rescale);
+        found.row_max[row] = row_max;
+    }
+    const __m512 shift = _mm512_set1_ps(found.row_max[row] == -INFINITY ? 0 : found.row_max[row]);
+    for (int v = 0; v < VECTORS; v++) {
+        const __mmask16 mask = _mm512_cmp_ps_mask(weight[v], nothing, _CMP_NEQ_UQ);
+        __m512 shifted = _mm512_sub_ps(weight[v], shift);
+        if (altered)
+            shifted = _mm512_mul_ps(shifted, _mm512_set1_ps(power));
+        weight[v] = _mm512_maskz_mov_ps(mask, exp2_of(shifted));
+        sum = _mm512_add_ps(sum, weight[v]);
+    }
+    block->row_sum[row] = sum;
+    for (int v = 0; v < VECTORS; v += 2)
+        _mm512_store_si512(block->weights[row] + 16 * v, (__m512i)_mm512_cvtne2ps_pbh(weight[v + 1], weight[v]));
+}
+
+/* Weights of LANES keys from `first` on, for all rows. */
+INLINE void weigh(const Call *call, const int altered, Block *block, Found found, const Sight *sight, Rows keys,
+                  Rows values, int64_t first, int64_t end) {
+    const Rows queries = {block->queries, call->dim, shared_rows(call)};
+    const int all = all_seen(call, sight, first, end);
+    __m512 products[AT_ONCE][VECTORS];
+    for (int64_t row = 0; row < queries.count; row += AT_ONCE) {
+        for (int v = row ? VECTORS : 0; v < VECTORS; v++) {
+            prefetch(values, first + 16 * v, call->dim_v);
+            prefetch(keys, first + LANES + 16 * v, call->dim);
+        }
+        multiply_keys(&block->few, queries, row, keys, first, call->dim, products);
+        for (int j = 0; j < AT_ONCE && row + j < queries.count; j++)
+            if (all)
+                weigh_row(call, altered, 1, block, found, sight, row + j, first, end, products[j]);
+            else
+                weigh_row(call, altered, 0, block, found, sight, row + j, first, end, products[j]);
+    }
 }
 
 INLINE void decode_chunk(const Call *call, const int altered, Block *block, int64_t b, int64_t kv_head, int64_t first,
@@ -143,23 +121,24 @@ INLINE void decode_chunk(const Call *call, const int altered, Block *block, int6
     const int64_t end = smaller(first + SPLIT_KEYS, call->num_keys);
     block->b = b;
     block->kv_head = kv_head;
-    memset(found.row_sum, 0, sizeof(float) * rows * (1 + call->dim_v));
+    memset(found.sums, 0, sizeof(float) * rows * call->dim_v);
     for (int64_t row = 0; row < rows; row++) {
         const Rows queries = rows_of(&call->query, b, kv_head * group_size + row / call->num_rows, call->num_rows);
         const bf16 *query = queries.data + row % call->num_rows * queries.stride;
         memcpy(block->queries + row * call->dim, query, sizeof(bf16) * call->dim);
         found.row_max[row] = -INFINITY;
+        block->row_sum[row] = _mm512_setzero_ps();
     }
+    take_queries(&block->few, (Rows){block->queries, call->dim, rows}, call->dim);
     for (int64_t key = first; key < end; key += LANES) {
         const Sight sight = rows_seeing(call, b, key, NULL);
         if (sight.begin >= sight.end)
             continue;
-        prefetch(values, key, call->dim_v);
-        hold_rows(keys, key, call->dim, block->held);
-        weigh(call, altered, block, found, &sight, key, end);
-        prefetch(keys, key + LANES, call->dim);
-        add_values(call, block, found, values, key);
+        weigh(call, altered, block, found, &sight, keys, values, key, end);
+        add_values(&block->few, block->weights, rows, values, key, call->dim_v, found.sums);
     }
+    for (int64_t row = 0; row < rows; row++)
+        found.row_sum[row] = _mm512_reduce_add_ps(block->row_sum[row]);
 }
 
 /* Apart, so that plain calls keep their registers. */
@@ -202,6 +181,7 @@ void hap_decode(const Call *call) {
 #pragma omp parallel num_threads(call->threads)
     {
         Block block;
+        begin_products();
 #pragma omp for schedule(dynamic, 1)
         for (int64_t item = 0; item < call->batch * call->kv_heads * chunks; item++) {
             const int64_t b = item / chunks / call->kv_heads, kv_head = item / chunks % call->kv_heads;
@@ -211,6 +191,7 @@ void hap_decode(const Call *call) {
             else
                 decode_chunk(call, 0, &block, b, kv_head, first, found_of(call, item));
         }
+        end_products();
 #pragma omp for
         for (int64_t row = 0; row < call->batch * call->heads * call->num_rows; row++)
             merge_row(call, row / call->num_rows / call->heads, row / call->num_rows % call->heads,

@@ -1,6 +1,6 @@
 /* The products of a block, by AMX where the compiler is told of it, else by AVX512-BF16; and what both build on. */
 #pragma once
-#if defined(__AMX_BF16__) && !defined(FEW_ROWS) /* FEW_ROWS: for 16 rows at a time there are too few */
+#if defined(__AMX_BF16__)
 #include "amx.h"
 #else
 #include "vectors.h"

@@ -14,26 +14,31 @@ static inline void pair_rows(Rows rows, int64_t first, int64_t dim, int32_t *pai
             _mm512_storeu_si512(pairs + (row - first) / 2 * dim + column, pair_at(rows, row, column));
 }
 
-/* block[j][v] = vector v of the held rows times walked row first + j, summed over head_dim, for v < vectors. Walked
- * rows past the end repeat the last one. */
-INLINE void multiply_some(const int32_t *held, Rows walked, int64_t first, int64_t dim, const int vectors,
-                          __m512 block[STEP][VECTORS]) {
+/* block[j][v] = vector v of the held rows times walked row first + j, summed over head_dim, for j < rows, v < vectors.
+ * Walked rows past the end repeat the last one. */
+INLINE void multiply_few(const int32_t *held, Rows walked, int64_t first, int64_t dim, const int rows, const int vectors,
+                         __m512 block[STEP][VECTORS]) {
     const int32_t *row[STEP];
-    for (int j = 0; j < STEP; j++)
+    for (int j = 0; j < rows; j++)
         row[j] = (const void *)(walked.data + smaller(first + j, walked.count - 1) * walked.stride);
-    for (int j = 0; j < STEP; j++)
+    for (int j = 0; j < rows; j++)
         for (int v = 0; v < vectors; v++)
             block[j][v] = _mm512_setzero_ps();
     for (int64_t pair = 0; pair < dim / 2; pair++) {
         __m512bh lanes[VECTORS];
         for (int v = 0; v < vectors; v++)
             lanes[v] = (__m512bh)_mm512_load_si512(held + pair * LANES + 16 * v);
-        for (int j = 0; j < STEP; j++) {
+        for (int j = 0; j < rows; j++) {
             const __m512bh both = (__m512bh)_mm512_set1_epi32(row[j][pair]);
             for (int v = 0; v < vectors; v++)
                 block[j][v] = _mm512_dpbf16_ps(block[j][v], lanes[v], both);
         }
     }
+}
+
+INLINE void multiply_some(const int32_t *held, Rows walked, int64_t first, int64_t dim, const int vectors,
+                          __m512 block[STEP][VECTORS]) {
+    multiply_few(held, walked, first, dim, STEP, vectors, block);
 }
 
 /* sums[column][lane] += weights[pair][lane] * pairs[pair][column], over `count` pairs of walked rows. */

@@ -45,18 +45,30 @@ MIN_TILED_FULL = 512  # rows and keys of a call without a causal mask, no half o
 
 
 class FusedFrom(NamedTuple):
-    """Keys from which on the compiled kernels win: for many rows, for many rows that see all keys, and for a
-    few rows (below `SPLIT_ROWS`)."""
+    """Keys from which on the compiled kernels win.
+
+    Attributes:
+        rows, full, few: for many rows, for many rows that see all keys, and for a few rows (below `SPLIT_ROWS`).
+        shared: rows of all heads that share a key head; with fewer of them, a few rows never win.
+        scores: `shared` x keys from which on a few rows win that see every key.
+    """
 
     rows: int
     full: int
     few: int
+    shared: int = 1
+    scores: int = 0
+
+    def few_win(self, query: Tensor, key: Tensor, mask: Mask) -> bool:
+        """Whether the compiled kernels win for these few rows."""
+        rows, keys = query.shape[2] * (query.shape[1] // key.shape[1]), key.shape[2]
+        return keys >= self.few and rows >= self.shared and (rows * keys >= self.scores or not mask.has_no_tensors())
 
 
 # By instruction set and dtype. Only what was measured stands here (kernels/README.md); anything else is never chosen.
 NEVER = 2**62
 FUSED_FROM = {
-    ("amx", torch.bfloat16): FusedFrom(256, 512, NEVER),
+    ("amx", torch.bfloat16): FusedFrom(256, 512, 256, shared=2, scores=2048),
     ("avx512_bf16", torch.bfloat16): FusedFrom(96, 96, 256),
     ("avx512", torch.float32): FusedFrom(192, NEVER, NEVER),
     ("avx2", torch.float32): FusedFrom(192, 1024, 4096),
@@ -66,7 +78,7 @@ LEAST_ROWS, LEAST_FEW = (min(sizes[i] for sizes in FUSED_FROM.values()) for i in
 # The same for a mask tensor alone, which PyTorch's operator takes too. Others with a mask tensor, a softcap or dropout
 # would else run in tiles of PyTorch operators: `cpu_fused` wins there at any size.
 MASKED_FROM = {
-    ("amx", torch.bfloat16): FusedFrom(256, 256, NEVER),
+    ("amx", torch.bfloat16): FusedFrom(256, 256, 256, shared=2),
     ("avx512_bf16", torch.bfloat16): FusedFrom(64, 64, 256),
     ("avx512", torch.float32): FusedFrom(192, 192, NEVER),
     ("avx2", torch.float32): FusedFrom(192, 192, NEVER),
@@ -154,7 +166,7 @@ def worth_fusing(
     sizes = fused_from(query.dtype, altered)
     if sizes is None:
         return False
-    if few and keys >= sizes.few:
+    if few and sizes.few_win(query, key, mask):
         return True
     if (altered or few) and (is_plan or aten.reason_against(query, key, value, mask, softcap, dropout) is not None):
         return True

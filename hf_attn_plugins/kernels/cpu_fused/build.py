@@ -114,7 +114,7 @@ def _digest(chosen: InstructionSet, *more: str) -> str:
     """20 hexadecimal digits for the sources of an instruction set, the flags, and `more`."""
     key = hashlib.sha256("\n".join([*more, *FLAGS, *chosen.flags]).encode())
     folder = HERE / chosen.folder
-    shared = (HERE / name for name in ("call.h", "altered.h"))
+    shared = (HERE / name for name in ("call.h", "altered.h", "labels.h"))
     for source in sorted({*folder.glob("*.c"), *folder.glob("*.h"), *shared}):
         key.update(source.read_bytes())
     return key.hexdigest()[:20]

@@ -27,7 +27,8 @@ typedef struct {
     /* A row sees the keys of its own label. No row labels: the label of every row is 0. No key labels: all keys. */
     const int32_t *row_labels, *key_labels;
     int64_t row_labels_batch, key_labels_batch;
-    const int32_t *row_bounds, *key_bounds; /* per LANES rows or keys, from kernels/segment_labels.py; or NULL */
+    const int32_t *row_bounds, *key_bounds; /* per LANES rows or keys, from kernels/segment_labels.py. NULL for keys:
+                                             * see labels.h */
     int64_t row_bounds_batch, key_bounds_batch;
     /* Rectangles of a plan as `Piece`s, per LANES rows or keys; NULL means every row and every key. */
     const int32_t *row_pieces, *key_pieces;

@@ -114,7 +114,7 @@ def forward(
     query, key, value = _rows(query), _rows(key), _rows(value)
     few = rows < SPLIT_ROWS and rows * (heads // kv_heads) <= MAX_ROWS and not plan
     few = few and lse_rest is None and not dropout
-    call, _kept = make_call(query, key, value, mask, scale, softcap, plan, chosen.lanes, out=out, keys_too=few)
+    call, _kept = make_call(query, key, value, mask, scale, softcap, plan, chosen.lanes, out=out, bounds=not few)
     if dropout:
         set_dropout(call, dropout, seed)
     call.lse = lse.data_ptr()

@@ -68,12 +68,14 @@ def make_call(
     *,
     out: Tensor,
     grad_out: Tensor | None = None,
+    bounds: bool = True,
     keys_too: bool = False,
 ) -> tuple[CallStruct, list[Tensor | None]]:
     """The struct, and the tensors that it points into: keep them until the call is over.
 
     Args:
         lanes: held rows of a block of the instruction set.
+        bounds: whether the bounds that follow from labels are needed: decoding finds them itself.
         keys_too: whether bounds and plan are also needed per block of keys.
 
     Raises:
@@ -105,8 +107,8 @@ def make_call(
             raise ValueError(
                 f"the mask's {what} must be (1 or {batch}, {count}) for these tensors, got {tuple(tensor.shape)}."
             )
-    of_rows = row_bounds(labels, rows, lanes)
-    of_keys = key_bounds(labels, rows, lanes) if keys_too else None
+    of_rows = row_bounds(labels, rows, lanes) if bounds else None
+    of_keys = key_bounds(labels, rows, lanes) if bounds and keys_too else None
     fields = {"row_labels": labels.rows, "key_labels": labels.keys, "row_bounds": of_rows, "key_bounds": of_keys}
     for name, tensor in fields.items():
         if tensor is not None:

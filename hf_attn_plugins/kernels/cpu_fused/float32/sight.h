@@ -3,6 +3,7 @@
  * `../bfloat16/visibility.h` is the same for the kernels with bfloat16 products. */
 #pragma once
 #include "tile.h"
+#include "../labels.h"
 
 typedef struct {
     int64_t begin, end;             /* walked rows that some lane sees */
@@ -83,9 +84,8 @@ static inline void clip(Sight *sight, const Piece *piece, int64_t first, int64_t
 }
 
 /* The part of it that labels decide: bounds of the block, labels of its lanes. */
-static inline void set_labels(Sight *sight, const int32_t *bounds, const int32_t *held, const int32_t *walked,
+static inline void set_labels(Sight *sight, const int32_t bound[4], const int32_t *held, const int32_t *walked,
                               int64_t first, int64_t held_count) {
-    const int32_t *bound = bounds + first / LANES * 4;
     sight->has_labels = 1;
     sight->labels = walked;
     sight->begin = larger(sight->begin, bound[0]);
@@ -111,9 +111,20 @@ static inline void set_keys_seen(Sight *sight, const Call *call, int64_t b, int6
     if (piece)
         clip(sight, piece, first, call->num_rows);
     if (call->key_labels)
-        set_labels(sight, call->row_bounds + b * call->row_bounds_batch,
+        set_labels(sight, call->row_bounds + b * call->row_bounds_batch + first / LANES * 4,
                    call->row_labels ? call->row_labels + b * call->row_labels_batch : NULL,
                    call->key_labels + b * call->key_labels_batch, first, call->num_rows);
+}
+
+static inline void set_key_labels(Sight *sight, const Call *call, int64_t b, int64_t first) {
+    const int32_t *keys = call->key_labels + b * call->key_labels_batch;
+    const int32_t *rows = call->row_labels ? call->row_labels + b * call->row_labels_batch : NULL;
+    int32_t bound[4];
+    if (call->key_bounds)
+        memcpy(bound, call->key_bounds + b * call->key_bounds_batch + first / LANES * 4, sizeof bound);
+    else
+        bounds_of_keys(keys, first, call->num_keys, LANES, rows, call->num_rows, bound);
+    set_labels(sight, bound, keys, rows, first, call->num_keys);
 }
 
 /* Query rows that see keys from `first` on. */
@@ -125,8 +136,7 @@ static inline void set_rows_seeing(Sight *sight, const Call *call, int64_t b, in
     if (piece)
         clip(sight, piece, first, call->num_keys);
     if (call->key_labels)
-        set_labels(sight, call->key_bounds + b * call->key_bounds_batch, call->key_labels + b * call->key_labels_batch,
-                   call->row_labels ? call->row_labels + b * call->row_labels_batch : NULL, first, call->num_keys);
+        set_key_labels(sight, call, b, first);
 }
 
 /* The walked rows first .. end that lanes of a group may see, as `lo` .. `hi` counted from `first`; 0 if there are none. */

@@ -184,3 +184,22 @@ def test_few_heads_that_share_keys_become_rows_only_where_that_is_faster(monkeyp
     low, low_lse = dense_attention(query, key, value, visible)
     assert_close_to_reference(out, low, ref)
     assert_close_to_reference(lse, low_lse, ref_lse, 3.0, "lse")
+
+
+FEW = {  # (rows of a key head, keys, padded): whether the compiled kernel is chosen, by the sizes below
+    "a row of a head of its own": ((1, 8192, False), False),
+    "three heads share, too few keys": ((3, 300, False), False),
+    "three heads share": ((3, 700, False), True),
+    "padded, three heads share": ((3, 300, True), True),
+    "padded, fewer keys than ever": ((3, 200, True), False),
+    "more rows than measured": ((24, 8192, False), False),
+}
+
+
+@pytest.mark.parametrize("case, chosen", FEW.values(), ids=FEW)
+def test_a_few_rows_by_what_they_share(case, chosen):
+    rows, keys, padded = case
+    sizes = choosing.FusedFrom(256, 256, 256, least=2, most=16, scores=2048)
+    query, key = torch.empty(1, rows, 1, 64), torch.empty(1, 1, keys, 64)
+    mask = Mask(key_padding=torch.ones(1, keys, dtype=torch.bool)) if padded else Mask()
+    assert sizes.few_win(query, key, mask) == chosen

@@ -148,6 +148,15 @@ def test_bench_memory_writes_its_table(capsys, tmp_path):
         assert measured == [(n, kernel) for n in (256, 512) for kernel in kernels]
 
 
+def test_bench_decode_writes_its_table(capsys, tmp_path):
+    given = ("--keys", 64, 300, "--repeats", 1, "--dtypes", "float32", "--out", tmp_path)
+    status, out, _ = run(capsys, "bench", "decode", *given)
+    assert status == 0 and "written to" in out
+    rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
+    assert len(rows) == 4 * 3 * 2 and all(row["ratio"] > 0 for row in rows)
+    assert {row["prompts"] for row in rows} == {1, "4, padded"}
+
+
 BAD = {
     "unknown command": (("lisst",), "choose one of list"),
     "unknown method": (("plan", "ring"), "choose one of cqs, star, tiled"),
@@ -158,6 +167,7 @@ BAD = {
     "unknown plugin to check": (("check", "MODEL", "--attn", "tilled"), "choose one of tiled_attention"),
     "unknown plugin option": (("compare", "MODEL", "--option", "blocks=3", "--length", "50"), "no option blocks"),
     "malformed option": (("compare", "MODEL", "--option", "blocks"), "name=value"),
+    "too few keys": (("bench", "decode", "--keys", "8"), "at least 64"),
     "missing text": (("compare", "MODEL", "--text", "nowhere.txt", "--length", "50"), "nowhere.txt"),
     "too long for the model": (("compare", "MODEL", "--length", "5000"), "beyond the model's 4096 positions"),
     "too short": (("compare", "MODEL", "--length", "1"), "at least 2"),

@@ -112,6 +112,16 @@ def memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for memory.md and memory.json")
 
 
+def decode(parser: argparse.ArgumentParser) -> None:
+    """The options of `hf-attn bench decode`."""
+    parser.add_argument("--keys", type=int, nargs="+", default=[512, 2048, 8192], help="keys in the cache")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["bfloat16", "float32"], help="(default: both)"
+    )
+    parser.add_argument("--repeats", type=int, default=100, help="rounds; the median counts (default: 100)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for decode.md and decode.json")
+
+
 def parallel(parser: argparse.ArgumentParser) -> None:
     """The options of `hf-attn bench parallel`."""
     parser.add_argument("--length", type=int, default=2048, help="tokens of the prompt")

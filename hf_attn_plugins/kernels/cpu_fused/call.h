@@ -54,3 +54,7 @@ typedef struct {
     int64_t seed;
 } Call;
 
+/* How many parts of something are done: who does the last part goes on with the whole. No thread waits for another one
+ * there, as it would at a barrier, which takes long where a program beside this one has the other thread's core. */
+static inline int64_t count_done(int32_t *done) { return __atomic_add_fetch(done, 1, __ATOMIC_ACQ_REL); }
+

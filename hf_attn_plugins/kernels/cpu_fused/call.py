@@ -121,12 +121,12 @@ def forward(
     call.lse_rest = None if lse_rest is None else lse_rest.data_ptr()
     if few:
         chunks = -(-keys // chosen.split_keys)
-        partials = lse.new_empty(batch * heads * rows * chunks * (dim_v + 2))
+        partials = lse.new_empty(batch * heads * rows * chunks * (dim_v + 2) + batch * kv_heads)
         call.partials = partials.data_ptr()
         compiled.hap_decode(ctypes.byref(call))
         return out, lse
     if chosen.walked and chosen.pairs_first and rows > chosen.lanes:  # fewer rows read each value once
-        pairs = query.new_empty(batch * kv_heads * _padded(keys, *chosen.walked) * dim_v)
+        pairs = query.new_empty(batch * kv_heads * (_padded(keys, *chosen.walked) * dim_v + 2))
         call.pairs = pairs.data_ptr()
     compiled.hap_forward(ctypes.byref(call))
     return out, lse

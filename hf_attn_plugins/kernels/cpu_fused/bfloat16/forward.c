@@ -230,11 +230,22 @@ static void forward_block(const Call *call, Block *block, int64_t b, int64_t h, 
 /* Bytes of `Call`, which call.py compares with its own. */
 int64_t hf_call_size(void) { return sizeof(Call); }
 
+/* Make pairs of one tile of values. */
+static void pair_tile(const Call *call, int64_t b, int64_t kv_head, int64_t tile, int32_t *made) {
+    const Rows values = rows_of(&call->value, b, kv_head, call->num_keys);
+    pair_rows(values, tile * TILE, call->dim_v, made + tile * TILE / 2 * call->dim_v);
+}
+
 /* out (bfloat16) and lse of a call. `pairs`: room for (batch, key heads, padded keys, dim_v) numbers of 16 bit, where
- * all values become pairs once; NULL, and every block of queries makes its own, tile by tile. */
+ * all values become pairs once, and a number of 32 bits per key head; NULL, and every block of queries makes its own
+ * pairs, tile by tile. */
 void hap_forward(const Call *call) {
     const int64_t group_size = call->heads / call->kv_heads, head_pairs = padded_rows(call->num_keys) / 2 * call->dim_v;
-    const int64_t blocks = (call->num_rows + LANES - 1) / LANES;
+    const int64_t blocks = (call->num_rows + LANES - 1) / LANES, key_heads = call->batch * call->kv_heads;
+    const int64_t tiles = call->pairs ? padded_rows(call->num_keys) / TILE : 0;
+    int32_t *done = call->pairs + key_heads * head_pairs;
+    if (call->pairs)
+        memset(done, 0, key_heads * sizeof *done);
 #pragma omp parallel num_threads(call->threads)
     {
         Block block = {.dim = call->dim, .dim_v = call->dim_v, .call = call};
@@ -243,14 +254,21 @@ void hap_forward(const Call *call) {
         block.scale = block.altered ? 1 : block.shape.scale;
         block.to_base_2 = to_base_2(call);
         begin_products();
-        if (call->pairs)
-            pair_heads(&call->value, call->batch, call->kv_heads, call->num_keys, call->dim_v, call->pairs);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t item = 0; item < call->batch * call->heads * blocks; item++) {
+        /* Items are begun in order: all tiles of values first. A block of queries waits for the tiles of its head. */
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t item = -key_heads * tiles; item < call->batch * call->heads * blocks; item++) {
+            if (item < 0) {
+                const int64_t at = item + key_heads * tiles, head = at / tiles;
+                pair_tile(call, head / call->kv_heads, head % call->kv_heads, at % tiles, call->pairs + head * head_pairs);
+                count_done(done + head);
+                continue;
+            }
             /* A causal mask gives later rows more to do: they go first. Heads that share keys follow each other. */
             const int64_t member = item % group_size, block_index = blocks - 1 - item / group_size % blocks;
             const int64_t pair_head = item / group_size / blocks, b = pair_head / call->kv_heads;
             const int64_t kv_head = pair_head % call->kv_heads;
+            while (call->pairs && __atomic_load_n(done + pair_head, __ATOMIC_ACQUIRE) < tiles)
+                _mm_pause();
             block.keys = rows_of(&call->key, b, kv_head, call->num_keys);
             block.values = rows_of(&call->value, b, kv_head, call->num_keys);
             forward_block(call, &block, b, kv_head * group_size + member, block_index * LANES,

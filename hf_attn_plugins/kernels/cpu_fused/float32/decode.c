@@ -253,20 +253,28 @@ static void merge_row(const Call *call, int64_t b, int64_t h, int64_t t, int64_t
         row_sum == 0 ? -INFINITY : (float)(row_max * (is_altered(call) ? 1 : LN_2) + log2(row_sum) * LN_2);
 }
 
+/* Merge the rows of a key head. */
+static void merge_rows(const Call *call, int64_t b, int64_t kv_head, int64_t chunks) {
+    const int64_t group_size = call->heads / call->kv_heads;
+    for (int64_t row = 0; row < shared_rows(call); row++)
+        merge_row(call, b, kv_head * group_size + row / call->num_rows, row % call->num_rows, chunks);
+}
+
 /* out and lse of a call with at most MAX_ROWS query rows per key head. `partials` is (batch, key heads, chunks, rows,
- * dim_v + 2), float32. */
+ * dim_v + 2), float32, and then a number of 32 bits per key head. */
 void hap_decode(const Call *call) {
-    const int64_t chunks = (call->num_keys + SPLIT_KEYS - 1) / SPLIT_KEYS;
+    const int64_t chunks = (call->num_keys + SPLIT_KEYS - 1) / SPLIT_KEYS, key_heads = call->batch * call->kv_heads;
+    int32_t *done = (int32_t *)(call->partials + key_heads * chunks * shared_rows(call) * (call->dim_v + 2));
+    memset(done, 0, key_heads * sizeof *done);
 #pragma omp parallel num_threads(call->threads)
     {
         Block block;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t item = 0; item < call->batch * call->kv_heads * chunks; item++)
-            decode_chunk(call, &block, item / chunks / call->kv_heads, item / chunks % call->kv_heads,
-                         item % chunks * SPLIT_KEYS, found_of(call, item));
-#pragma omp for
-        for (int64_t row = 0; row < call->batch * call->heads * call->num_rows; row++)
-            merge_row(call, row / call->num_rows / call->heads, row / call->num_rows % call->heads,
-                      row % call->num_rows, chunks);
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t item = 0; item < key_heads * chunks; item++) {
+            const int64_t b = item / chunks / call->kv_heads, kv_head = item / chunks % call->kv_heads;
+            decode_chunk(call, &block, b, kv_head, item % chunks * SPLIT_KEYS, found_of(call, item));
+            if (count_done(done + item / chunks) == chunks)
+                merge_rows(call, b, kv_head, chunks);
+        }
     }
 }

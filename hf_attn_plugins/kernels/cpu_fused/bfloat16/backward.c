@@ -268,7 +268,7 @@ void hap_backward(const Call *call) {
         }
         pair_heads(&call->query, call->batch, call->heads, call->num_rows, call->dim, call->pairs);
         pair_heads(&call->grad_out, call->batch, call->heads, call->num_rows, call->dim_v, grads);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
         for (int64_t item = 0; item < batches * heads * key_blocks; item++) {
             const int64_t b0 = item / key_blocks / heads * batch_at_once(call);
             const int64_t h0 = item / key_blocks % heads * heads_at_once(call);

@@ -228,7 +228,7 @@ void hap_forward(const Call *call) {
         block.shape = shape_of(call);
         block.scale = block.altered ? 1 : block.shape.scale;
         block.to_base_2 = to_base_2(call);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
         for (int64_t item = 0; item < call->batch * call->heads * blocks; item++) {
             /* A causal mask gives later rows more to do: they go first. Heads that share keys follow each other. */
             const int64_t member = item % group_size, block_index = blocks - 1 - item / group_size % blocks;

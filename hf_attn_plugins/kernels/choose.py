@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from hf_attn_plugins.core.cpu import fields
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.options import KERNELS
 from hf_attn_plugins.core.partial import Partial
+from hf_attn_plugins.core.rectangle import Rectangle
 from hf_attn_plugins.core.warn import warn_once
 from hf_attn_plugins.kernels.aten import attend as aten
 from hf_attn_plugins.kernels.cpu_fused import build
@@ -103,6 +104,10 @@ def load_rectangles(name: str) -> Callable[..., Partial]:
         from hf_attn_plugins.kernels.triton.attend import triton_rectangles
 
         return triton_rectangles
+    if name == "flex":
+        from hf_attn_plugins.kernels.flex.attend import flex_rectangles
+
+        return flex_rectangles
     from hf_attn_plugins.kernels.cpu_fused.attend import cpu_fused_rectangles
 
     return cpu_fused_rectangles
@@ -167,13 +172,20 @@ def worth_fusing(
 
 
 def choose_rectangles(
-    query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float, kernel: str | None
-) -> Callable[..., Partial] | None:
-    """The function that computes a whole list of rectangles in one launch, or None: each is a call of its own."""
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float, kernel: str | None,
+    plan: Sequence[Sequence[Rectangle]] | None = None,
+) -> Callable[..., Partial] | None:  # fmt: skip
+    """The function that computes a whole list of rectangles in one launch, or None: each is a call of its own.
+
+    Args:
+        plan: the rectangles; None while only the question is whether to make a list of them.
+    """
     call = (query, key, value, mask, softcap, dropout)
-    on_gpu = kernel is None and query.device.type not in PLAIN
-    if kernel == "triton" or (on_gpu and one_launch(*call)):
-        return load_rectangles("triton")
+    if kernel is None and query.device.type not in PLAIN:
+        name = one_launch(*call, plan)
+        return None if name is None else load_rectangles(name)
+    if kernel in ("triton", "flex"):
+        return load_rectangles(kernel)
     if kernel == "cpu_fused" or (kernel is None and worth_fusing(*call, True)):
         whole = mask.prefix == 0 and not torch.compiler.is_compiling()
         if whole and fused.reason_against(*call) is None:
@@ -199,10 +211,18 @@ def _flex_or_next(
     try:
         return flex.flex(query, key, value, mask, scale, softcap, dropout)
     except flex.Failed as error:
-        flex.turn_off(str(error))
-        choice = choose(query, key, value, mask, softcap, dropout)
-        warn_once(f"FlexAttention is off in this process, '{choice.name}' computes instead: {error}")
+        choice = after_failed_flex(error, query, key, value, mask, softcap, dropout)
         return choice.run(query, key, value, mask, scale, softcap, dropout)
+
+
+def after_failed_flex(
+    error: flex.Failed, query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float
+) -> Choice:
+    """Turn FlexAttention off in this process, with a warning, and say what computes a call instead."""
+    flex.turn_off(str(error))
+    choice = choose(query, key, value, mask, softcap, dropout)
+    warn_once(f"FlexAttention is off in this process, '{choice.name}' computes instead: {error}")
+    return choice
 
 
 def choose(

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_attn_plugins import cqs
 from hf_attn_plugins.core.mask import Mask
-from hf_attn_plugins.core.partial import Partial
+from hf_attn_plugins.core.partial import Partial, with_sinks
 from hf_attn_plugins.core.rectangle import Rectangle
 from hf_attn_plugins.kernels import attend, measured, on_device
 from hf_attn_plugins.kernels.attend_rectangles import attend_rectangles
 from hf_attn_plugins.kernels.flex import attend as flex
+from hf_attn_plugins.star.entry import attention as star_attention
+from hf_attn_plugins.star.options import StarOptions
 from hf_attn_plugins.testing import dense_attention, sharp_inputs, visibility
 from tests.kernels.stand_in import NAME, StandIn, pretend, tensors
 
@@ -107,10 +112,45 @@ def test_other_devices_compute_tiles_of_ordinary_operators(device):
     for options in ({}, dict(softcap=5.0), dict(dropout=0.1), dict(mask=Mask(causal=True, key_padding=some))):
         assert name_of(call, **options) == "cpu_tiled"
     assert choosing.choose_rectangles(*call, Mask(causal=True), None, 0.0, None) is None
-    with pytest.raises(NotImplementedError, match=f"{device}: PyTorch has no operator there that returns the lse"):
+    with pytest.raises(NotImplementedError, match=f"{device}: no operator of PyTorch there has shown that its lse is"):
         choosing.choose(*call, Mask(), None, 0.0, "aten").run(*call, Mask(), 1.0, None, 0.0)
     with pytest.raises(NotImplementedError, match=f"tensors on {device}"):
         choosing.choose(*call, Mask(), None, 0.0, "triton").run(*call, Mask(), 1.0, None, 0.0)
+    reason = flex.reason_against(*call, Mask(causal=True), 5.0, 0.0)  # by name
+    assert reason is None if device == "xpu" else reason == f"tensors on {device}"
+
+
+class NoFloat64(TorchDispatchMode):
+    """Devices such as Apple's have no float64: an operator that makes some would fail there."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for each in found if isinstance(found, tuple | list) else (found,):
+            assert not (isinstance(each, torch.Tensor) and each.dtype == torch.float64), func
+        return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_tiles_and_merges_make_no_float64(dtype):
+    inputs = [x.to(dtype).requires_grad_() for x in sharp_inputs(2, 4, 2, 40, 40, 16)]
+    index = torch.arange(40)
+    masks = [
+        Mask(causal=True),
+        Mask(causal=True, window=(9, None), prefix=3),
+        Mask(key_padding=(index > 4).expand(2, 40)),
+    ]
+    pieces = [Rectangle(0, 40, 0, 10, True), Rectangle(10, 40, 10, 40, True)]
+    star = functools.partial(star_attention, scale=0.25, dropout=0.0, options=StarOptions(9, 4, 5, kernel="cpu_tiled"))
+    with NoFloat64():
+        for mask in masks:
+            attend(*inputs, mask=mask, softcap=4.0, dropout=0.3, kernel="cpu_tiled").out.sum().backward()
+            part = attend_rectangles(*inputs, pieces, mask=mask.replace(offset=0), kernel="cpu_tiled")
+            (part.out.sum() + part.lse.clamp_min(-9).sum()).backward()
+        star(*inputs, Mask(causal=True), softcap=None).out.sum().backward()
+        cqs.attention(*inputs, cqs.plan(40, 7), is_causal=True, kernel="cpu_tiled").out.sum().backward()
+        with_sinks(Partial(part.out.detach(), part.lse.detach()), torch.zeros(4, dtype=dtype))
+    with pytest.raises(AssertionError), NoFloat64():
+        attend(*(x.double() for x in inputs), kernel="cpu_tiled")
 
 
 def rows(**ms):

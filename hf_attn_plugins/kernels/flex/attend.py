@@ -28,6 +28,7 @@ from hf_attn_plugins.kernels.segment_labels import make_labels
 
 LEAST_HEAD_DIM, MOST_HEAD_DIM = 16, 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GPUS = ("cuda", "xpu")  # where PyTorch compiles FlexAttention with the lse; chosen by itself on CUDA and ROCm only
 INSTALLED = importlib.util.find_spec("triton") is not None
 OFF = ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")  # PyTorch's own switches: uncompiled, it would make all scores
 
@@ -51,12 +52,12 @@ def reason_against(
         return f"anything in this process: {_failed[0]}"
     if torch.compiler.is_compiling():
         return "calls in a traced graph"
-    on_gpu = query.device.type == "cuda"
+    on_gpu = query.device.type in GPUS
     if on_gpu and not INSTALLED:
         return "anything, because Triton is not installed (pip install 'hf-attn-plugins[triton]')"
     if on_gpu and any(os.environ.get(name) == "1" for name in OFF):
         return "anything, because torch.compile is switched off"
-    if query.device.type not in ("cuda", "cpu"):
+    if not on_gpu and query.device.type != "cpu":
         return f"tensors on {query.device.type}"
     if dropout:
         return "dropout"

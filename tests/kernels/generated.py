@@ -22,6 +22,7 @@ from unittest import mock
 
 import torch
 import torch._dynamo.device_interface
+import torch._functorch.config
 import torch._higher_order_ops.flex_attention
 import torch._inductor.graph
 import torch._inductor.scheduler
@@ -72,6 +73,7 @@ def flex_for(arch: str, use: Callable[[str], Callable[..., Any]]) -> Iterator[No
         mock.patch.object(flex, "flex_attention", functools.cache(compiled)),
         mock.patch.object(flex, "needs_gradient", lambda *tensors: False),
         mock.patch.object(public, "_validate_device", lambda *tensors: None),
+        torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
     ):
         yield
 

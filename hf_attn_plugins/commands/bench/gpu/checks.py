@@ -105,7 +105,7 @@ def check(
             if plan is None:
                 out = attend(*leaves, **options).out
             else:
-                out = attend_rectangles(*leaves, rectangles_of(plan), **options).out
+                out = attend_rectangles(leaves[0], leaves[1], leaves[2], rectangles_of(plan), **options).out
         else:
             out = dense_attention(leaves[0], leaves[1], leaves[2], seen, softcap=feature.softcap)[0]
         results.append([out.detach(), *torch.autograd.grad((out * weight.to(out.dtype)).sum(), leaves)])

@@ -109,8 +109,8 @@ def flex_rectangles(
     width = max(LEAST_HEAD_DIM, 1 << (max(head_dim, head_dim_v) - 1).bit_length())
     query, key, value = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (query, key, value))
     run = flex_attention(query.device.type != "cpu")
-    visited = _visited(mask, rows, keys, query.device, plan)
     try:
+        visited = _visited(mask, rows, keys, query.device, plan)
         out, lse = run(query, key, value, scores_of(mask, softcap, query), visited, scale, heads != kv_heads)
     except torch.OutOfMemoryError:
         raise

@@ -146,10 +146,11 @@ def process(*words: str, **environment: str) -> str:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles with g++")
 @pytest.mark.parametrize("name", ON_CPU)
-def test_compiled_for_the_cpu(name, monkeypatch):
+def test_compiled_for_the_cpu(name, monkeypatch, tmp_path):
     """`out` is compiled; PyTorch gives no lse then, so that of the uncompiled form stands beside it."""
     from torch.nn.attention import flex_attention as public
 
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # a process that was killed leaves broken files
     torch.compiler.reset()
     plain, compiled, calls = flex.flex_attention(False), torch.compile(public.flex_attention, fullgraph=True), []
 

@@ -45,8 +45,8 @@ def attention(
     """Exact self-attention: the workers of `plan` compute every pair of positions once, and their results are merged.
 
     Differentiable in query, key, value, sinks and a float mask, through both results. A kernel that takes rectangles
-    ("triton" on GPUs, "cpu_fused" on CPUs) computes the pairs of all workers in one launch. Otherwise the workers run
-    one after another. To run workers elsewhere, use `work` and `Tiler`.
+    ("flex" and "triton" on GPUs, "cpu_fused" on CPUs) computes the pairs of all workers in one launch. Otherwise the
+    workers run one after another. To run workers elsewhere, use `work` and `Tiler`.
 
     With `memory_budget` the workers always run one after another. Besides the inputs and the result, at most that many
     bytes are allocated on the computing device. No gradients are computed. Query, key and value may then also be NumPy

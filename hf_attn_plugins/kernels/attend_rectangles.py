@@ -2,7 +2,8 @@
 
 A planner (Star's blocks and anchor, CQS's pairs of token groups) lists the rectangles that it needs.
 The Triton kernels and the compiled CPU kernels take the list in one launch: each tile of rows loops over the rectangles
-that touch the tile. With other kernels `attend` computes each rectangle and `merge` combines the results.
+that touch the tile. FlexAttention takes it as a list of tiles. With other kernels `attend` computes each rectangle and
+`merge` combines the results.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial, merge
 from hf_attn_plugins.core.rectangle import Rectangle, Rectangles, check_rectangles, per_batch
 from hf_attn_plugins.kernels.attend import attend
-from hf_attn_plugins.kernels.choose import choose_rectangles
+from hf_attn_plugins.kernels.choose import after_failed_flex, choose_rectangles
+from hf_attn_plugins.kernels.flex.attend import Failed
 
 
 def attend_rectangles(
@@ -39,7 +41,7 @@ def attend_rectangles(
         mask: what else restricts the pairs. Its `causal` and `window` (about positions `t + offset`) bind
             `position_masked` rectangles only; everything else binds all rectangles.
         scale, softcap, dropout: as in `kernels.attend`.
-        kernel: one of `KERNELS`; None chooses. "triton" and "cpu_fused" launch once, others once per rectangle.
+        kernel: one of `KERNELS`; None chooses. "flex", "triton" and "cpu_fused" launch once, others once per rectangle.
 
     Raises:
         ValueError: a rectangle outside the score matrix, or a plan of another batch size.
@@ -49,9 +51,16 @@ def attend_rectangles(
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     lists = per_batch(plan)
     check_rectangles(lists, query.shape[0], query.shape[2], key.shape[2])
-    one_launch = choose_rectangles(query, key, value, mask, softcap, dropout, kernel)
+    call = (query, key, value, mask, softcap, dropout)
+    one_launch = choose_rectangles(*call, kernel, lists)
     if one_launch is not None:
-        return one_launch(query, key, value, mask, scale, softcap, dropout, lists)
+        try:
+            return one_launch(query, key, value, mask, scale, softcap, dropout, lists)
+        except Failed as error:
+            if kernel is not None:
+                raise
+            after_failed_flex(error, *call)
+            return attend_rectangles(query, key, value, plan, mask=mask, scale=scale, softcap=softcap, dropout=dropout)
     options = {"scale": scale, "softcap": softcap, "dropout": dropout, "kernel": kernel}
     start = mask.start(query.shape[2], key.shape[2])
     if len(lists) == 1:

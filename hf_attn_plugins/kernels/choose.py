@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,12 +14,14 @@ from hf_attn_plugins.core.cpu import fields
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.options import KERNELS
 from hf_attn_plugins.core.partial import Partial
+from hf_attn_plugins.core.rectangle import Rectangle
 from hf_attn_plugins.core.warn import warn_once
 from hf_attn_plugins.kernels.aten import attend as aten
 from hf_attn_plugins.kernels.cpu_fused import build
 from hf_attn_plugins.kernels.cpu_fused import call as fused
 from hf_attn_plugins.kernels.cpu_fused.attend import cpu_fused, cpu_fused_rectangles, unasked
 from hf_attn_plugins.kernels.cpu_fused.instruction_sets import STORED, allowed, best, cpu_has_kept
+from hf_attn_plugins.kernels.cpu_fused.sizes import FUSED_FROM, LEAST_FEW, LEAST_ROWS, MASKED_FROM, FusedFrom
 from hf_attn_plugins.kernels.flex import attend as flex
 from hf_attn_plugins.kernels.on_device import before_named_triton, kernel_for, one_launch
 
@@ -42,51 +44,6 @@ ATEN, SHORT, FUSED = Choice("aten", aten.aten), Choice("aten", aten.run_one_oper
 # fast bfloat16 products save. Heads that share keys are rows of one product, so they count as rows.
 MIN_TILED_ROWS, MIN_TILED_KEYS = 128, 1024
 MIN_TILED_FULL = 512  # rows and keys of a call without a causal mask, no half of whose tiles is wasted
-
-
-class FusedFrom(NamedTuple):
-    """Keys from which on the compiled kernels win.
-
-    Attributes:
-        rows, full, few: for many rows, for many rows that see all keys, and for a few rows (below `SPLIT_ROWS`).
-        least, most: rows of all heads that share a key head; with fewer or more of them, a few rows never win.
-        scores: these rows x keys, from which on a few rows win that see every key. PyTorch's operator has more to do
-            for padding.
-    """
-
-    rows: int
-    full: int
-    few: int
-    least: int = 1
-    most: int = 256
-    scores: int = 0
-
-    def few_win(self, query: Tensor, key: Tensor, mask: Mask) -> bool:
-        """Whether the compiled kernels win for these few rows."""
-        rows, keys = query.shape[2] * (query.shape[1] // key.shape[1]), key.shape[2]
-        enough = rows * keys >= self.scores or not mask.has_no_tensors()
-        return enough and keys >= self.few and self.least <= rows <= self.most
-
-
-# By instruction set and dtype. Only what was measured stands here (kernels/README.md); anything else is never chosen.
-NEVER = 2**62
-FUSED_FROM = {
-    ("amx", torch.bfloat16): FusedFrom(256, 512, 256, least=2, scores=2048),
-    ("avx512_bf16", torch.bfloat16): FusedFrom(96, 96, 256),
-    ("avx512", torch.float32): FusedFrom(192, NEVER, 256, most=12, scores=NEVER),
-    ("avx2", torch.float32): FusedFrom(192, 1024, 256, most=12, scores=8192),
-    ("avx2", torch.bfloat16): FusedFrom(192, 512, 256),
-}
-LEAST_ROWS, LEAST_FEW = (min(sizes[i] for sizes in FUSED_FROM.values()) for i in (0, 2))  # short calls ask no more
-# The same for a mask tensor alone, which PyTorch's operator takes too. Others with a mask tensor, a softcap or dropout
-# would else run in tiles of PyTorch operators: `cpu_fused` wins there at any size.
-MASKED_FROM = {
-    ("amx", torch.bfloat16): FusedFrom(256, 256, 256, least=2),
-    ("avx512_bf16", torch.bfloat16): FusedFrom(64, 64, 256),
-    ("avx512", torch.float32): FusedFrom(192, 192, 256, most=12),
-    ("avx2", torch.float32): FusedFrom(192, 192, 256, most=12),
-    ("avx2", torch.bfloat16): FusedFrom(96, 96, 256),
-}
 
 
 def load(name: str) -> Kernel:
@@ -118,6 +75,10 @@ def load_rectangles(name: str) -> Callable[..., Partial]:
         from hf_attn_plugins.kernels.triton.attend import triton_rectangles
 
         return triton_rectangles
+    if name == "flex":
+        from hf_attn_plugins.kernels.flex.attend import flex_rectangles
+
+        return flex_rectangles
     return cpu_fused_rectangles
 
 
@@ -180,13 +141,20 @@ def worth_fusing(
 
 
 def choose_rectangles(
-    query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float, kernel: str | None
-) -> Callable[..., Partial] | None:
-    """The function that computes a whole list of rectangles in one launch, or None: each is a call of its own."""
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float, kernel: str | None,
+    plan: Sequence[Sequence[Rectangle]] | None = None,
+) -> Callable[..., Partial] | None:  # fmt: skip
+    """The function that computes a whole list of rectangles in one launch, or None: each is a call of its own.
+
+    Args:
+        plan: the rectangles; None while only the question is whether to make a list of them.
+    """
     call = (query, key, value, mask, softcap, dropout)
-    on_gpu = kernel is None and query.device.type not in PLAIN
-    if kernel == "triton" or (on_gpu and one_launch(*call)):
-        return load_rectangles("triton")
+    if kernel is None and query.device.type not in PLAIN:
+        name = one_launch(*call, plan)
+        return None if name is None else load_rectangles(name)
+    if kernel in ("triton", "flex"):
+        return load_rectangles(kernel)
     if kernel == "cpu_fused" or (kernel is None and worth_fusing(*call, True)):
         whole = mask.prefix == 0 and not torch.compiler.is_compiling()
         if whole and fused.reason_against(*call) is None:
@@ -212,10 +180,18 @@ def _flex_or_next(
     try:
         return flex.flex(query, key, value, mask, scale, softcap, dropout)
     except flex.Failed as error:
-        flex.turn_off(str(error))
-        choice = choose(query, key, value, mask, softcap, dropout)
-        warn_once(f"FlexAttention is off in this process, '{choice.name}' computes instead: {error}")
+        choice = after_failed_flex(error, query, key, value, mask, softcap, dropout)
         return choice.run(query, key, value, mask, scale, softcap, dropout)
+
+
+def after_failed_flex(
+    error: flex.Failed, query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float
+) -> Choice:
+    """Turn FlexAttention off in this process, with a warning, and say what computes a call instead."""
+    flex.turn_off(str(error))
+    choice = choose(query, key, value, mask, softcap, dropout)
+    warn_once(f"FlexAttention is off in this process, '{choice.name}' computes instead: {error}")
+    return choice
 
 
 def choose(

@@ -2,18 +2,23 @@
 
 No GPU has run the Triton kernels of this package. So on CUDA and ROCm PyTorch's own fused operators come first, which
 return the lse (flash, efficient; cuDNN where measured). FlexAttention computes what they cannot: softcap, windows,
-packed sequences, prefixes, predicates. Triton computes what is left, once it has passed its self-test. A measurement on
-the very kind of GPU changes the order (`measured.py`). Everywhere else tiles of ordinary operators run (`cpu_tiled`).
+packed sequences, prefixes, predicates, and plans under these in one launch. Triton computes what is left, once it has
+passed its self-test. A measurement on the very kind of GPU changes the order (`measured.py`). Everywhere else tiles of
+ordinary operators run (`cpu_tiled`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from hf_attn_plugins.core.mask import Mask
+from hf_attn_plugins.core.rectangle import Rectangle
 from hf_attn_plugins.kernels.aten import attend as aten
 from hf_attn_plugins.kernels.aten import gpu as aten_gpu
 from hf_attn_plugins.kernels.flex import attend as flex
+from hf_attn_plugins.kernels.flex.plan import reason_against_plan
 from hf_attn_plugins.kernels.measured import fastest, has_rows
 from hf_attn_plugins.kernels.triton import support as triton_support
 
@@ -29,10 +34,24 @@ def kernel_for(query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: f
     return TILES
 
 
-def one_launch(query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float) -> bool:
-    """Whether Triton computes a plan in one launch: where that was measured to be the fastest, or nothing else can."""
+def one_launch(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float,
+    plan: Sequence[Sequence[Rectangle]] | None = None,
+) -> str | None:  # fmt: skip
+    """The kernel that computes a plan in one launch; None where PyTorch's operators compute its pieces, or tiles.
+
+    Args:
+        plan: its rectangles; None while only the question is whether to make a plan.
+    """
     call = (query, key, value, mask, softcap, dropout)
-    return ranked(*call, kind="plan")[:1] == ["triton"] and triton_passes(*call, plan=True)
+    for name in ranked(*call, kind="plan"):
+        if name == "aten":
+            return None
+        if name == "flex" and (plan is None or reason_against_plan(plan, query.shape[2]) is None):
+            return name
+        if name == "triton" and triton_passes(*call, plan=True):
+            return name
+    return None
 
 
 def ranked(

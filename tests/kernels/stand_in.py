@@ -1,4 +1,4 @@
-"""Tensors of a GPU that is not there: a CPU build of PyTorch makes none, not even fake ones."""
+"""Tensors of a GPU that is not there: a CPU build of PyTorch makes none that an operator would take."""
 
 from __future__ import annotations
 

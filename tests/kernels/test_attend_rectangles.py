@@ -128,7 +128,7 @@ def test_pieces_that_leave_the_scores_are_refused():
 
 
 @pytest.mark.parametrize("plan", [[], [[], []], [[Rectangle(0, 8, 0, 8)], []]], ids=["shared", "per row", "one row"])
-@pytest.mark.parametrize("kernel", [None, pytest.param("triton", marks=needs_interpreter)])
+@pytest.mark.parametrize("kernel", [None, "flex", pytest.param("triton", marks=needs_interpreter)])
 def test_rows_without_pieces_see_nothing(plan, kernel):
     query, key, value = sharp_inputs(2, 2, 1, 8, 8, 16)
     part = attend_rectangles(query, key, value, plan, kernel=kernel)

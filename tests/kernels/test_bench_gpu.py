@@ -74,12 +74,17 @@ def test_cases_come_in_order_of_interest_and_once():
 def test_steps_come_in_order_of_worth_and_have_names_of_their_own():
     names = [step.name for step in bench_gpu.steps(parse(), torch.device("cuda"))]
     assert len(set(names)) == len(names)
-    kinds = ["check: causal, bfloat16, triton", "time: forward, 4096", "time: plan", "time: decode, 4096"]
+    kinds = [
+        "check: causal, bfloat16, default",
+        "check: star's plan, bfloat16, flex",
+        "check: causal, bfloat16, triton",
+    ]
+    kinds += ["time: forward, 4096", "time: plan", "time: decode, 4096"]
     kinds += ["time: backward, 4096", "check: causal, float32, triton"]
     places = [next(i for i, name in enumerate(names) if name.startswith(kind)) for kind in kinds]
     assert places == sorted(places)
     every = [name for name in names if name.startswith("check") and "bfloat16, triton" in name]
-    assert len(every) == len(gpu_checks.FEATURES) and names.index(every[-1]) < places[1]
+    assert len(every) == len(gpu_checks.FEATURES) and names.index(every[-1]) < places[3]
 
 
 @needs_interpreter
@@ -121,7 +126,8 @@ def test_times_or_reasons(small, what):
 @pytest.mark.grid
 def test_plans_are_timed_beside_dense_attention(small):
     found = gpu_cases.time_case(Case("plan", 64, 16, True), CPU, 1)
-    assert set(found["ms"]) == {"dense", "flash", "triton"} and 0 < found["share"] < 1 and found["follows"] > 0
+    assert set(found["ms"]) == {"dense", "default", "flash", "flex", "triton"}
+    assert 0 < found["share"] < 1 and found["follows"] > 0
 
 
 # The run as a whole, with steps that take no time.
@@ -271,10 +277,11 @@ def test_saved_timings_are_rows_for_this_kind_of_gpu(steps, tmp_path):
 
 
 @pytest.mark.parametrize("check", [RIGHT | {"right": False}, ValueError("no"), None], ids=["wrong", "failed", "none"])
-def test_kernels_that_are_wrong_are_never_saved(steps, tmp_path, check):
+@pytest.mark.parametrize("kernel", ["triton", "flex"])
+def test_kernels_that_are_wrong_are_never_saved(steps, tmp_path, check, kernel):
     listed, _ = steps
-    listed += [] if check is None else [(OURS_IS_RIGHT, check)]
-    listed += [(f"time: {TIMED.name}", timing(flash=2.0, triton=1.0))]
+    listed += [] if check is None else [(f"check: causal, bfloat16, {kernel}", check)]
+    listed += [(f"time: {TIMED.name}", timing(**{"flash": 2.0, kernel: 1.0}))]
     assert bench_gpu.run(parse("--out", tmp_path, "--save"), CPU) == (0 if check is None else 1)
     assert [row.ms for row in measured.of_user()] == [{"flash": 2.0}]
 

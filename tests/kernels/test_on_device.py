@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_attn_plugins import cqs
 from hf_attn_plugins.core.mask import Mask
-from hf_attn_plugins.core.partial import Partial
+from hf_attn_plugins.core.partial import Partial, with_sinks
+from hf_attn_plugins.core.rectangle import Rectangle
 from hf_attn_plugins.kernels import attend, measured, on_device
+from hf_attn_plugins.kernels.attend_rectangles import attend_rectangles
 from hf_attn_plugins.kernels.flex import attend as flex
+from hf_attn_plugins.star.entry import attention as star_attention
+from hf_attn_plugins.star.options import StarOptions
 from hf_attn_plugins.testing import dense_attention, sharp_inputs, visibility
 from tests.kernels.stand_in import NAME, StandIn, pretend, tensors
 
@@ -105,10 +112,45 @@ def test_other_devices_compute_tiles_of_ordinary_operators(device):
     for options in ({}, dict(softcap=5.0), dict(dropout=0.1), dict(mask=Mask(causal=True, key_padding=some))):
         assert name_of(call, **options) == "cpu_tiled"
     assert choosing.choose_rectangles(*call, Mask(causal=True), None, 0.0, None) is None
-    with pytest.raises(NotImplementedError, match=f"{device}: PyTorch has no operator there that returns the lse"):
+    with pytest.raises(NotImplementedError, match=f"{device}: no operator of PyTorch there has shown that its lse is"):
         choosing.choose(*call, Mask(), None, 0.0, "aten").run(*call, Mask(), 1.0, None, 0.0)
     with pytest.raises(NotImplementedError, match=f"tensors on {device}"):
         choosing.choose(*call, Mask(), None, 0.0, "triton").run(*call, Mask(), 1.0, None, 0.0)
+    reason = flex.reason_against(*call, Mask(causal=True), 5.0, 0.0)  # by name
+    assert reason is None if device == "xpu" else reason == f"tensors on {device}"
+
+
+class NoFloat64(TorchDispatchMode):
+    """Devices such as Apple's have no float64: an operator that makes some would fail there."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for each in found if isinstance(found, tuple | list) else (found,):
+            assert not (isinstance(each, torch.Tensor) and each.dtype == torch.float64), func
+        return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_tiles_and_merges_make_no_float64(dtype):
+    inputs = [x.to(dtype).requires_grad_() for x in sharp_inputs(2, 4, 2, 40, 40, 16)]
+    index = torch.arange(40)
+    masks = [
+        Mask(causal=True),
+        Mask(causal=True, window=(9, None), prefix=3),
+        Mask(key_padding=(index > 4).expand(2, 40)),
+    ]
+    pieces = [Rectangle(0, 40, 0, 10, True), Rectangle(10, 40, 10, 40, True)]
+    star = functools.partial(star_attention, scale=0.25, dropout=0.0, options=StarOptions(9, 4, 5, kernel="cpu_tiled"))
+    with NoFloat64():
+        for mask in masks:
+            attend(*inputs, mask=mask, softcap=4.0, dropout=0.3, kernel="cpu_tiled").out.sum().backward()
+            part = attend_rectangles(*inputs, pieces, mask=mask.replace(offset=0), kernel="cpu_tiled")
+            (part.out.sum() + part.lse.clamp_min(-9).sum()).backward()
+        star(*inputs, Mask(causal=True), softcap=None).out.sum().backward()
+        cqs.attention(*inputs, cqs.plan(40, 7), is_causal=True, kernel="cpu_tiled").out.sum().backward()
+        with_sinks(Partial(part.out.detach(), part.lse.detach()), torch.zeros(4, dtype=dtype))
+    with pytest.raises(AssertionError), NoFloat64():
+        attend(*(x.double() for x in inputs), kernel="cpu_tiled")
 
 
 def rows(**ms):
@@ -140,11 +182,74 @@ def test_the_operator_follows_the_measurement():
     assert aten_gpu.operator_for(*tensors(requires_grad=True), False) == "flash"  # cuDNN is not used for gradients
 
 
-@pytest.mark.parametrize(("dropout", "one"), [(0.0, False), (0.1, True)])
-def test_plans_are_pieces_of_pytorchs_operators_unless_only_triton_can(dropout, one):
-    found = choosing.choose_rectangles(*tensors(), Mask(causal=True), None, dropout, None)
-    assert (found is not None) == one
-    assert choosing.choose_rectangles(*tensors(), Mask(causal=True), None, 0.0, "triton") is not None
+def one_launch(mask=None, softcap=None, dropout=0.0, plan=None, kernel=None, call=None):
+    """The kernel that computes a plan in one launch, by the name of its function; None for calls of their own."""
+    mask = Mask(causal=True) if mask is None else mask
+    found = choosing.choose_rectangles(*(call or tensors()), mask, softcap, dropout, kernel, plan)
+    return found and found.__name__.removesuffix("_rectangles")
+
+
+WINDOW = Mask(causal=True, window=(100, None))
+PLAN = [[Rectangle(0, 4096, 0, 1024, True), Rectangle(2048, 4096, 1024, 4096, True)]]
+TWICE = [[Rectangle(0, 4096, 0, 1024, True), Rectangle(2048, 4096, 1000, 4096, True)]]  # keys 1000 to 1024 twice
+PLANS = {
+    "plain: blocks of PyTorch's operators": ({}, None),
+    "the same, with its rectangles": (dict(plan=PLAN), None),
+    "padding": (dict(mask=Mask(causal=True, key_padding=some), plan=PLAN), None),
+    "softcap": (dict(softcap=30.0), "flex"),
+    "softcap, with its rectangles": (dict(softcap=30.0, plan=PLAN), "flex"),
+    "window": (dict(mask=WINDOW, plan=PLAN), "flex"),
+    "packed": (dict(mask=Mask(causal=True, query_segments=some, key_segments=some), plan=PLAN), "flex"),
+    "a mask tensor beside padding": (dict(mask=Mask(bias=some[:, None, None], key_padding=some), plan=PLAN), "flex"),
+    "pairs of two rectangles": (dict(mask=WINDOW, plan=TWICE), "triton"),
+    "dropout": (dict(dropout=0.1, plan=PLAN), "triton"),
+    "dropout under a predicate": (dict(dropout=0.1, mask=Mask(predicate=lambda b, h, q, k: q >= k)), None),
+    "named triton": (dict(kernel="triton"), "triton"),
+    "named flex": (dict(kernel="flex"), "flex"),
+    "named aten": (dict(kernel="aten"), None),
+}
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm90", "sm120", "gfx942"])
+@pytest.mark.parametrize("name", PLANS)
+def test_a_plan_goes_to_pytorchs_operators_then_flex_then_triton(monkeypatch, name, arch):
+    pretend(monkeypatch, arch)
+    options, expected = PLANS[name]
+    assert one_launch(**options) == expected
+
+
+def test_a_plan_without_flex_or_triton(monkeypatch):
+    monkeypatch.setattr("hf_attn_plugins.kernels.flex.attend.INSTALLED", False)
+    assert one_launch(softcap=5.0, plan=PLAN) == "triton"
+    monkeypatch.setattr(on_device, "triton_passes", lambda *call, plan=False: False)
+    assert one_launch(softcap=5.0, plan=PLAN) is None  # tiles, rectangle by rectangle
+
+
+def test_a_measured_plan_changes_the_order():
+    measured.save(rows(flash=2.0, triton=1.5, flex=1.0))
+    assert one_launch(plan=PLAN) == "flex" and one_launch(plan=TWICE) is None
+    measured.save(rows(flash=2.0, triton=1.0, flex=1.5))
+    assert one_launch(plan=PLAN) == one_launch(softcap=5.0, plan=PLAN) == "triton"
+
+
+def test_a_plan_whose_flex_call_cannot_be_compiled_goes_on_without(monkeypatch, caplog):
+    inputs, pieces = sharp_inputs(1, 2, 2, 8, 8, 16), [Rectangle(0, 8, 0, 8, True)]
+    tried = []
+
+    def broken(*given):
+        tried.append(1)
+        raise flex.Failed("InductorError: nothing")
+
+    monkeypatch.setattr(flex, "flex_rectangles", broken)
+    monkeypatch.setattr(choosing, "PLAIN", ())  # tensors of the CPU are decided as those of a GPU
+    monkeypatch.setattr(on_device, "ranked", lambda *call, kind="": [] if flex._failed else ["flex"])
+    with caplog.at_level(logging.WARNING, "hf_attn_plugins"):
+        for _ in range(2):
+            part = attend_rectangles(*inputs, pieces, mask=Mask(causal=True))
+    assert tried == [1] and caplog.text.count("FlexAttention is off in this process") == 1
+    torch.testing.assert_close(part.out, attend(*inputs, is_causal=True, kernel="reference").out)
+    with pytest.raises(flex.Failed, match="InductorError"):
+        attend_rectangles(*inputs, pieces, kernel="flex")
 
 
 def test_flex_that_cannot_be_compiled_is_off_after_one_warning(monkeypatch, caplog):

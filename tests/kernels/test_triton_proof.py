@@ -120,8 +120,10 @@ class Guarded:
         start = mapped((pages + 2) * PAGE, NOTHING)
         assert self.libc.mprotect(ctypes.c_void_p(start + PAGE), ctypes.c_size_t(pages * PAGE), READ_WRITE) == 0
         first = start + PAGE + (pages * PAGE - length if self.at_end else 0)
-        flat = tensor_at(first, length).fill_(255)
-        return flat.view(tensor.dtype).as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+        flat = tensor_at(first, length).fill_(255).view(tensor.dtype)
+        once = [1 if step == 0 else n for n, step in zip(tensor.shape, tensor.stride(), strict=True)]
+        flat.as_strided(once, tensor.stride()).copy_(tensor.as_strided(once, tensor.stride()))
+        return flat.as_strided(tensor.shape, tensor.stride())
 
 
 def guard_launches(at_end: bool, more_keys: int = 0) -> None:

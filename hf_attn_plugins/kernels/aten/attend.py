@@ -74,7 +74,7 @@ def reason_against(
 
 def _reason_on_device(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> str | None:
     if query.device.type != "cuda":
-        return f"{query.device.type}: PyTorch has no operator there that returns the lse"
+        return f"{query.device.type}: no operator of PyTorch there has shown that its lse is right"
     as_bias = on_device_as_bias(query, mask)
     if not gpu.able(query, key, value, as_bias):
         return f"{query.dtype} on {gpu.arch_of(query.device)}"

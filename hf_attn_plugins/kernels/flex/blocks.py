@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from hf_attn_plugins.core.mask import Mask
+from hf_attn_plugins.kernels.flex.plan import TILE
 from hf_attn_plugins.kernels.segment_labels import Labels, row_bounds
-
-TILE = 128  # rows and keys of a tile; FlexAttention's own size
 
 
 class Tiles(NamedTuple):
@@ -26,23 +25,33 @@ class Tiles(NamedTuple):
     full_indices: Tensor
 
 
-def tiles_of(mask: Mask, labels: Labels | None, rows: int, keys: int, device: torch.device) -> Tiles:
+def tiles_of(
+    mask: Mask, labels: Labels | None, rows: int, keys: int, device: torch.device,
+    plan: tuple[Tensor, Tensor] | None = None,
+) -> Tiles:  # fmt: skip
     """The tiles of a mask: those that its band of positions, its prefix and its labels reach.
 
     Args:
         mask: causal, window, prefix and offset are read. With a predicate or a bool bias no tile counts as full.
         labels: of its padding and segments, `segment_labels.make_labels`.
+        plan: tiles that a plan reaches and those that it sees whole, (B or 1, row tiles, key tiles), bool; then the
+            positions of the mask are not read.
     """
-    seen, whole = _reached(mask, labels, rows, keys, device)
+    seen, whole = plan or _by_position(mask, rows, keys, device)
+    if labels is not None:
+        begin = torch.arange(0, keys, TILE, device=device)[None]
+        end = begin + TILE
+        low, high, whole_low, whole_high = row_bounds(labels, rows, TILE).unsqueeze(-2).unbind(-1)  # (B, tiles, 1)
+        seen = seen & (begin < high) & (end > low)
+        whole = whole & (begin >= whole_low) & (end <= whole_high)
+    whole = whole & seen
     if mask.predicate is not None or (mask.bias is not None and mask.bias.dtype == torch.bool):
         whole = torch.zeros_like(whole)
     return Tiles(*_listed(seen & ~whole), *_listed(whole))
 
 
-def _reached(
-    mask: Mask, labels: Labels | None, rows: int, keys: int, device: torch.device
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Which tiles hold a pair that is seen, and which are seen whole: (B or 1, row tiles, key tiles), bool."""
+def _by_position(mask: Mask, rows: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which tiles hold a pair that is seen, and which are seen whole: (1, row tiles, key tiles), bool."""
     first = torch.arange(0, rows, TILE, device=device)[:, None]
     last = (first + TILE).clamp_max(rows) - 1
     begin = torch.arange(0, keys, TILE, device=device)[None]
@@ -60,12 +69,7 @@ def _reached(
     if mask.prefix:
         inside = (first + TILE <= rows) & (end <= min(mask.prefix, keys))
         seen, whole = seen | (begin < mask.prefix), whole | inside
-    seen, whole = seen[None], whole[None]
-    if labels is not None:
-        low, high, whole_low, whole_high = row_bounds(labels, rows, TILE).unsqueeze(-2).unbind(-1)  # (B, tiles, 1)
-        seen = seen & (begin < high) & (end > low)
-        whole = whole & (begin >= whole_low) & (end <= whole_high)
-    return seen, whole & seen
+    return seen[None], whole[None]
 
 
 def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:

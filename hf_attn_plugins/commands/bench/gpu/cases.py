@@ -19,7 +19,7 @@ from hf_attn_plugins.star.rectangles import rectangles_of
 HIDDEN, TOKENS = 2048, 16384  # heads x head_dim, and the smallest batch x length
 DECODE_HEADS = (32, 8)
 OURS, DEFAULT = "triton", "default"  # our kernels, and what a user gets without naming one
-SDPA = ("flash", "cudnn", "efficient")
+SDPA, FLEX = ("flash", "cudnn", "efficient"), "flex"
 
 
 class Case(NamedTuple):
@@ -135,7 +135,7 @@ def contenders(case: Case) -> dict[str, Callable[..., Tensor]]:
 
     backends = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
     runs = {DEFAULT: ours(None), OURS: ours("triton"), **dict(zip(SDPA, map(sdpa, backends), strict=True))}
-    runs["flex"] = ours("flex")
+    runs[FLEX] = ours(FLEX)
     try:
         from flash_attn import flash_attn_func
     except ImportError:
@@ -147,7 +147,8 @@ def contenders(case: Case) -> dict[str, Callable[..., Tensor]]:
 
 
 def star_contenders(case: Case) -> dict[str, Callable[..., Tensor]]:
-    """A star plan by pieces through PyTorch's operators, and in one launch of ours; beside them dense attention."""
+    """A star plan by pieces through PyTorch's operators, and in one launch by FlexAttention and by our kernels; beside
+    them what is chosen by default, and dense attention."""
 
     def star(kernel: str | None) -> Callable[..., Tensor]:
         options = star_options(case.length, kernel)
@@ -163,6 +164,8 @@ def star_contenders(case: Case) -> dict[str, Callable[..., Tensor]]:
 
     return {
         "dense": lambda q, k, v: attend(q, k, v, is_causal=True, kernel="aten").out,
+        DEFAULT: star(None),
         "flash": star("aten"),
+        FLEX: star(FLEX),
         OURS: star("triton"),
     }

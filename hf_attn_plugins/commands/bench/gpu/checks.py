@@ -10,18 +10,23 @@ from torch import Tensor
 
 from hf_attn_plugins.core.mask import Mask, padding_from_lengths
 from hf_attn_plugins.kernels.attend import attend
+from hf_attn_plugins.kernels.attend_rectangles import attend_rectangles
+from hf_attn_plugins.star.plan import Plan
+from hf_attn_plugins.star.rectangles import rectangles_of
 from hf_attn_plugins.testing import allowed_error, dense_attention
 
 LENGTH, HEADS = 1000, (8, 2)
 
 
 class Feature(NamedTuple):
-    """A call to check: rows of `LENGTH` keys (0 for as many), head_dim, softcap, and its mask, made on the device."""
+    """A call to check: rows of `LENGTH` keys (0 for as many), head_dim, softcap, its mask, made on the device, and
+    whether it is star's plan, as rectangles in one launch where the kernel can."""
 
     rows: int
     head_dim: int
     softcap: float | None
     mask: Callable[[int, torch.device], Mask]
+    is_plan: bool = False
 
 
 def _padded(side: str) -> Callable[[int, torch.device], Mask]:
@@ -54,7 +59,14 @@ FEATURES = {
     "segments": Feature(0, 128, None, _packed),
     "prefix": Feature(0, 64, None, lambda n, d: Mask(causal=True, prefix=n // 13)),
     "softcap": Feature(0, 128, 20.0, lambda n, d: Mask(causal=True)),
+    "star's plan": Feature(0, 128, None, lambda n, d: Mask(causal=True), True),
+    "star's plan, softcap": Feature(0, 64, 20.0, lambda n, d: Mask(causal=True), True),
 }
+
+
+def star_plan(length: int) -> Plan:
+    """Five blocks, an anchor and a query."""
+    return Plan(length, max(1, length // 5), length // 11, length // 9)
 
 
 def check(
@@ -82,11 +94,18 @@ def check(
     inputs, weight = [x.to(dtype) for x in (2 * query, 2 * key, value)], draw(2, heads[0], rows, feature.head_dim)
     t, s = torch.arange(rows, device=device), torch.arange(length, device=device)
     seen = mask.visible(t, s, mask.start(rows, length), 2)
+    plan = star_plan(length) if feature.is_plan else None
+    if plan is not None:
+        seen = torch.tensor([[plan.may_attend(i, j) for j in range(length)] for i in range(length)], device=device)
     results = []
     for kind in (torch.float64, dtype, None):
         leaves = [x.to(kind or dtype).detach().requires_grad_() for x in inputs]
         if kind is None:
-            out = attend(*leaves, mask=mask, softcap=feature.softcap, kernel=kernel).out
+            options: dict[str, Any] = {"mask": mask, "softcap": feature.softcap, "kernel": kernel}
+            if plan is None:
+                out = attend(*leaves, **options).out
+            else:
+                out = attend_rectangles(leaves[0], leaves[1], leaves[2], rectangles_of(plan), **options).out
         else:
             out = dense_attention(leaves[0], leaves[1], leaves[2], seen, softcap=feature.softcap)[0]
         results.append([out.detach(), *torch.autograd.grad((out * weight.to(out.dtype)).sum(), leaves)])

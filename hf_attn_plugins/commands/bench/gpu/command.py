@@ -13,7 +13,7 @@ import torch
 from hf_attn_plugins.bench.gpu_timing import matrix_peak
 from hf_attn_plugins.bench.hardware import describe
 from hf_attn_plugins.bench.ranks import launched
-from hf_attn_plugins.commands.bench.gpu.cases import Case, cases, time_case
+from hf_attn_plugins.commands.bench.gpu.cases import FLEX, Case, cases, time_case
 from hf_attn_plugins.commands.bench.gpu.checks import FEATURES, as_line, check
 from hf_attn_plugins.commands.bench.gpu.record import CHECK, RANKS, TIME, Record
 from hf_attn_plugins.core.gpu import arch_of
@@ -60,7 +60,11 @@ def run(arguments: argparse.Namespace, device: torch.device | None = None) -> in
         from hf_attn_plugins.commands.bench.gpu.tune import tune
 
         tune(arguments.tune, device, arguments.head_dims, time.monotonic() + 30 * arguments.minutes)
-    left = carry_out(steps(arguments, device), record, device, deadline)
+    todo = steps(arguments, device)
+    print(
+        f"{len(todo)} steps, none begins after {arguments.minutes:g} minutes; {record.page} grows with each", flush=True
+    )
+    left = carry_out(todo, record, device, deadline)
     for step in left:
         print(f"no time was left for: {step}", flush=True)
     record.finish(left)
@@ -69,6 +73,8 @@ def run(arguments: argparse.Namespace, device: torch.device | None = None) -> in
     if arguments.save:
         rows = record.rows()
         print(f"{len(rows)} rows saved to {measured.save(rows)}" if rows else "nothing was timed: nothing is saved")
+    elif record.rows():
+        print("run it again with --save to let these times choose the kernels here: it goes on from what is written")
     return 1 if wrong else 0
 
 
@@ -127,9 +133,11 @@ def steps(arguments: argparse.Namespace, device: torch.device) -> list[Step]:
 
     timings = [timed(case) for case in cases(arguments.lengths, arguments.head_dims)]
     first = [step for step in timings if step.name.startswith((f"{TIME}: forward", f"{TIME}: plan"))]
+    plans = [name for name in FEATURES if FEATURES[name].is_plan]
     found = [
-        *(checked(name, torch.bfloat16, "triton") for name in FEATURES),
         *(checked(name, torch.bfloat16, None) for name in FEATURES),
+        *(checked(name, torch.bfloat16, FLEX) for name in plans),
+        *(checked(name, torch.bfloat16, "triton") for name in FEATURES),
         Step("peak", lambda: {"tflops": matrix_peak(device, PEAK_SIZE)}),
         *first[: max(4, len(first) // 2)],
     ]

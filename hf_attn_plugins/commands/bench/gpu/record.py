@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_attn_plugins.bench.timing import markdown_table
-from hf_attn_plugins.commands.bench.gpu.cases import DEFAULT, OURS, SDPA, Case
+from hf_attn_plugins.commands.bench.gpu.cases import DEFAULT, FLEX, OURS, SDPA, Case
 from hf_attn_plugins.core.files import read_json
 from hf_attn_plugins.core.staging import put
 from hf_attn_plugins.kernels.measured import Row
@@ -87,8 +87,10 @@ class Record:
         ]  # fmt: skip
 
     def rows(self) -> list[Row]:
-        """The timings as rows of `kernels.measured`; our kernels only where every check of them was right."""
-        ours_right = not any(OURS in step for step in self.wrong()) and any(OURS in step for step in self.steps)
+        """The timings as rows of `kernels.measured`; our kernels and FlexAttention only where every check of them was
+        right."""
+        checked = [name for name in (OURS, FLEX) if any(step.endswith(f", {name}") for step in self.steps)]
+        sound = [name for name in checked if not any(step.endswith(f", {name}") for step in self.wrong())]
         rows = []
         for step, found in self.steps.items():
             if not step.startswith(f"{TIME}: ") or "ms" not in found:
@@ -96,7 +98,7 @@ class Record:
             case = Case(*found["case"])
             if case.what == "forward" and not case.causal:
                 continue
-            known = (*SDPA, "flex", *([OURS] if ours_right else []))
+            known = (*SDPA, *sound)
             ms = {name: time for name, time in found["ms"].items() if name in known}
             if ms:
                 device, under = self.facts["processor"], self.settings["versions"]

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_attn_plugins.core.drops import Drops
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial
 from hf_attn_plugins.kernels.attend import attend
@@ -32,6 +33,16 @@ class BoundAttend:
     def options(self) -> dict[str, Any]:
         """The keyword arguments that `attend` and `attend_rectangles` share."""
         return {"scale": self.scale, "softcap": self.softcap, "dropout": self.dropout, "kernel": self.name}
+
+    def draw(self, query: Tensor, tokens: int) -> Drops | None:
+        """The places of self-attention over `tokens` tokens, with a new seed; None without dropout.
+
+        Several ranks draw the same seed if their generators are in the same state.
+
+        Args:
+            query: (B, Hq, ..., D), all query heads.
+        """
+        return Drops.draw(query, tokens, tokens) if self.dropout else None
 
     def with_kernel_for(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> BoundAttend:
         """A copy that names the kernel chosen for a whole prompt: the parts of a plan alone would look too short.

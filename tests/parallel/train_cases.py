@@ -39,6 +39,7 @@ def train(
     items: int | None = None,
     packed: bool = False,
     frozen: bool = False,
+    dropout: float = 0.0,
 ) -> dict[str, Any]:
     """A Trainer-style loop on shards beside the same loop in one process: losses, gradients and parameters."""
     found, wanted = (copy.deepcopy(build(family)).train() for _ in range(2))
@@ -46,6 +47,10 @@ def train(
         for model in (found, wanted):
             for label, parameter in model.named_parameters():
                 parameter.requires_grad_("q_proj" in label or "v_proj" in label)
+    for model in (found, wanted):
+        for module in model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = dropout
     if checkpointing:
         found.gradient_checkpointing_enable({"use_reentrant": False})
     batches = [
@@ -53,7 +58,10 @@ def train(
     ]
     extra = {} if items is None else {"num_items_in_batch": items}
     losses, gradients = [], []
+    torch.manual_seed(100 + rank)  # rank 0's generator decides
+    state = torch.get_rng_state()
     with hap.context_parallel(found, name, timeout=30, **(options or {})) as cp:
+        state = cp.group.objects(state)[0]
         optimizer = torch.optim.AdamW(found.parameters(), lr=0.01)
         for step in range(steps):
             for batch in batches[step * accumulate : (step + 1) * accumulate]:
@@ -67,6 +75,7 @@ def train(
             optimizer.zero_grad()
         columns = None if cp.columns is None else cp.columns.shape[1]
         report = {"rows": output.logits.shape[1], "columns": columns, "traffic": cp.traffic().as_dict()}
+    torch.set_rng_state(state)
     optimizer = torch.optim.AdamW(wanted.parameters(), lr=0.01)
     errors = {"loss": 0.0, "gradient": 0.0, "parameter": 0.0}
     with one_process(wanted, name, options or {}) if name == "star_attention" else hap.use(wanted, "tiled_attention"):
@@ -131,7 +140,7 @@ def _refused(size: int, what: str) -> str:
         batch["position_ids"] = torch.arange(12).remainder(6).expand(2, -1)
     if what == "loss":
         model.loss_function = lambda **_: 0.0
-    if what == "attention dropout":
+    if what == "attention dropout in a later turn":
         for layer in model.model.layers:
             layer.self_attn.attention_dropout = 0.1
     if what == "dropout":
@@ -143,6 +152,8 @@ def _refused(size: int, what: str) -> str:
     name = "star_attention" if what in ("padding", "star packed") else "cqs_attention"
     try:
         with hap.context_parallel(model, name, timeout=30, **options):
+            if "later turn" in what:
+                model.generate(batch["input_ids"], max_new_tokens=2)
             model(**batch)
     except (ValueError, NotImplementedError) as error:
         return f"{type(error).__name__}: {error}"

@@ -92,7 +92,6 @@ def forward(
     plan: tuple[int, ...] = (),
     lse_rest: Tensor | None = None,
     dropout: float = 0.0,
-    seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """out (B, Hq, T, Dv), laid out token by token as models want it next, and lse (B, Hq, T).
 
@@ -101,7 +100,7 @@ def forward(
         lse_rest: for calls that a backward follows, in float32 products: filled with what rounding left out of the lse.
             Scores are then summed in the order of the backward. A weight near 1 would else be off by the rounding of a
             large score.
-        dropout, seed: the weights that are dropped follow from the seed and their places.
+        dropout: the weights that are dropped follow from `mask.drops`.
     """
     out, lse = Partial.unfilled(query, value.shape[-1])
     if not key.shape[2]:
@@ -114,7 +113,7 @@ def forward(
     few = query.shape[2] < SPLIT_ROWS and rows <= MAX_ROWS and not plan
     few = few and lse_rest is None and not dropout
     call, _kept = make_call(query, key, value, mask, scale, softcap, plan, chosen.lanes, out=out, keys_too=few)
-    set_dropout(call, dropout, seed)
+    _hashes = set_dropout(call, dropout, mask.drops)
     call.lse = lse.data_ptr()
     call.lse_rest = None if lse_rest is None else lse_rest.data_ptr()
     if few:
@@ -145,12 +144,11 @@ def backward(
     lse_rest: Tensor | None = None,
     needs_bias: bool = False,
     dropout: float = 0.0,
-    seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, key and value, contiguous, and of `mask.bias` if `needs_bias`, else None.
 
     Args:
-        lse_rest, dropout, seed: as in `forward`.
+        lse_rest, dropout: as in `forward`.
     """
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
     bias = mask.bias if needs_bias else None
@@ -166,7 +164,7 @@ def backward(
     call, _kept = make_call(
         query, key, value, mask, scale, softcap, plan, chosen.lanes, out=out, grad_out=grad_out, keys_too=True
     )
-    set_dropout(call, dropout, seed)
+    _hashes = set_dropout(call, dropout, mask.drops)
     call.grad_query, call.grad_key, call.grad_value = (point_to(x) for x in grads)
     of_bias = None if bias is None else set_grad_bias(call, bias)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()

@@ -61,7 +61,8 @@ def context_parallel(
 
     In training mode `model(**batch, labels=labels).loss` is the loss over all tokens of the group's batch. Call
     `session.sum_gradients()` between `loss.backward()` and the optimizer's step, or pass `averaged=True`. Loss and
-    gradients are those of one process. Dropout is refused.
+    gradients are those of one process, with the same attention weights dropped: rank 0's generator draws the seed.
+    Dropout of hidden states is refused.
 
     Yields:
         The `Session`.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
+import hf_attn_plugins as hap
 from hf_attn_plugins.parallel.comm.group import Group
 from hf_attn_plugins.parallel.hf.weights import refuse_placement
 from tests.parallel import framework_cases
@@ -75,6 +78,17 @@ def test_models_on_several_devices_of_a_rank_are_refused() -> None:
         patched = mock.patch.object(model, field, value, create=True)
         with patched, pytest.raises(NotImplementedError, match=words):
             refuse_placement(model, False)
+
+
+def test_deepspeeds_engine_and_weights_are_refused() -> None:
+    kind = type("DeepSpeedEngine", (torch.nn.Module,), {"__module__": "deepspeed.runtime.engine"})
+    engine, divided = kind(), copy.deepcopy(build("llama"))
+    engine.module = build("llama")
+    next(divided.parameters()).ds_id = 0
+    for model in (engine, divided):
+        opening = hap.context_parallel(model, "tiled_attention")
+        with pytest.raises(NotImplementedError, match="does not run under DeepSpeed"), opening:
+            pass
 
 
 def test_one_process_has_no_groups() -> None:

@@ -9,6 +9,10 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+DEEPSPEED = (
+    "context_parallel does not run under DeepSpeed, whose engine divides gradients itself: launch with FSDP2 or DDP "
+    "(accelerate launch without --use_deepspeed)."
+)
 logger = logging.getLogger("hf_attn_plugins")
 
 
@@ -32,10 +36,7 @@ def place() -> Place:
 
     _check_environment()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1"):
-        raise NotImplementedError(
-            "context_parallel does not run under DeepSpeed, whose engine divides gradients itself: launch with FSDP2 "
-            "or DDP (accelerate launch without --use_deepspeed)."
-        )
+        raise NotImplementedError(DEEPSPEED)
     where = f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{os.environ.get('MASTER_PORT', '29500')}"
     try:
         # Without an accelerator, Accelerate looks for other processes only with cpu=True.

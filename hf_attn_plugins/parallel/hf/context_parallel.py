@@ -19,7 +19,7 @@ from hf_attn_plugins.hf.register import installed
 from hf_attn_plugins.parallel.comm.consistency import agree
 from hf_attn_plugins.parallel.comm.group import Group
 from hf_attn_plugins.parallel.hf.session import Session
-from hf_attn_plugins.parallel.hf.weights import check_device, is_sharded, refuse_placement
+from hf_attn_plugins.parallel.hf.weights import check_device, is_sharded, refuse_deepspeed, refuse_placement
 from hf_attn_plugins.parallel.link import least_turn_of
 from hf_attn_plugins.parallel.method import Method, method_for
 from hf_attn_plugins.plugins import Plugin, plugin
@@ -73,6 +73,7 @@ def context_parallel(
         NotImplementedError: a model whose context is not made of causal keys and values.
         parallel.RankError: inside the block, if another rank fails or does not answer; it names the rank.
     """
+    refuse_deepspeed(model)
     method, model = method_for(name, **options), language_model(model)
     check(model, name).raise_if_refused()
     refuse_placement(model, averaged)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from hf_attn_plugins.parallel.comm.group import Group
+from hf_attn_plugins.parallel.comm.launch import DEEPSPEED
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -19,6 +20,13 @@ def is_offloaded(model: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in model.parameters()) and any(
         hasattr(module, "_hf_hook") for module in model.modules()
     )
+
+
+def refuse_deepspeed(model: Any) -> None:
+    """Raise NotImplementedError for a DeepSpeed engine, or a model whose weights ZeRO 3 has divided."""
+    is_engine = any(kind.__module__.startswith("deepspeed.") for kind in type(model).__mro__)
+    if is_engine or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise NotImplementedError(DEEPSPEED)
 
 
 def refuse_placement(model: nn.Module, averaged: bool) -> None:

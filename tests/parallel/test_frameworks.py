@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -13,7 +14,7 @@ import torch
 import hf_attn_plugins as hap
 from hf_attn_plugins.parallel.comm.group import Group
 from hf_attn_plugins.parallel.hf.weights import refuse_placement
-from tests.parallel import framework_cases
+from tests.parallel import framework_cases, tensor_cases
 from tests.parallel.models import build
 from tests.parallel.processes import Ranks
 from tests.parallel.processes import ranks as started
@@ -58,6 +59,45 @@ def test_what_does_not_run_is_said(four: Ranks) -> None:
         assert "ranks=0" in found["none"]
         assert "does not run under DeepSpeed" in found["deepspeed"]
         assert "sharded by FSDP2, which averages gradients: pass averaged=True" in found["fsdp"]
+
+
+TENSOR: dict[str, dict[str, Any]] = {
+    "tiled, gathered, windows": {
+        "name": "tiled_attention", "family": "gemma2", "options": {"exchange": "gather", "min_turn": 2},
+    },
+    "tiled, heads": {"name": "tiled_attention", "options": {"exchange": "heads"}},
+    "cqs": {"name": "cqs_attention", "options": {"min_length": 1}},
+    "star": {"name": "star_attention", "options": STAR},
+    "star, weights cut by Transformers": {
+        "name": "star_attention", "options": {**STAR, "halo_size": 2, "anchor": "broadcast"}, "tp_size": 2,
+        "dp_replicate_size": 2,
+    },
+    "tiled, weights cut by Transformers and FSDP2": {"name": "tiled_attention", "tp_size": 2, "fsdp_size": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TENSOR)
+def test_tensor_parallel_weights_give_the_tokens_of_one_process(four: Ranks, case: str) -> None:
+    if "tp_size" in TENSOR[case] and importlib.util.find_spec("transformers.distributed.fsdp") is None:
+        pytest.skip("this version of Transformers cuts weights over the whole launch only")
+    found = four.run(tensor_cases.generate, limit=400, **TENSOR[case])
+    assert [result["place"] for result in found] == [[0, 0], [1, 0], [0, 1], [1, 1]]
+    for result in found:
+        assert result["tokens"] == found[0]["wanted"] and result["error"] <= 1e-10
+        assert min(result["loads"]) > 10, "every rank of a context group stores a part of the keys"
+        assert result["from dense"] > 1e-3 or "star" not in case
+
+
+def test_what_does_not_run_with_tensor_parallel_weights(four: Ranks) -> None:
+    for rank, found in enumerate(four.run(tensor_cases.refused, limit=400)):
+        whole = [0, 1] if rank < 2 else [2, 3]
+        for what in ("no group", "the other parts"):
+            assert f"sharded by a tensor parallel plan over ranks {whole}" in found[what]
+        assert "generate inside context_parallel and do not train" in found["training"]
+        assert "dense_heads numbers the key heads of a whole layer" in found["heads"]
+        assert "ranks=2 and group=...: pass one of them" in found["both"]
+        assert "group='context' is no process group" in found["no process group"]
+        assert "groups of equal size without a common rank are needed" in found["uneven"]
 
 
 @pytest.mark.parametrize("name", ("tiled_attention", "star_attention", "cqs_attention"))

@@ -22,7 +22,7 @@ from hf_attn_plugins.parallel.comm.group import Group
 from hf_attn_plugins.parallel.hf.cache import ShardedCache
 from hf_attn_plugins.parallel.hf.inputs import arguments_of, cache_for, real_tokens, take, texts_of
 from hf_attn_plugins.parallel.hf.training import ShardedLoss, refuse_dropout
-from hf_attn_plugins.parallel.hf.weights import is_offloaded
+from hf_attn_plugins.parallel.hf.weights import is_offloaded, tensor_part
 from hf_attn_plugins.parallel.method import Layout, Method, Step
 from hf_attn_plugins.star.hf.model import decoder, follows_length, frozen_rope
 
@@ -151,6 +151,11 @@ class Forward:
             if is_offloaded(self.model):
                 raise NotImplementedError(
                     "offloaded weights keep no gradients: train with the model on its device, or sharded by FSDP2."
+                )
+            if tensor_part(self.model) is not None:
+                raise NotImplementedError(
+                    "tensor parallel weights generate inside context_parallel and do not train: load the model without "
+                    "a plan and shard it by FSDP2."
                 )
             if self.model.training:
                 refuse_dropout(self.model)

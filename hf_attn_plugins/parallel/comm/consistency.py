@@ -96,7 +96,7 @@ def same_random_state(group: Group, among: Any = None) -> None:
         state = group.objects(state, what="random state")[0]
     else:
         states = [state]
-        dist.broadcast_object_list(states, group=among, group_src=0)
+        dist.broadcast_object_list(states, dist.get_process_group_ranks(among)[0], among)
         state = states[0]
     host, device = state
     torch.set_rng_state(host)

@@ -38,16 +38,17 @@ class Drops(NamedTuple):
     keys: Tensor
 
     @classmethod
-    def draw(cls, query: Tensor, rows: int, keys: int) -> Drops:
+    def draw(cls, query: Tensor, rows: int, keys: int, part: int = 0, parts: int = 1) -> Drops:
         """A new seed from the default generator of the query's device, and the places of all weights of a call.
 
         Args:
             query: (B, H, ..., D).
             rows, keys: T and S.
+            part, parts: H heads are this part, from 0, of as many equal parts of a layer's heads.
         """
         (batch, heads), device = query.shape[:2], query.device
         seed = torch.randint(2**62, (), device=device)
-        lanes = torch.arange(batch * heads, device=device).view(batch, heads)
+        lanes = torch.arange(batch * parts * heads, device=device).view(batch, parts, heads)[:, part]
         return cls(seed, lanes, *(torch.arange(count, device=device)[None] for count in (rows, keys)))
 
     def cut(self, rows: slice = slice(None), keys: slice = slice(None), heads: slice = slice(None)) -> Drops:

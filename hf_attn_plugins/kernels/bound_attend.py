@@ -17,12 +17,19 @@ from hf_attn_plugins.kernels.choose import PLAIN, choose, choose_rectangles
 
 @dataclass(frozen=True)
 class BoundAttend:
-    """The options of `kernels.attend`; `name` is a kernel's, None chooses one in every call."""
+    """The options of `kernels.attend`.
+
+    Attributes:
+        scale, softcap, dropout: as in `kernels.attend`.
+        name: a kernel's name; None chooses one in every call.
+        part: (number of the part, number of parts) of a layer's query heads that the calls have; for `draw`.
+    """
 
     scale: float
     softcap: float | None = None
     dropout: float = 0.0
     name: str | None = None
+    part: tuple[int, int] = (0, 1)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask | None = None) -> Partial:
         if not key.shape[2] or not query.shape[2]:
@@ -40,9 +47,9 @@ class BoundAttend:
         Several ranks draw the same seed if their generators are in the same state.
 
         Args:
-            query: (B, Hq, ..., D), all query heads.
+            query: (B, Hq, ..., D), all query heads of the part.
         """
-        return Drops.draw(query, tokens, tokens) if self.dropout else None
+        return Drops.draw(query, tokens, tokens, *self.part) if self.dropout else None
 
     def with_kernel_for(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> BoundAttend:
         """A copy that names the kernel chosen for a whole prompt: the parts of a plan alone would look too short.

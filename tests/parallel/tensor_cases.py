@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import hf_attn_plugins as hap
+from tests.parallel import train_cases
 from tests.parallel.cases import one_process
 from tests.parallel.models import build, prompt
 
@@ -78,6 +80,40 @@ def generate(
     }
 
 
+@mock.patch.object(torch.Tensor, "float", torch.Tensor.double)
+@mock.patch.object(torch.Tensor, "to", train_cases.to_in_float64)
+def train(
+    rank: int, size: int, name: str, options: dict[str, Any] | None = None, dropout: float = 0.0, **sizes: int
+) -> dict[str, Any]:
+    """Loss and gradients of two batches, beside one process."""
+    whole, options, mesh = copy.deepcopy(build("llama")).train(), options or {}, meshes()
+    model = (cut_by_transformers("llama", **sizes) if sizes else cut_by_torch(mesh, "llama")).train()
+    for module in (*whole.modules(), *model.modules()):
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = dropout
+    batches = [train_cases._batch(29, 3, "right", seed, star=True) for seed in range(2)]
+    averaged, losses, errors = bool(sizes), [], []
+    torch.manual_seed(7 + rank)
+    group = mesh["context"].get_group()
+    with hap.context_parallel(model, name, group=group, averaged=averaged, timeout=30, **options) as cp:
+        for batch in batches:
+            loss = model(**batch).loss
+            loss.backward()
+            losses.append(loss.item())
+        if not averaged:
+            cp.sum_gradients()
+    torch.manual_seed(7)
+    with one_process(whole, name, options):
+        for batch, found in zip(batches, losses, strict=True):
+            loss = whole(**batch).loss
+            loss.backward()
+            errors.append(abs(loss.item() - found))
+    for mine, theirs in zip(model.parameters(), whole.parameters(), strict=True):
+        found = mine.grad.full_tensor() if hasattr(mine.grad, "full_tensor") else mine.grad
+        errors.append((found - theirs.grad).abs().max().item())
+    return {"error": max(errors), "losses": losses}
+
+
 def refused(rank: int, size: int) -> dict[str, str]:
     """What does not run with tensor parallel weights."""
     mesh = meshes()
@@ -97,7 +133,6 @@ def refused(rank: int, size: int) -> dict[str, str]:
     found = {
         "no group": opened(model),
         "the other parts": opened(model, group=tensor),
-        "training": opened(model, group=context),
         "heads": opened(model, "star_attention", group=context, dense_heads=[[0], []]),
         "both": opened(whole, group=context, ranks=2),
         "no process group": opened(whole, group="context"),

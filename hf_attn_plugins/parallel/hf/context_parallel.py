@@ -57,9 +57,8 @@ def context_parallel(
         ranks: processes that share a prompt; None for all. Example: with 2, a launch of 4 has the groups 0 1 and 2 3,
             each with a prompt of its own (data parallel).
         group: instead of `ranks`, a process group of torch.distributed of which this process is a member: its ranks
-            share a prompt. With tensor parallel weights these are the ranks with the same part of the weights; such
-            models generate and do not train. Example for 2 x 2: `init_device_mesh("cuda", (2, 2),
-            mesh_dim_names=("context", "tensor"))["context"].get_group()`.
+            share a prompt. With tensor parallel weights these are the ranks with the same part of the weights. Example
+            for 2 x 2: `init_device_mesh("cuda", (2, 2), mesh_dim_names=("context", "tensor"))["context"].get_group()`.
         averaged: in training, whether DDP, FSDP2 or Trainer averages the gradients over the whole launch. The loss's
             gradient is then multiplied by `ranks`, so that the average is the gradient of the mean loss of the groups.
         min_turn: tokens of a later turn, all batch rows together, from which on the turn is dealt over the ranks (see

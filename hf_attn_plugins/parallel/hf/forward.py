@@ -37,13 +37,15 @@ class Forward:
         cache: the cache of the last forward.
         columns: (B, T) long, the column of each row of the last forward on this rank, in training of each row of the
             logits; -1 for padding.
+        part: (number of this rank's part of the heads, number of parts) under tensor parallel weights, else (0, 1).
         grad_scale: factor of the loss's gradient.
         min_turn: tokens of a later turn, all batch rows together, from which on it is dealt; None for never.
     """
 
     def __init__(self, model: nn.Module, group: Group, method: Method, min_turn: int | None = None) -> None:
         self.model, self.group, self.method, self.min_turn = model, group, method, min_turn
-        self.decoder = decoder(model)
+        self.decoder, part = decoder(model), tensor_part(model)
+        self.part = (0, 1) if part is None else (part.place, len(part.ranks))
         self.signature, self.cache_keyword = inspect.signature(self.decoder.forward), cache_keyword(self.decoder)
         self.step: Step | None = None
         self.cache: ShardedCache | None = None
@@ -151,11 +153,6 @@ class Forward:
             if is_offloaded(self.model):
                 raise NotImplementedError(
                     "offloaded weights keep no gradients: train with the model on its device, or sharded by FSDP2."
-                )
-            if tensor_part(self.model) is not None:
-                raise NotImplementedError(
-                    "tensor parallel weights generate inside context_parallel and do not train: load the model without "
-                    "a plan and shard it by FSDP2."
                 )
             if self.model.training:
                 refuse_dropout(self.model)

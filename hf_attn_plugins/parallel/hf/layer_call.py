@@ -70,7 +70,7 @@ class LayerCall:
                 f"attention dropout of {dropout} in decoding, a later turn or a prompt that every rank computes, which "
                 "context_parallel drops in sharded prompts only: call model.eval()."
             )
-        kernel = BoundAttend(scale, softcap, dropout, getattr(method, "kernel", None))
+        kernel = BoundAttend(scale, softcap, dropout, getattr(method, "kernel", None), self.forward.part)
         if step.layout is None:
             run = later
         elif step.is_prompt:

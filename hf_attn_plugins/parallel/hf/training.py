@@ -140,10 +140,17 @@ def sum_gradients(model: nn.Module, group: Group) -> None:
     with torch.no_grad():
         for bucket in _buckets([p for p, count in zip(parameters, anywhere, strict=True) if count]):
             wide = torch.float64 if bucket[0].dtype == torch.float64 else torch.float32
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+            for p in bucket:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            grads = [_local(p.grad) for p in bucket]
             summed = group.sum(torch.cat([g.flatten().to(wide) for g in grads]), what="gradients")
-            for p, part in zip(bucket, summed.split([p.numel() for p in bucket]), strict=True):
-                p.grad = part.view_as(p).to(p.dtype)
+            for grad, part in zip(grads, summed.split([g.numel() for g in grads]), strict=True):
+                grad.copy_(part.view_as(grad))
+
+
+def _local(tensor: Any) -> Tensor:
+    """The part of a tensor that this process stores, where it is divided (DTensor)."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

@@ -129,10 +129,19 @@ def refused(rank: int, size: int) -> dict[str, str]:
             return str(error)
         return "nothing was refused"
 
+    def batches() -> str:
+        with hap.context_parallel(model, "tiled_attention", group=context, timeout=30) as cp:
+            try:
+                cp.same_batches([])
+            except ValueError as error:
+                return str(error)
+        return "nothing was refused"
+
     uneven = dist.new_group([0, 1, 2])
     found = {
         "no group": opened(model),
         "the other parts": opened(model, group=tensor),
+        "batches": batches(),
         "heads": opened(model, "star_attention", group=context, dense_heads=[[0], []]),
         "both": opened(whole, group=context, ranks=2),
         "no process group": opened(whole, group="context"),

@@ -111,6 +111,7 @@ def test_what_does_not_run_with_tensor_parallel_weights(four: Ranks) -> None:
         whole = [0, 1] if rank < 2 else [2, 3]
         for what in ("no group", "the other parts"):
             assert f"sharded by a tensor parallel plan over ranks {whole}" in found[what]
+        assert "give all of these ranks the same batches yourself" in found["batches"]
         assert "dense_heads numbers the key heads of a whole layer" in found["heads"]
         assert "ranks=2 and group=...: pass one of them" in found["both"]
         assert "group='context' is no process group" in found["no process group"]

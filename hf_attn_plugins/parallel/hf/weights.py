@@ -26,7 +26,8 @@ def is_offloaded(model: nn.Module) -> bool:
 def refuse_deepspeed(model: Any) -> None:
     """Raise NotImplementedError for a DeepSpeed engine, or a model whose weights ZeRO 3 has divided."""
     is_engine = any(kind.__module__.startswith("deepspeed.") for kind in type(model).__mro__)
-    if is_engine or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    weights = model.parameters() if isinstance(model, nn.Module) else ()
+    if is_engine or any(hasattr(weight, "ds_id") for weight in weights):
         raise NotImplementedError(DEEPSPEED)
 
 

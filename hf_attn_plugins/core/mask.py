@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_attn_plugins.core.drops import Drops
+
 Window = tuple[int | None, int | None]
 Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -35,6 +37,8 @@ class Mask:
         beside: index function of pairs that a sparse method's plan must not hide, such as an image's tokens among
             themselves; the other fields show these pairs already, so exact methods do not read it.
         bias: bool or float, broadcastable to (B, H, T, S); the last resort.
+        drops: under dropout, the places that decide which weights are dropped (see `core.drops`); hides no pair. None
+            draws a new seed in every call.
     """
 
     causal: bool = False
@@ -47,6 +51,7 @@ class Mask:
     predicate: Predicate | None = None
     beside: Predicate | None = None
     bias: Tensor | None = None
+    drops: Drops | None = None
 
     def replace(self, **changes: object) -> Mask:
         """A copy with the named fields changed (without `dataclasses.replace`'s cost: this runs in every call)."""
@@ -57,6 +62,12 @@ class Mask:
                 raise TypeError(f"Mask has no field {name!r}.")
             copy.__dict__[name] = value
         return copy
+
+    def dropping(self, dropout: float, query: Tensor, key: Tensor) -> Mask:
+        """The mask with `drops`: newly drawn for all rows and keys of a call if it has none; itself without dropout."""
+        if not dropout or self.drops is not None:
+            return self
+        return self.replace(drops=Drops.draw(query, query.shape[2], key.shape[2]))
 
     def start(self, num_rows: int, num_keys: int) -> int:
         """Position of row 0 on the key axis as an int (reads a tensor offset, which waits for its device)."""
@@ -71,7 +82,8 @@ class Mask:
     def is_plain(self, start: int) -> bool:
         """True when the mask is causal or full and no more, its row 0 standing at position `start`."""
         in_place = self.offset is None or (isinstance(self.offset, int) and self.offset == start)
-        return in_place and self.window == (None, None) and not self.prefix and self.has_no_tensors()
+        bare = self.has_no_tensors() and self.drops is None
+        return in_place and self.window == (None, None) and not self.prefix and bare
 
     def trimmed(self, num_rows: int, num_keys: int) -> tuple[Mask, slice]:
         """Drop the bounds that do not bind and the keys no row can reach by its position.
@@ -122,6 +134,7 @@ class Mask:
             predicate=cut(self.predicate),
             beside=cut(self.beside),
             bias=bias,
+            drops=None if self.drops is None else self.drops.cut(keys=keys),
         )
 
     def slice_batch(self, index: int) -> Mask:
@@ -140,6 +153,7 @@ class Mask:
             predicate=cut(self.predicate),
             beside=cut(self.beside),
             bias=None if self.bias is None else row(self.bias.reshape((1,) * (4 - self.bias.ndim) + self.bias.shape)),
+            drops=None if self.drops is None else self.drops.of_batch_row(index),
         )
 
     def visible(self, rows: Tensor, keys: Tensor, start: int | Tensor, batch: int = 1) -> Tensor:

@@ -94,6 +94,7 @@ def attention(
     if given:
         raise ValueError(f"{', '.join(given)} needs a memory_budget: pass one, or leave {', '.join(given)} out.")
     check_lengths(query.shape[TOKENS], key.shape[TOKENS], plan, whole)
+    whole = whole.dropping(dropout, query, key)
     if choose_rectangles(query, key, value, whole, softcap, dropout, kernel) is not None:
         # Rows before and inside of a prefix see all of it, so pairs above the diagonal are needed, too.
         rectangles = of_plan(plan, whole.causal and not whole.prefix)

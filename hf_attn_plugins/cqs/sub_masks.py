@@ -55,6 +55,7 @@ def _cut(mask: Mask, rows: Range, runs: tuple[Range, ...]) -> Mask:
         key_segments=keys_of(mask.key_segments),
         query_segments=None if segments is None else segments[:, slice(*rows)],
         bias=bias,
+        drops=None if mask.drops is None else mask.drops.at(slice(*rows), runs),
     )
 
 

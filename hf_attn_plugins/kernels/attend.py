@@ -38,7 +38,8 @@ def attend(
         scale: factor of the scores, D**-0.5 when None.
         softcap: c replaces scores s by c * tanh(s / c), after scaling and before any mask.
         window: an int w for the last w keys, or (left, right); see `core.mask.window_of`.
-        dropout: probability of dropping a weight after normalisation; the lse is that of the undropped weights.
+        dropout: probability of dropping a weight after normalisation; the lse is that of the undropped weights. Which
+            weights are dropped follows from `Mask.drops`, the same in every kernel.
         kernel: one of `KERNELS` by name, which then runs or raises; None lets `kernels.choose` decide.
 
     Returns:
@@ -52,7 +53,10 @@ def attend(
     """
     rows, head_dim, num_keys = _checked(query, key, value, dropout)
     scale = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
-    trimmed, keys = one_mask(mask, is_causal, window).trimmed(rows, num_keys)
+    whole = one_mask(mask, is_causal, window)
+    if dropout:
+        whole = whole.dropping(dropout, query, key)
+    trimmed, keys = whole.trimmed(rows, num_keys)
     if keys.start > 0 or keys.stop < num_keys:
         key, value = key[:, :, keys], value[:, :, keys]
     choice = choose(query, key, value, trimmed, softcap, dropout, kernel)

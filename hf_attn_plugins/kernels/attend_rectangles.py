@@ -47,7 +47,7 @@ def attend_rectangles(
         ValueError: a rectangle outside the score matrix, or a plan of another batch size.
         NotImplementedError: the named kernel cannot do what was asked.
     """
-    mask = mask or Mask()
+    mask = (mask or Mask()).dropping(dropout, query, key)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     lists = per_batch(plan)
     check_rectangles(lists, query.shape[0], query.shape[2], key.shape[2])
@@ -108,7 +108,10 @@ def sub_mask(mask: Mask, rows: slice, keys: slice, start: int) -> Mask:
     if bias is not None and bias.shape[-2] > 1:
         bias = bias[..., rows, :]
     part = mask.replace(
-        query_segments=None if segments is None else segments[:, rows], bias=bias, offset=start + rows.start
+        query_segments=None if segments is None else segments[:, rows],
+        bias=bias,
+        drops=None if mask.drops is None else mask.drops.cut(rows),
+        offset=start + rows.start,
     )
     part = part.over_keys(keys)
     return part.replace(offset=start + rows.start - keys.start, prefix=max(0, mask.prefix - keys.start))

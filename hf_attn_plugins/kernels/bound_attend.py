@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_attn_plugins.core.drops import Drops
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial
 from hf_attn_plugins.kernels.attend import attend
@@ -16,12 +17,19 @@ from hf_attn_plugins.kernels.choose import PLAIN, choose, choose_rectangles
 
 @dataclass(frozen=True)
 class BoundAttend:
-    """The options of `kernels.attend`; `name` is a kernel's, None chooses one in every call."""
+    """The options of `kernels.attend`.
+
+    Attributes:
+        scale, softcap, dropout: as in `kernels.attend`.
+        name: a kernel's name; None chooses one in every call.
+        part: (number of the part, number of parts) of a layer's query heads that the calls have; for `draw`.
+    """
 
     scale: float
     softcap: float | None = None
     dropout: float = 0.0
     name: str | None = None
+    part: tuple[int, int] = (0, 1)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask | None = None) -> Partial:
         if not key.shape[2] or not query.shape[2]:
@@ -32,6 +40,16 @@ class BoundAttend:
     def options(self) -> dict[str, Any]:
         """The keyword arguments that `attend` and `attend_rectangles` share."""
         return {"scale": self.scale, "softcap": self.softcap, "dropout": self.dropout, "kernel": self.name}
+
+    def draw(self, query: Tensor, tokens: int) -> Drops | None:
+        """The places of self-attention over `tokens` tokens, with a new seed; None without dropout.
+
+        Several ranks draw the same seed if their generators are in the same state.
+
+        Args:
+            query: (B, Hq, ..., D), all query heads of the part.
+        """
+        return Drops.draw(query, tokens, tokens, *self.part) if self.dropout else None
 
     def with_kernel_for(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> BoundAttend:
         """A copy that names the kernel chosen for a whole prompt: the parts of a plan alone would look too short.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_attn_plugins.core.drops import Drops
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial
 from hf_attn_plugins.kernels.cpu.backward import backward
@@ -39,9 +40,9 @@ def tiled_op(
         bias = Mask(predicate=mask.predicate).visible(rows, keys, start, query.shape[0])
     offset = mask.offset if isinstance(mask.offset, Tensor) else None
     start = key.shape[2] - query.shape[2] if mask.offset is None else 0 if offset is not None else mask.offset
-    seed = torch.randint(2**62, (1,), device="cpu") if dropout else None
+    drops = (None,) * 4 if mask.drops is None else tuple(mask.drops)
     left, right = (NO_BOUND if side is None else side for side in mask.window)
-    structure = (mask.key_padding, mask.query_segments, mask.key_segments, bias, offset, seed)
+    structure = (mask.key_padding, mask.query_segments, mask.key_segments, bias, offset, *drops)
     return Partial(
         *tiled_forward(
             query, key, value, *structure, start, mask.causal, left, right, mask.prefix, scale, softcap or 0.0, dropout,
@@ -51,7 +52,7 @@ def tiled_op(
 
 
 def _mask(structure: tuple[Tensor | None, ...], start: int, causal: bool, left: int, right: int, prefix: int) -> Mask:
-    key_padding, query_segments, key_segments, bias, offset, _ = structure
+    key_padding, query_segments, key_segments, bias, offset, *drops = structure
     return Mask(
         causal=causal,
         window=(None if left == NO_BOUND else left, None if right == NO_BOUND else right),
@@ -61,6 +62,7 @@ def _mask(structure: tuple[Tensor | None, ...], start: int, causal: bool, left: 
         query_segments=query_segments,
         key_segments=key_segments,
         bias=bias,
+        drops=None if drops[0] is None else Drops(*drops),  # type: ignore[arg-type]
     )
 
 
@@ -75,6 +77,9 @@ def tiled_forward(
     bias: Tensor | None,
     offset: Tensor | None,
     seed: Tensor | None,
+    lanes: Tensor | None,
+    row_places: Tensor | None,
+    key_places: Tensor | None,
     start: int,
     causal: bool,
     left: int,
@@ -86,12 +91,11 @@ def tiled_forward(
     fused: bool,
 ) -> tuple[Tensor, Tensor]:
     """`kernels.cpu.forward` with the mask spread out into tensors and numbers; softcap 0 means none."""
-    structure = (key_padding, query_segments, key_segments, bias, offset, seed)
+    structure = (key_padding, query_segments, key_segments, bias, offset, seed, lanes, row_places, key_places)
     mask = _mask(structure, start, causal, left, right, prefix)
-    drawn = (dropout, 0 if seed is None else int(seed))
     if fused:
-        return compiled.forward(query, key, value, mask, scale, softcap or None, (), None, *drawn)
-    return forward(query, key, value, mask, scale, softcap or None, *drawn)
+        return compiled.forward(query, key, value, mask, scale, softcap or None, (), None, dropout)
+    return forward(query, key, value, mask, scale, softcap or None, dropout)
 
 
 @tiled_forward.register_fake
@@ -116,6 +120,9 @@ def tiled_backward(
     bias: Tensor | None,
     offset: Tensor | None,
     seed: Tensor | None,
+    lanes: Tensor | None,
+    row_places: Tensor | None,
+    key_places: Tensor | None,
     start: int,
     causal: bool,
     left: int,
@@ -128,14 +135,13 @@ def tiled_backward(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`kernels.cpu.backward.backward`; the gradient of bias is empty where none is needed."""
-    structure = (key_padding, query_segments, key_segments, bias, offset, seed)
+    structure = (key_padding, query_segments, key_segments, bias, offset, seed, lanes, row_places, key_places)
     mask = _mask(structure, start, causal, left, right, prefix)
-    drawn = (dropout, 0 if seed is None else int(seed))
     inputs = (grad_out, grad_lse, query, key, value, out, lse, mask, scale, softcap or None)
     if fused:
-        *grads, grad_bias = compiled.backward(*inputs, (), None, needs_bias, *drawn)
+        *grads, grad_bias = compiled.backward(*inputs, (), None, needs_bias, dropout)
     else:
-        *grads, grad_bias = backward(*inputs, *drawn, needs_bias)
+        *grads, grad_bias = backward(*inputs, dropout, needs_bias)
     return (*grads, query.new_empty(0) if grad_bias is None else grad_bias)  # type: ignore[return-value]
 
 
@@ -147,8 +153,8 @@ def _(grad_out: Tensor, grad_lse: Tensor, query: Tensor, key: Tensor, value: Ten
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:9], *output)
-    ctx.options = inputs[9:]
+    ctx.save_for_backward(*inputs[:12], *output)
+    ctx.options = inputs[12:]
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
@@ -159,7 +165,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     d_query, d_key, d_value, d_bias = tiled_backward(
         grad_out, grad_lse, query, key, value, out, lse, *structure, *ctx.options, needs_bias
     )
-    return (d_query, d_key, d_value, None, None, None, d_bias if needs_bias else None, *[None] * (2 + len(ctx.options)))
+    return (d_query, d_key, d_value, None, None, None, d_bias if needs_bias else None, *[None] * (5 + len(ctx.options)))
 
 
 tiled_forward.register_autograd(_backward, setup_context=_setup)

@@ -30,5 +30,6 @@ def reference(
     # Rows without keys are masked before softmax, so that neither they nor their gradients turn into NaN.
     weights = torch.where(seen, scores, 0).softmax(-1) * seen
     if dropout:
-        weights = torch.nn.functional.dropout(weights, dropout)
+        assert mask.drops is not None
+        weights = weights * mask.drops.kept(dropout, weights.dtype)
     return Partial(weights.to(value.dtype) @ value, lse)

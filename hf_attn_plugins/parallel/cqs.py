@@ -68,7 +68,10 @@ class CQS(CQSOptions):
                 window[0],
             )  # fmt: skip
         real = None if padding is None else padding.to(query.device)
-        mask = Mask(causal=True, window=window, key_padding=real, query_segments=step.texts, key_segments=step.texts)
+        mask = Mask(
+            causal=True, window=window, key_padding=real, query_segments=step.texts, key_segments=step.texts,
+            drops=kernel.draw(query, plan.num_tokens),
+        )  # fmt: skip
         return attention(
             query, key, value, plan, group, mask=mask,
             scale=kernel.scale, softcap=kernel.softcap, dropout=kernel.dropout, kernel=kernel.name,

@@ -75,11 +75,14 @@ class Dense(TiledOptions):
         dealt, real = step.layout.extra
         padding = None if bool(real.all()) else real.to(query.device)
         batch, num_heads, _, head_dim = query.shape
+        drops = kernel.draw(query, real.shape[1])
         shape = CallShape(num_heads, key.shape[1], head_dim, value.shape[3], query.element_size(), batch)
         if group.size > 1 and self.form(shape, step.layout.loads) == "heads":
+            own_heads = heads.deal_heads(num_heads, key.shape[1], group.size)[group.rank].query
             mask = Mask(
                 causal=True, window=window, offset=0, key_padding=padding,
                 query_segments=step.texts, key_segments=step.texts,
+                drops=None if drops is None else drops.cut(heads=slice(own_heads.start, own_heads.stop)),
             )  # fmt: skip
             return heads.attention(query, key, value, dealt, group, lambda q, k, v: kernel(q, k, v, mask))
         loads = step.layout.loads
@@ -93,6 +96,7 @@ class Dense(TiledOptions):
             mask = Mask(
                 causal=True, window=window, offset=run.start, key_padding=padding,
                 query_segments=own, key_segments=step.texts,
+                drops=None if drops is None else drops.cut(slice(run.start, run.stop)),
             )  # fmt: skip
             parts.append(kernel(rows, keys, values, mask))
             start += len(run)

@@ -167,16 +167,21 @@ class Star(StarOptions):
         """
         assert step.layout is not None
         parts: StarParts = step.layout.extra
+        drops = kernel.draw(query, 0)
+        if drops is not None:
+            drops = drops._replace(rows=step.layout.columns.clamp_min(0).to(query.device))
 
         def over(reach: Reach) -> Attention:
             def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Partial:
                 keys, values, tokens = keys_of(key, value, parts, reach, group)
+                if mask.drops is not None:
+                    mask = mask.replace(drops=mask.drops._replace(keys=parts.key_columns(reach).to(query.device)))
                 part = attend_rectangles(query, keys, values, reach.rectangles, mask=mask, **kernel.options)
                 return Partial(tie(part.out, query, key, value, *tokens), part.lse)
 
             return attend
 
-        mask = Mask(causal=True, window=window, offset=0)  # rectangles shift slots to their keys
+        mask = Mask(causal=True, window=window, offset=0, drops=drops)  # rectangles shift slots to their keys
         part = by_heads(query, key, value, mask, self.layer_heads, full=over(parts.dense), rest=over(parts.sparse))
         if not parts.query:
             return part

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_attn_plugins.core.gradient import needs_gradient
 from hf_attn_plugins.parallel.comm.collectives import anchor_of, swap
 from hf_attn_plugins.parallel.comm.group import Group
 from hf_attn_plugins.parallel.star_parts import Reach, StarParts, overlap
@@ -47,7 +48,7 @@ def _anchor(key: Tensor, value: Tensor, parts: StarParts, group: Group) -> Recei
     if source is None or not length or group.size == 1:
         return [], []
     is_source, shape = group.rank == source, (*key.shape[:2], length, key.shape[3] + value.shape[3])
-    if torch.is_grad_enabled() and anchor_of(key, value).requires_grad:  # a broadcast has no backward
+    if needs_gradient(key, value):  # a broadcast has no backward
         own = [_both(key[:, :, :length], value[:, :, :length])] if is_source else []
         given = [own if rank != source else [] for rank in range(group.size)]
         taken = [[(shape, key.dtype)] if rank == source and not is_source else [] for rank in range(group.size)]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from hf_attn_plugins.core.rectangle import Rectangle
@@ -156,6 +157,22 @@ class StarParts:
             for index, halo in enumerate(halos[self.rank])
         ]
         return Reach(halos, longest, lists[:1] if all(found == lists[0] for found in lists) else lists)
+
+    def key_columns(self, reach: Reach) -> Tensor:
+        """(B, S) long, the column of each key of `star_keys.keys_of`; 0 where there is no key.
+
+        Keys are in the order anchor | halo, which ends where the blocks begin | blocks | query.
+        """
+        before = self.anchor_keys + reach.longest_halo
+        moved = before - self.own.start  # from a slot to its key
+        columns = torch.zeros(len(self.rows), max(1, self.query.stop) + moved, dtype=torch.long)
+        for index, (row, halo) in enumerate(zip(self.rows, reach.halos[self.rank], strict=True)):
+            runs = [Run(row.anchor, 0), Run(halo, before - len(halo))]
+            runs += [Run(run.tokens, run.begin + moved) for run in self.slots(index)[1:]]
+            for tokens, begin in runs:
+                places = torch.arange(row.first + tokens.start, row.first + tokens.stop)
+                columns[index, begin : begin + len(tokens)] = places
+        return columns
 
     def _rectangles(self, index: int, halo: range, before: int, plan: list[Rectangle]) -> list[Rectangle]:
         """The plan's rectangles of tokens as those of this rank's slots and keys; `before` keys precede its blocks'."""

@@ -57,6 +57,8 @@ def _heads(tensor: Tensor, index: Tensor, group: int) -> Tensor:
 def _mask_of_heads(mask: Mask, index: Tensor, group: int) -> Mask:
     """The mask of some key heads' queries: a bias may differ from head to head."""
     bias = mask.bias
+    if mask.drops is not None:
+        mask = mask.replace(drops=mask.drops._replace(lanes=_heads(mask.drops.lanes, index, group)))
     if bias is None or bias.ndim < 3 or bias.shape[-3] == 1:
         return mask
     return mask.replace(bias=_heads(bias if bias.ndim == 4 else bias[None], index, group))
@@ -83,4 +85,5 @@ def repeated(mask: Mask, times: int) -> Mask:
         key_padding=rows(mask.key_padding),
         query_segments=rows(mask.query_segments),
         key_segments=rows(mask.key_segments),
+        drops=None if mask.drops is None else mask.drops.folded(times),
     )

@@ -5,6 +5,7 @@
 | one row, or rows after cached keys (decoding, a second turn) | `dense` | 1 |
 | rows after cached keys that go on with a context (`star.encode` with dense heads) | `context_rows` | a plan |
 | a kernel that takes a plan in one launch, no predicate | `one_launch` | 1 |
+| dropout, no predicate | `one_launch` | 1, or one per rectangle |
 | a layer with dense heads otherwise | `by_heads` | 1, and those of a row below |
 | a mask with a predicate or a bias, or an offset that a traced graph cannot read | `as_predicate` | 1 |
 | rows that all follow one plan | `single_plan` | 3 to 5, whatever the number of blocks |
@@ -83,11 +84,13 @@ def attention(
             "use tiled_attention for this model."
         )
 
+    mask = mask.dropping(dropout, query, key)
     heads, kv_heads = options.layer_heads, key.shape[1]
     check_heads(heads, kv_heads)
     if len(heads) == kv_heads:
         return dense(query, key, value, mask, kernel)
-    if not unknown_start and mask.predicate is None and kernel.takes_rectangles(query, key, value, mask):
+    # Under dropout the plan keeps the places of the weights: the batches of `single_plan` would drop other ones.
+    if not unknown_start and mask.predicate is None and (dropout or kernel.takes_rectangles(query, key, value, mask)):
         plans = plans_of(mask, query.shape[0], rows, options.plan_of)
         if plans is not None and not (heads and mask.bias is not None):
             return one_launch(query, key[:, :, :rows], value[:, :, :rows], mask, plans, heads, kernel)

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from hf_attn_plugins.core.drops import Drops
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.kernels import attend
 from tests.kernels.triton_cases import draw, needs_interpreter, padding
@@ -18,10 +19,16 @@ pytestmark = needs_interpreter
 def arguments(**changes):
     """The operator's arguments after query, key and value, in the order of `triton_ops.OPTIONS`."""
     fields = dict(
-        row_labels=None, key_labels=None, bias=None, offset_tensor=None, seed=None, scale=0.25, softcap=None, left=None,
-        right=None, offset=0, dropout=0.0, pieces=[],
+        row_labels=None, key_labels=None, bias=None, offset_tensor=None, row_hashes=None, key_hashes=None, scale=0.25,
+        softcap=None, left=None, right=None, offset=0, dropout=0.0, pieces=[],
     )  # fmt: skip
     return tuple((fields | changes).values())
+
+
+def hashes(*size, seed):
+    """The places of (batch, heads, rows, keys) under a seed, as arguments."""
+    drops = Drops.draw(torch.empty(size[:2]), *size[2:])._replace(seed=torch.tensor(seed))
+    return dict(zip(("row_hashes", "key_hashes"), drops.tables(), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -29,7 +36,7 @@ def arguments(**changes):
     [
         dict(right=0, offset=-1),
         dict(key_labels=torch.zeros(1, 17, dtype=torch.int32), softcap=3.0),
-        dict(dropout=0.25, seed=torch.tensor(7), right=0, offset_tensor=torch.tensor(-1)),
+        dict(dropout=0.25, **hashes(1, 4, 18, 17, seed=7), right=0, offset_tensor=torch.tensor(-1)),
     ],
     ids=["causal", "labels", "dropout and a tensor offset"],
 )
@@ -77,7 +84,7 @@ def test_dropout_keeps_the_right_share_and_its_gradients_use_the_same_mask():
     value = torch.eye(keys).expand(2, 1, keys, keys).clone()
     for x in (query, key, value):
         x.requires_grad_()
-    given = arguments(dropout=p, seed=torch.tensor(123456789123), right=0, offset=keys - 40)
+    given = arguments(dropout=p, **hashes(2, 2, 40, keys, seed=123456789123), right=0, offset=keys - 40)
     out, lse, _ = triton_attention(query, key, value, *given)
     plain, plain_lse, _ = triton_attention(query, key, value, *arguments(right=0, offset=keys - 40))
     torch.testing.assert_close(lse, plain_lse)
@@ -106,9 +113,12 @@ def test_dropout_is_the_same_in_prefill_and_decode_tiles():
     from hf_attn_plugins.kernels.triton.ops import triton_attention
 
     query, key, value = draw(1, 20, 24)
-    given = dict(dropout=0.5, seed=torch.tensor(5))
-    whole = triton_attention(query, key, value, *arguments(**given))[0]
-    few = triton_attention(query[:, :, :3], key, value, *arguments(**given))[0]
+
+    def first(rows):
+        given = arguments(dropout=0.5, **hashes(1, query.shape[1], rows, 24, seed=5))
+        return triton_attention(query[:, :, :rows], key, value, *given)[0]
+
+    whole, few = first(20), first(3)
     torch.testing.assert_close(whole[:, :, :3], few, atol=1e-5, rtol=1e-5)
 
 

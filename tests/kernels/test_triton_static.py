@@ -112,7 +112,7 @@ features = {
     "window and softcap": dict(left=4096, softcap=30.0),
     "padding": dict(labels=Labels(None, meta(1, 16384))),
     "segments": dict(labels=labels),
-    "dropout": dict(dropout=0.1, seed=meta((), dtype=torch.int64)),
+    "dropout": dict(dropout=0.1, row_hashes=meta(2**20), key_hashes=meta(2**15)),
     "tensor offset": dict(offset=meta((), dtype=torch.int64)),
     "float bias": dict(bias=meta(1, 1, 16384, 16384, dtype=torch.bfloat16).expand(1, 32, -1, -1)),
     "plan": dict(pieces=(0, 0, 8192, 0, 8192, 1, 0, 0, 8192, 16384, 0, 16384, 1, 0)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -26,13 +27,20 @@ def generate(
     options: dict[str, Any] | None = None,
     given: dict[str, Any] | None = None,
     dtype: str = "float64",
+    assistant: float | None = None,
     **sampling: Any,
 ) -> dict[str, Any]:
-    """Tokens and the error of the logits against one process, and what this rank did."""
+    """Tokens and the error of the logits against one process, and what this rank did.
+
+    `assistant`: assisted decoding by the same model with so much noise in its weights.
+    """
     model, options = build(family, dtype), options or {}
     inputs = prompt(**(given or dict(length=23, batch=2)))
     arguments = dict(max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
     arguments |= sampling
+    if assistant is not None:
+        arguments["assistant_model"] = noisy(model, assistant)
+    torch.manual_seed(rank)
     before = model.config._attn_implementation
     with hap.context_parallel(model, name, timeout=30, **options) as cp:
         state = cp.group.objects(torch.get_rng_state())[0]
@@ -68,6 +76,15 @@ def generate(
         "scale": reference[real].abs().max().item(),
         **report,
     }
+
+
+def noisy(model: Any, noise: float) -> Any:
+    """A copy of a model whose weights are off by a share of their size, and which counts its forwards."""
+    other, generator = copy.deepcopy(model), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1 + noise * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    return other
 
 
 def turns(

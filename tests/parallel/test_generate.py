@@ -17,7 +17,7 @@ def ranks(request):
 
 
 STAR = dict(block_size=5, anchor_size=3, query_size=4)
-PADDED = dict(length=23, batch=3, padding=4)
+PADDED, ONE = dict(length=23, batch=3, padding=4), dict(length=23, batch=1)
 CASES = {
     "padded rows": dict(options=STAR, given=PADDED),
     "anchor broadcast, padded": dict(options=STAR | {"anchor": "broadcast"}, given=PADDED),
@@ -37,10 +37,24 @@ CASES = {
     "prompt look-up, dealt": dict(
         options=STAR | {"min_turn": 2}, prompt_lookup_num_tokens=4, given=dict(length=23, batch=1)
     ),
+    "dense, assisted, sampled": dict(
+        name="tiled_attention", assistant=0.03, given=ONE, max_new_tokens=12, do_sample=True, top_k=20
+    ),
     "dense, padded rows": dict(name="tiled_attention", given=PADDED),
     "dense, beams": dict(name="tiled_attention", num_beams=3),
 }
 MORE = {
+    "assisted, dealt": dict(options=STAR | {"min_turn": 2}, assistant=0.03, given=ONE, max_new_tokens=12),
+    "assisted": dict(options=STAR | {"halo_size": 3}, assistant=0.03, given=ONE, max_new_tokens=12),
+    "assisted, sampled": dict(options=STAR, assistant=0.1, given=ONE, max_new_tokens=12, do_sample=True, top_k=20),
+    "cqs, assisted": dict(name="cqs_attention", assistant=0.03, given=ONE, max_new_tokens=12),
+    "cqs, assisted, windows, dealt": dict(
+        name="cqs_attention", family="gemma2", options={"min_turn": 2}, assistant=0.03, given=ONE, max_new_tokens=12
+    ),
+    "dense, assisted, windows": dict(
+        name="tiled_attention", family="gemma2", assistant=0.03, given=ONE, max_new_tokens=12
+    ),
+    "cqs, prompt look-up": dict(name="cqs_attention", prompt_lookup_num_tokens=3, given=ONE),
     "one block": dict(options=dict(block_size=64)),
     "neither anchor nor query": dict(options=dict(block_size=4, anchor_size=0, query_size=0), given=PADDED),
     "all of it query": dict(options=dict(block_size=5, anchor_size=5, query_size=40), given=PADDED),

@@ -25,14 +25,16 @@ def cpu_tiled(
         from hf_attn_plugins.kernels.cpu_ops import tiled_op
 
         return tiled_op(query, key, value, mask, scale, softcap, dropout)
-    if len(query) > 1 and query.shape[2] < SHORT and mask.has_no_tensors():
+    drops = mask.drops
+    if len(query) > 1 and query.shape[2] < SHORT and mask.has_no_tensors() and (drops is None or drops.is_shared):
         # (B, H, ...) -> (1, B * H, ...): without tensors in the mask all rows of the batch share it, and one product
         # of many heads is faster than several.
         q, k, v = (x.reshape(1, x.shape[0] * x.shape[1], *x.shape[2:]) for x in (query, key, value))
+        if drops is not None:
+            mask = mask.replace(drops=drops.joined())
         out, lse = cpu_tiled(q, k, v, mask, scale, softcap, dropout)
         return Partial(out.view(*query.shape[:3], value.shape[-1]), lse.view(query.shape[:3]))
-    seed = int(torch.randint(2**62, (), device="cpu")) if dropout else 0
-    return Partial(*_Tiled.apply(query, key, value, mask.bias, mask, scale, softcap, dropout, seed))
+    return Partial(*_Tiled.apply(query, key, value, mask.bias, mask, scale, softcap, dropout))
 
 
 class _Tiled(torch.autograd.Function):
@@ -48,7 +50,7 @@ class _Tiled(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_out, grad_lse = grads
         query, key, value, out, lse = ctx.saved_tensors
-        mask, scale, softcap, dropout, seed = ctx.options
+        mask, scale, softcap, dropout = ctx.options
         needs_bias = ctx.needs_input_grad[3]
-        inputs = (query, key, value, out, lse, mask, scale, softcap, dropout, seed, needs_bias)
-        return (*backward(grad_out, grad_lse, *inputs), *[None] * 5)
+        inputs = (query, key, value, out, lse, mask, scale, softcap, dropout, needs_bias)
+        return (*backward(grad_out, grad_lse, *inputs), *[None] * 4)

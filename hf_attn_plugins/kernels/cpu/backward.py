@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import lse_dtype
-from hf_attn_plugins.kernels.cpu.masks import TileMasks, dropout_generator, keep_mask
+from hf_attn_plugins.kernels.cpu.masks import Dropout, TileMasks
 from hf_attn_plugins.kernels.cpu.tile_map import KeyTile, TileMap
 from hf_attn_plugins.kernels.cpu.tiling import LOG2_E, chunks, is_fast, key_blocks
 
@@ -36,14 +36,13 @@ def backward(
     scale: float,
     softcap: float | None,
     dropout: float,
-    seed: int,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, key, value and, if `needs_bias`, of a float `mask.bias`, in their shapes and dtypes.
 
     Args:
         grad_out, grad_lse: (B, Hq, T, Dv) and (B, Hq, T); None for 0.
-        query, key, value, mask, scale, softcap, dropout, seed: as in `forward`; out, lse: as it returned them.
+        query, key, value, mask, scale, softcap, dropout: as in `forward`; out, lse: as it returned them.
         needs_bias: whether to compute the gradient of the bias; None is returned otherwise.
     """
     acc_dtype = lse_dtype(query)
@@ -65,10 +64,10 @@ def backward(
             )  # fmt: skip
             loop.grads = (grads[0][b, heads], grads[1][b, kv_heads], grads[2][b, kv_heads])
             loop.grad_bias = None if grad_bias is None else grad_bias[b if grad_bias.shape[0] > 1 else 0]
+            drops = Dropout(dropout, tiles.mask, heads, loop.weights_dtype) if dropout else None
             for index in range(len(tiles.row_tiles)):
                 for tile in tiles.keys_of(index):
-                    generator = dropout_generator(seed, b, heads, index, tile) if dropout else None
-                    loop.add(index, tile, dropout, generator)
+                    loop.add(index, tile, drops)
     if grad_bias is not None and mask.bias is not None:
         grad_bias = grad_bias.reshape(mask.bias.shape).to(mask.bias.dtype)
     return (*(g.to(x.dtype) for g, x in zip(grads, (query, key, value), strict=True)), grad_bias)  # type: ignore[return-value]
@@ -97,7 +96,7 @@ class _Tiles:
         self.lse = lse.masked_fill(lse == -torch.inf, HUGE)
         self.tiles, self.scale, self.softcap, self.heads = tiles, scale, softcap, heads
         self.kv_heads, self.group_size = key.shape[0], query.shape[0] // key.shape[0]
-        self.acc_dtype = lse_dtype(query)
+        self.acc_dtype = self.weights_dtype = lse_dtype(query)
         self.tile_masks = TileMasks(tiles, heads, self.group_size, self.acc_dtype, query.device)
         most_rows, most_keys = self.group_size * tiles.row_tile, tiles.key_tile
         most_parts = max(most_rows, most_keys) * max(query.shape[-1], value.shape[-1])
@@ -120,9 +119,9 @@ class _Tiles:
         t0, t1 = self.tiles.row_tiles[index]
         return tensor[:, t0:t1].reshape(self.kv_heads, -1, *tensor.shape[2:])
 
-    def add(self, index: int, tile: KeyTile, dropout: float, generator: torch.Generator | None) -> None:
+    def add(self, index: int, tile: KeyTile, drops: Dropout | None) -> None:
         """Add the contribution of one tile to the gradients."""
-        weights, grad_scores, grad_out = self.weights_and_grad(index, tile, dropout, generator)
+        weights, grad_scores, grad_out = self.weights_and_grad(index, tile, drops)
         (t0, t1), keys = self.tiles.row_tiles[index], slice(tile.begin, tile.end)
         grad_query, grad_key, grad_value = self.grads
         grad_value[:, keys].add_(self.part(weights.mT, grad_out))
@@ -130,9 +129,7 @@ class _Tiles:
         grad_query[:, t0:t1].add_(of_rows.view(-1, t1 - t0, of_rows.shape[-1]), alpha=self.scale)
         grad_key[:, keys].add_(self.part(grad_scores.mT, self.rows(self.query, index)), alpha=self.scale)
 
-    def weights_and_grad(
-        self, index: int, tile: KeyTile, dropout: float, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def weights_and_grad(self, index: int, tile: KeyTile, drops: Dropout | None) -> tuple[Tensor, Tensor, Tensor]:
         """(P with dropout, gradient of the scaled scores, grad_out) in the dtype of the inputs."""
         t0, t1 = self.tiles.row_tiles[index]
         query, grad_out, keys = (
@@ -151,9 +148,8 @@ class _Tiles:
         weights = scores.sub_(self.rows(self.lse, index).unsqueeze(-1)).exp_()
         grad_weights = self.product(1, grad_out, self.value[:, keys].mT).to(self.acc_dtype)
         kept = weights
-        if dropout:
-            assert generator is not None
-            keep = keep_mask(weights, dropout, generator)
+        if drops is not None:
+            keep = drops.kept(t0, t1, tile, weights)
             kept, grad_weights = weights * keep, grad_weights.mul_(keep)
         grad_scores = grad_weights.sub_(self.rows(self.delta, index).unsqueeze(-1)).mul_(weights)
         if self.grad_bias is not None:
@@ -176,16 +172,14 @@ class _FastTiles(_Tiles):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        dtype = self.query.dtype
+        dtype = self.weights_dtype = self.query.dtype
         self.tile_masks = TileMasks(self.tiles, self.heads, self.group_size, dtype, self.query.device)
         log2_lse = (self.lse * LOG2_E).clamp_max(HUGE)
         self.query_columns = torch.cat([self.query * (self.scale * LOG2_E), _split(-log2_lse, dtype)], -1)
         self.grad_columns = torch.cat([self.grad_out, _split(-self.delta, dtype)], -1)
         self.key_columns, self.value_columns = (key_blocks(x, self.tiles, 3) for x in (self.key, self.value))
 
-    def weights_and_grad(
-        self, index: int, tile: KeyTile, dropout: float, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def weights_and_grad(self, index: int, tile: KeyTile, drops: Dropout | None) -> tuple[Tensor, Tensor, Tensor]:
         t0, t1 = self.tiles.row_tiles[index]
         block, width = tile.begin // self.tiles.key_tile, tile.end - tile.begin
         scores = self.product(0, self.rows(self.query_columns, index), self.key_columns[block][:, :width].mT)
@@ -193,11 +187,10 @@ class _FastTiles(_Tiles):
         self.tile_masks.weights_in_place(view, t0, t1, tile)
         weights = scores
         columns, grad_out = self.rows(self.grad_columns, index), self.rows(self.grad_out, index)
-        if not dropout:
+        if drops is None:
             grad_scores = self.product(1, columns, self.value_columns[block][:, :width].mT).mul_(weights)
             return weights, grad_scores, grad_out
-        assert generator is not None
-        keep = keep_mask(weights, dropout, generator)
+        keep = drops.kept(t0, t1, tile, weights)
         grad_weights = self.product(1, grad_out, self.value[:, tile.begin : tile.end].mT).mul_(keep)
         grad_scores = grad_weights.sub_(self.rows(self.delta, index).unsqueeze(-1)).mul_(weights)
         return weights * keep, grad_scores, grad_out

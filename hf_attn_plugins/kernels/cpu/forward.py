@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial, lse_dtype
-from hf_attn_plugins.kernels.cpu.masks import TileMasks, dropout_generator, keep_mask
+from hf_attn_plugins.kernels.cpu.masks import Dropout, TileMasks
 from hf_attn_plugins.kernels.cpu.tile_map import KeyTile, TileMap
 from hf_attn_plugins.kernels.cpu.tiling import LOG2_E, chunks, is_fast, key_blocks
 
@@ -38,11 +38,10 @@ def forward(
     scale: float,
     softcap: float | None,
     dropout: float,
-    seed: int,
 ) -> tuple[Tensor, Tensor]:
     """out (B, Hq, T, Dv) in the query's dtype and lse (B, Hq, T) in float32 (float64 for float64).
 
-    `seed` is that of dropout; the other arguments are as in `kernels.attend`.
+    The arguments are as in `kernels.attend`; with dropout the mask has `drops`.
     """
     out, lse = Partial.empty(query, value.shape[-1])
     if out.numel() == 0 or key.shape[2] == 0:
@@ -50,11 +49,11 @@ def forward(
     rows_of: Any = _FastRows if is_fast(query, mask, softcap) else _Rows
     for b, heads, kv_heads, tiles in chunks(query, key, mask):
         loop = rows_of(query[b, heads], key[b, kv_heads], value[b, kv_heads], tiles, scale, softcap, b, heads)
+        drops = Dropout(dropout, tiles.mask, heads, loop.weights_dtype) if dropout else None
         for index, (t0, t1) in enumerate(tiles.row_tiles):
             key_tiles = tiles.keys_of(index)
             if key_tiles:
-                generators = [dropout_generator(seed, b, heads, index, tile) for tile in key_tiles] if dropout else []
-                tile_out, tile_lse = loop.run(index, key_tiles, dropout, generators)
+                tile_out, tile_lse = loop.run(index, key_tiles, drops)
                 out[b, heads, t0:t1], lse[b, heads, t0:t1] = tile_out, tile_lse
     return out, lse
 
@@ -76,7 +75,7 @@ class _Rows:
         self.query, self.key, self.value = query, key, value
         self.tiles, self.scale, self.softcap, self.heads = tiles, scale, softcap, heads
         self.kv_heads, self.group_size = key.shape[0], query.shape[0] // key.shape[0]
-        self.acc_dtype = lse_dtype(query)
+        self.acc_dtype = self.weights_dtype = lse_dtype(query)
         self.tile_masks = TileMasks(tiles, heads, self.group_size, self.acc_dtype, query.device)
 
     def scores(self, index: int, tile: KeyTile) -> Tensor:
@@ -90,24 +89,22 @@ class _Rows:
         self.tile_masks.add_to(view, t0, t1, tile)
         return scores
 
-    def run(
-        self, index: int, key_tiles: list[KeyTile], dropout: float, generators: list[torch.Generator]
-    ) -> tuple[Tensor, Tensor]:
+    def run(self, index: int, key_tiles: list[KeyTile], drops: Dropout | None) -> tuple[Tensor, Tensor]:
         """out (heads, rows, Dv) and lse (heads, rows) of row tile `index`."""
         t0, t1 = self.tiles.row_tiles[index]
         size = (self.kv_heads, self.group_size * (t1 - t0))
         acc = self.query.new_zeros(*size, self.value.shape[-1], dtype=self.acc_dtype)
         row_sum = self.query.new_zeros(size, dtype=self.acc_dtype)
         row_max = self.query.new_full(size, -torch.inf, dtype=self.acc_dtype)
-        for j, tile in enumerate(key_tiles):
+        for tile in key_tiles:
             scores = self.scores(index, tile)
             new_max = torch.maximum(row_max, scores.amax(-1))
             shift = new_max.clamp_min(torch.finfo(self.acc_dtype).min)
             rescale = (row_max - shift).exp()
             weights = scores.sub_(shift.unsqueeze(-1)).exp_()
             row_sum.mul_(rescale).add_(weights.sum(-1))
-            if dropout:
-                weights.mul_(keep_mask(weights, dropout, generators[j]))
+            if drops is not None:
+                weights.mul_(drops.kept(t0, t1, tile, weights))
             product = torch.bmm(weights.to(self.value.dtype), self.value[:, tile.begin : tile.end])
             acc.mul_(rescale.unsqueeze(-1)).add_(product)
             row_max = new_max
@@ -122,6 +119,7 @@ class _FastRows(_Rows):
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, tiles: TileMap, *rest: Any) -> None:
         super().__init__(query, key, value, tiles, *rest)
+        self.weights_dtype = query.dtype
         self.key_blocks, self.value_blocks = key_blocks(key, tiles, 1), key_blocks(value, tiles, 0)
         self.tile_masks = TileMasks(tiles, self.heads, self.group_size, query.dtype, query.device)
         most_rows = self.group_size * tiles.row_tile
@@ -174,9 +172,7 @@ class _FastRows(_Rows):
         rows[..., -1] = -row_max
         return row_max
 
-    def run(
-        self, index: int, key_tiles: list[KeyTile], dropout: float, generators: list[torch.Generator]
-    ) -> tuple[Tensor, Tensor]:
+    def run(self, index: int, key_tiles: list[KeyTile], drops: Dropout | None) -> tuple[Tensor, Tensor]:
         t0, t1 = self.tiles.row_tiles[index]
         count, head_dim = self.group_size * (t1 - t0), self.query.shape[-1]
         rows = self.rows[:, :count]
@@ -204,8 +200,8 @@ class _FastRows(_Rows):
                 row_max = new_max
                 weights, sums = self.tile_weights(rows, index, tile)
             row_sum.add_(sums)
-            if dropout:
-                weights.mul_(keep_mask(weights, dropout, generators[j]))
+            if drops is not None:
+                weights.mul_(drops.kept(t0, t1, tile, weights))
             tile_out = self.tile_out[:, :count]
             torch.bmm(weights, self.value_blocks[tile.begin // self.tiles.key_tile][:, :width], out=tile_out)
             acc.add_(self.acc_out[:, :count].copy_(tile_out))

@@ -1,24 +1,27 @@
-"""Masks of single tiles for `cpu_tiled`: -inf for hidden pairs, and dropout that the backward can draw again."""
+"""Masks of single tiles for `cpu_tiled`: -inf for hidden pairs, and what dropout keeps."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from hf_attn_plugins.core.drops import kept
+from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.kernels.cpu.tile_map import KeyTile, TileMap
 
 
-def dropout_generator(seed: int, b: int, heads: slice, index: int, tile: KeyTile) -> torch.Generator:
-    """The generator of one tile's dropout mask: the same in forward and backward, in any order of tiles."""
-    generator = torch.Generator()
-    generator.manual_seed(hash((seed, b, heads.start, index, tile.begin)) & (2**63 - 1))
-    return generator
+class Dropout:
+    """What dropout keeps of the weights of one chunk of heads."""
 
+    def __init__(self, dropout: float, mask: Mask, heads: slice, dtype: torch.dtype) -> None:
+        assert mask.drops is not None
+        (rows,), (self.keys,) = mask.drops.cut(heads=heads).hashes()
+        self.rows, self.dropout, self.dtype = rows, dropout, dtype
 
-def keep_mask(scores: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
-    """0 for dropped weights, 1 / (1 - p) for kept ones, in the shape and dtype of `scores`."""
-    kept = torch.empty_like(scores, device="cpu").bernoulli_(1.0 - dropout, generator=generator)
-    return kept.div_(1.0 - dropout).to(scores.device)
+    def kept(self, t0: int, t1: int, tile: KeyTile, like: Tensor) -> Tensor:
+        """0 for dropped weights, 1 / (1 - p) for kept ones, (kv heads, group_size * rows, keys) as `like`."""
+        keys = self.keys[tile.begin : tile.end]
+        return kept(self.rows[:, t0:t1, None], keys, self.dropout, self.dtype).view(like.shape)
 
 
 class TileMasks:

@@ -69,34 +69,27 @@ static inline int64_t heads_at_once(const Call *call) {
     return call->grad_bias && !call->grad_bias_head ? call->kv_heads : 1;
 }
 
-/* Dropout: whether a weight is kept depends on the seed and its place alone. Forward and backward drop the same ones, in
- * any order of tiles. The hash of a place is `mixed(row_hash ^ key_hash)`; the kernels mix in vectors. */
-#define MIX_1 0x7feb352d /* of Wellons' "lowbias32", which has little bias for 32 bits */
+/* Dropout: whether a weight is kept depends on the hash of its place, `mixed(row_hash ^ key_hash)`, which the kernels mix
+ * in vectors (see `kept` of scores.h). So forward and backward drop the same ones, in any order of tiles. */
+#define MIX_1 0x7feb352d /* as in core/drops.py */
 #define MIX_2 0x846ca68b
 
-static inline uint32_t mixed(uint32_t x) {
-    x = (x ^ x >> 16) * MIX_1;
-    x = (x ^ x >> 15) * MIX_2;
-    return x ^ x >> 16;
+static inline const uint32_t *row_hashes_of(const Call *call, int64_t b, int64_t h) {
+    return call->row_hashes + (b * call->heads + h) * call->num_rows;
 }
 
-static inline uint32_t row_hash(const Call *call, int64_t b, int64_t h, int64_t row) {
-    const int64_t place = (b * call->heads + h) * call->num_rows + row;
-    return mixed(mixed((uint32_t)(call->seed ^ place)) ^ (uint32_t)((call->seed ^ place) >> 32));
-}
-
-static inline uint32_t key_hash(const Call *call, int64_t key) {
-    return mixed((uint32_t)key + mixed((uint32_t)(call->seed >> 16)));
+static inline const uint32_t *key_hashes_of(const Call *call, int64_t b) {
+    return call->key_hashes + b * call->num_keys;
 }
 
 static inline void hash_rows(const Call *call, int64_t b, int64_t h, int64_t first, int count, uint32_t *hash) {
-    for (int i = 0; i < count && call->drop_below; i++)
-        hash[i] = row_hash(call, b, h, first + i);
+    if (call->drop_below)
+        memcpy(hash, row_hashes_of(call, b, h) + first, count * sizeof *hash);
 }
 
-static inline void hash_keys(const Call *call, int64_t first, int count, uint32_t *hash) {
-    for (int i = 0; i < count && call->drop_below; i++)
-        hash[i] = key_hash(call, first + i);
+static inline void hash_keys(const Call *call, int64_t b, int64_t first, int count, uint32_t *hash) {
+    if (call->drop_below)
+        memcpy(hash, key_hashes_of(call, b) + first, count * sizeof *hash);
 }
 
 /* The factor of the weights that dropout keeps. */

@@ -49,29 +49,28 @@ def unasked(
         return tiled_op(query, key, value, mask, scale, softcap, dropout, fused=True)
     if isinstance(mask.offset, Tensor):
         mask = mask.replace(offset=int(mask.offset))  # a static cache counts on before backward runs
-    seed = int(torch.randint(2**62, (), device="cpu")) if dropout else 0
     places = tuple(flat(plan)) if plan else ()
     learned = needs_gradient(query, key, value) or (mask.bias is not None and needs_gradient(mask.bias))
     if not (learned or is_transforming()):  # an `autograd.Function` takes as long as everything else in Python
-        return Partial(*forward(query, key, value, mask, scale, softcap, places, None, dropout, seed))
-    return Partial(*_Fused.apply(query, key, value, mask.bias, mask, scale, softcap, places, dropout, seed))
+        return Partial(*forward(query, key, value, mask, scale, softcap, places, None, dropout))
+    return Partial(*_Fused.apply(query, key, value, mask.bias, mask, scale, softcap, places, dropout))
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Mask, scale: float,
-        softcap: float | None, plan: tuple[int, ...], dropout: float, seed: int,
+        softcap: float | None, plan: tuple[int, ...], dropout: float,
     ) -> Any:  # fmt: skip
         ctx.set_materialize_grads(False)
         keep = any(ctx.needs_input_grad) and query.dtype == torch.float32
         rest = query.new_zeros(query.shape[:-1]) if keep else None
-        out, lse = forward(query, key, value, mask, scale, softcap, plan, rest, dropout, seed)
+        out, lse = forward(query, key, value, mask, scale, softcap, plan, rest, dropout)
         ctx.save_for_backward(
             query, key, value, out, lse, rest, bias, mask.key_padding, mask.query_segments, mask.key_segments
         )
         ctx.mask = mask.replace(bias=None, key_padding=None, query_segments=None, key_segments=None)
-        ctx.scale, ctx.softcap, ctx.plan, ctx.dropout = scale, softcap, plan, (dropout, seed)
+        ctx.scale, ctx.softcap, ctx.plan, ctx.dropout = scale, softcap, plan, dropout
         return out, lse
 
     @staticmethod
@@ -86,5 +85,5 @@ class _Fused(torch.autograd.Function):
         mask = ctx.mask.replace(
             bias=bias, key_padding=padding, query_segments=query_segments, key_segments=key_segments
         )
-        options = (mask, ctx.scale, ctx.softcap, ctx.plan, rest, ctx.needs_input_grad[3], *ctx.dropout)
-        return (*backward(grad_out, grad_lse, query, key, value, out, lse, *options), *[None] * 6)
+        options = (mask, ctx.scale, ctx.softcap, ctx.plan, rest, ctx.needs_input_grad[3], ctx.dropout)
+        return (*backward(grad_out, grad_lse, query, key, value, out, lse, *options), *[None] * 5)

@@ -51,7 +51,7 @@ typedef struct {
     int64_t grad_bias_batch, grad_bias_head; /* its strides, 0 along a broadcast dimension */
     uint32_t drop_below; /* a pair is dropped where the hash of its place is below; 0 means no dropout */
     float keep_scale;    /* 1 / (1 - dropout), by which the weights that are kept are multiplied */
-    int64_t seed;
+    const uint32_t *row_hashes, *key_hashes; /* by core/drops.py: (batch, heads, rows) and (batch, keys), and room */
 } Call;
 
 /* How many parts of something are done: who does the last part goes on with the whole. No thread waits for another one

@@ -93,7 +93,6 @@ def forward(
     plan: tuple[int, ...] = (),
     lse_rest: Tensor | None = None,
     dropout: float = 0.0,
-    seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """out (B, Hq, T, Dv), laid out token by token as models want it next, and lse (B, Hq, T).
 
@@ -102,7 +101,7 @@ def forward(
         lse_rest: for calls that a backward follows, in float32 products: filled with what rounding left out of the lse.
             Scores are then summed in the order of the backward. A weight near 1 would else be off by the rounding of a
             large score.
-        dropout, seed: the weights that are dropped follow from the seed and their places.
+        dropout: the weights that are dropped follow from `mask.drops`.
     """
     (batch, heads, rows, _), (kv_heads, keys), dim_v = query.shape, key.shape[1:3], value.shape[3]
     out, lse = Partial.unfilled(query, dim_v)
@@ -115,8 +114,7 @@ def forward(
     few = rows < SPLIT_ROWS and rows * (heads // kv_heads) <= MAX_ROWS and not plan
     few = few and lse_rest is None and not dropout
     call, _kept = make_call(query, key, value, mask, scale, softcap, plan, chosen.lanes, out=out, bounds=not few)
-    if dropout:
-        set_dropout(call, dropout, seed)
+    _hashes = set_dropout(call, dropout, mask.drops) if dropout else None
     call.lse = lse.data_ptr()
     call.lse_rest = None if lse_rest is None else lse_rest.data_ptr()
     if few:
@@ -147,12 +145,11 @@ def backward(
     lse_rest: Tensor | None = None,
     needs_bias: bool = False,
     dropout: float = 0.0,
-    seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, key and value, contiguous, and of `mask.bias` if `needs_bias`, else None.
 
     Args:
-        lse_rest, dropout, seed: as in `forward`.
+        lse_rest, dropout: as in `forward`.
     """
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
     bias = mask.bias if needs_bias else None
@@ -168,7 +165,7 @@ def backward(
     call, _kept = make_call(
         query, key, value, mask, scale, softcap, plan, chosen.lanes, out=out, grad_out=grad_out, keys_too=True
     )
-    set_dropout(call, dropout, seed)
+    _hashes = set_dropout(call, dropout, mask.drops)
     call.grad_query, call.grad_key, call.grad_value = (point_to(x) for x in grads)
     of_bias = None if bias is None else set_grad_bias(call, bias)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()

@@ -8,6 +8,7 @@ from ctypes import c_float, c_int32, c_int64, c_uint32, c_void_p
 import torch
 from torch import Tensor
 
+from hf_attn_plugins.core.drops import BITS, Drops, share_below
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.kernels.cpu_fused.instruction_sets import STORED
 from hf_attn_plugins.kernels.rectangle_tables import tables
@@ -52,7 +53,7 @@ class CallStruct(ctypes.Structure):
         *((name, c_int64) for name in ("grad_bias_batch", "grad_bias_head")),
         ("drop_below", c_uint32),
         ("keep_scale", c_float),
-        ("seed", c_int64),
+        *((name, c_void_p) for name in ("row_hashes", "key_hashes")),
     ]
 
 
@@ -129,10 +130,16 @@ def _set_bias(call: CallStruct, bias: Tensor) -> Tensor:
     return whole
 
 
-def set_dropout(call: CallStruct, dropout: float, seed: int) -> None:
-    """Drop a weight where the hash of its place, 32 bits, is below `dropout`; 0 drops none."""
-    call.drop_below = min(round(dropout * 2**32), 2**32 - 1)
-    call.keep_scale, call.seed = 1 / (1 - dropout), seed
+def set_dropout(call: CallStruct, dropout: float, drops: Drops | None) -> list[Tensor]:
+    """Drop a weight where the hash of its place is small; 0 drops none. Returns the hashes, which `call` points to."""
+    call.keep_scale = 1 / (1 - dropout)
+    if not dropout:
+        return []
+    assert drops is not None
+    hashes = drops.tables()
+    call.drop_below = share_below(dropout) << (32 - BITS)
+    call.row_hashes, call.key_hashes = (x.data_ptr() for x in hashes)
+    return list(hashes)
 
 
 def set_grad_bias(call: CallStruct, bias: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from hf_attn_plugins.core.mask import Mask
@@ -53,13 +52,14 @@ def triton_rectangles(
         plan = [[part for rectangle in row for part in _beside_prefix(rectangle, mask.prefix)] for row in plan]
     labels = make_labels(mask.key_padding, mask.query_segments, mask.key_segments)
     bias = None if mask.bias is None else mask.bias.detach().expand(*query.shape[:3], num_keys)
+    drops = mask.dropping(dropout, query, key).drops
+    hashes = (None, None) if drops is None else drops.tables()
     tensor_offset = isinstance(mask.offset, Tensor)
     out, lse, _ = triton_attention(
         query, key, value, labels and labels.rows, labels and labels.keys, bias,
         mask.offset if tensor_offset else None,
-        torch.randint(2**62, (), device=query.device) if dropout else None,
-        scale, softcap, left, right, 0 if tensor_offset else (num_keys - rows if mask.offset is None else mask.offset),
-        dropout, flat(plan),
+        *hashes, scale, softcap, left, right,
+        0 if tensor_offset else (num_keys - rows if mask.offset is None else mask.offset), dropout, flat(plan),
     )  # fmt: skip
     return Partial(out, lse)
 

@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 
 from hf_attn_plugins.kernels.triton.forward import accumulate_piece
-from hf_attn_plugins.kernels.triton.program import batch_labels, head_pointer, load_numbers, tile_limits
+from hf_attn_plugins.kernels.triton.program import batch_hashes, batch_labels, head_pointer, load_offset, tile_limits
 from hf_attn_plugins.kernels.triton.tiles import NO_BIAS, key_range, store_lse
 
 
 @triton.jit
 def decode_kernel(
-    query, key, value, part_out, part_lse, row_labels, key_labels, bounds, bias, offset_pointer, seed_pointer,
+    query, key, value, part_out, part_lse, row_labels, key_labels, bounds, bias, offset_pointer, row_hashes, key_hashes,
     stride_query_b, stride_query_h, stride_query_t, stride_query_d,
     stride_key_b, stride_key_h, stride_key_s, stride_key_d,
     stride_value_b, stride_value_h, stride_value_s, stride_value_d,
@@ -40,7 +40,8 @@ def decode_kernel(
     # Lanes without a row compute row 0 and are not stored.
     row = tl.where(used, lane % num_rows, 0)
     head = kv_head * group_size + tl.where(used, lane // num_rows, 0)
-    shift, seed = load_numbers(offset, offset_pointer, seed_pointer, HAS_OFFSET, HAS_DROPOUT)
+    shift = load_offset(offset, offset_pointer, HAS_OFFSET)
+    drops = batch_hashes(row_hashes, key_hashes, batch, num_rows, num_keys, num_heads, HAS_DROPOUT)
     labels = batch_labels(row_labels, key_labels, stride_row_labels, stride_key_labels, batch, LABELS)
     limits = tile_limits(bounds, stride_bounds_b, 0, batch, 0, num_keys, LABELS)
     bias_rows = bias
@@ -68,7 +69,7 @@ def decode_kernel(
     row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     acc, row_sum, row_max = accumulate_piece(
         acc, row_sum, row_max, q, key, value, strides, row[:, None], head[:, None], 0, num_rows - 1, piece, limits,
-        labels, bias_rows, stride_bias_s, scale, softcap, dropout, seed, HAS_LEFT, HAS_RIGHT, False, LABELS, BIAS,
+        labels, bias_rows, stride_bias_s, scale, softcap, dropout, drops, HAS_LEFT, HAS_RIGHT, False, LABELS, BIAS,
         HAS_SOFTCAP, HAS_DROPOUT, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, False,
     )  # fmt: skip
     seen = row_sum > 0

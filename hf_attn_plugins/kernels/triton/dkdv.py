@@ -9,9 +9,10 @@ import triton.language as tl
 
 from hf_attn_plugins.kernels.triton.backward import load_row_numbers, weights_and_slope
 from hf_attn_plugins.kernels.triton.program import (
+    batch_hashes,
     batch_labels,
     head_pointer,
-    load_numbers,
+    load_offset,
     load_piece,
     piece_range,
     program_tile,
@@ -24,7 +25,7 @@ from hf_attn_plugins.kernels.triton.tiles import NO_BIAS, count_steps, dropout_s
 @triton.jit
 def dkdv_range(
     d_key, d_value, key, value, query_base, grad_base, row_lse, delta, strides, limits, keys, head, group_size,
-    num_rows, piece, labels, bias, bias_strides, scale, softcap, dropout, seed,
+    num_rows, piece, labels, bias, bias_strides, scale, softcap, dropout, drops,
     MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PLAN: tl.constexpr,
     LABELS: tl.constexpr, BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -68,7 +69,7 @@ def dkdv_range(
         d_weights = tl.dot(value, tl.trans(grad_out), input_precision=PRECISION)
         kept = weights
         if HAS_DROPOUT:
-            drawn = dropout_scale(rows, keys, head + group, seed, dropout)
+            drawn = dropout_scale(rows, keys, head + group, drops, dropout)
             kept = weights * drawn
             d_weights = d_weights * drawn
         d_value = tl.dot(kept.to(grad_out.dtype), grad_out, d_value, input_precision=PRECISION)
@@ -80,7 +81,7 @@ def dkdv_range(
 @triton.jit
 def dkdv_kernel(
     query, key, value, grad_out, row_lse, delta, d_key, d_value, row_labels, key_labels, bounds, plan, bias,
-    offset_pointer, seed_pointer,
+    offset_pointer, row_hashes, key_hashes,
     stride_query_b, stride_query_h, stride_query_t, stride_query_d,
     stride_key_b, stride_key_h, stride_key_s, stride_key_d,
     stride_value_b, stride_value_h, stride_value_s, stride_value_d,
@@ -102,7 +103,8 @@ def dkdv_kernel(
     tile, first, last, kv_head, batch = program_tile(num_keys, num_heads // group_size, False, BLOCK_N)
     head = kv_head * group_size
     keys = first + tl.arange(0, BLOCK_N)[:, None]
-    shift, seed = load_numbers(offset, offset_pointer, seed_pointer, HAS_OFFSET, HAS_DROPOUT)
+    shift = load_offset(offset, offset_pointer, HAS_OFFSET)
+    drops = batch_hashes(row_hashes, key_hashes, batch, num_rows, num_keys, num_heads, HAS_DROPOUT)
     labels = batch_labels(row_labels, key_labels, stride_row_labels, stride_key_labels, batch, LABELS)
     limits = tile_limits(bounds, stride_bounds_b, stride_bounds_tile, batch, tile, num_rows, LABELS)
     plan = tile_plan(plan, stride_plan_b, stride_plan_tile, batch, tile, HAS_PLAN)
@@ -132,7 +134,7 @@ def dkdv_kernel(
         for MASKED in tl.static_range(1 if BIAS != NO_BIAS else 0, 2):  # the whole tiles, then the others
             dk, dv = dkdv_range(
                 dk, dv, k, v, query, grad_out, row_lse, delta, strides, reach, keys, head, group_size, num_rows, piece,
-                labels, bias, bias_strides, scale, softcap, dropout, seed, MASKED == 1, HAS_LEFT, HAS_RIGHT, HAS_PLAN,
+                labels, bias, bias_strides, scale, softcap, dropout, drops, MASKED == 1, HAS_LEFT, HAS_RIGHT, HAS_PLAN,
                 LABELS, BIAS, HAS_SOFTCAP, HAS_DROPOUT, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION,
             )  # fmt: skip
     store_tile(d_key, dk * scale, first, stride_dk_s, stride_dk_d, num_keys, HEAD_DIM, BLOCK_N, BLOCK_D)

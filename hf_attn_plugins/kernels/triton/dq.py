@@ -9,9 +9,10 @@ import triton.language as tl
 
 from hf_attn_plugins.kernels.triton.backward import load_row_numbers, weights_and_slope
 from hf_attn_plugins.kernels.triton.program import (
+    batch_hashes,
     batch_labels,
     head_pointer,
-    load_numbers,
+    load_offset,
     load_piece,
     piece_range,
     program_tile,
@@ -25,7 +26,7 @@ from hf_attn_plugins.kernels.triton.tiles import NO_BIAS, count_steps, dropout_s
 @triton.jit
 def dq_range(
     acc, query, grad_out, row_lse, row_delta, key_base, value_base, strides, limits, rows, head, piece, labels,
-    bias_rows, stride_bias, scale, softcap, dropout, seed,
+    bias_rows, stride_bias, scale, softcap, dropout, drops,
     MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PLAN: tl.constexpr,
     LABELS: tl.constexpr, BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -48,7 +49,7 @@ def dq_range(
         )  # fmt: skip
         d_weights = tl.dot(grad_out, tl.trans(value), input_precision=PRECISION)
         if HAS_DROPOUT:
-            d_weights = d_weights * dropout_scale(rows, keys, head, seed, dropout)
+            d_weights = d_weights * dropout_scale(rows, keys, head, drops, dropout)
         d_scores = weights * (d_weights - row_delta[:, None]) * slope
         acc = tl.dot(d_scores.to(key.dtype), key, acc, input_precision=PRECISION)
     return acc
@@ -57,7 +58,7 @@ def dq_range(
 @triton.jit
 def dq_kernel(
     query, key, value, grad_out, row_lse, delta, d_query, row_labels, key_labels, bounds, plan, bias, offset_pointer,
-    seed_pointer,
+    row_hashes, key_hashes,
     stride_query_b, stride_query_h, stride_query_t, stride_query_d,
     stride_key_b, stride_key_h, stride_key_s, stride_key_d,
     stride_value_b, stride_value_h, stride_value_s, stride_value_d,
@@ -74,7 +75,8 @@ def dq_kernel(
     """Write BLOCK_M rows of dQ (B, H, T, D)."""
     tile, first, last, head, batch = program_tile(num_rows, num_heads, HAS_RIGHT, BLOCK_M)
     rows = first + tl.arange(0, BLOCK_M)[:, None]
-    shift, seed = load_numbers(offset, offset_pointer, seed_pointer, HAS_OFFSET, HAS_DROPOUT)
+    shift = load_offset(offset, offset_pointer, HAS_OFFSET)
+    drops = batch_hashes(row_hashes, key_hashes, batch, num_rows, num_keys, num_heads, HAS_DROPOUT)
     labels = batch_labels(row_labels, key_labels, stride_row_labels, stride_key_labels, batch, LABELS)
     limits = tile_limits(bounds, stride_bounds_b, stride_bounds_tile, batch, tile, num_keys, LABELS)
     plan = tile_plan(plan, stride_plan_b, stride_plan_tile, batch, tile, HAS_PLAN)
@@ -96,7 +98,7 @@ def dq_kernel(
         for MASKED in tl.static_range(1 if BIAS != NO_BIAS else 0, 2):  # the whole tiles, then the others
             acc = dq_range(
                 acc, q, g, tile_lse, tile_delta, key, value, strides, reach, rows, head, piece, labels, bias_rows,
-                stride_bias_s, scale, softcap, dropout, seed, MASKED == 1, HAS_LEFT, HAS_RIGHT, HAS_PLAN, LABELS, BIAS,
+                stride_bias_s, scale, softcap, dropout, drops, MASKED == 1, HAS_LEFT, HAS_RIGHT, HAS_PLAN, LABELS, BIAS,
                 HAS_SOFTCAP, HAS_DROPOUT, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
             )  # fmt: skip
     store_tile(d_query, acc * scale, first, stride_dq_t, stride_dq_d, num_rows, HEAD_DIM, BLOCK_M, BLOCK_D)

@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 
 from hf_attn_plugins.kernels.triton.program import (
+    batch_hashes,
     batch_labels,
     head_pointer,
-    load_numbers,
+    load_offset,
     load_piece,
     piece_range,
     program_tile,
@@ -41,7 +42,7 @@ from hf_attn_plugins.kernels.triton.tiles import (
 @triton.jit
 def accumulate(
     acc, row_sum, row_max, query, key_base, value_base, strides, limits, rows, heads, piece, labels, bias_rows,
-    stride_bias, scale, softcap, dropout, seed,
+    stride_bias, scale, softcap, dropout, drops,
     MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PLAN: tl.constexpr,
     LABELS: tl.constexpr, BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -78,7 +79,7 @@ def accumulate(
         rescale = tl.exp2(row_max - score_shift)
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         if HAS_DROPOUT:
-            weights = weights * dropout_scale(rows, keys, heads, seed, dropout)
+            weights = weights * dropout_scale(rows, keys, heads, drops, dropout)
         value = fetch(
             value_base, start, stride_value, stride_value_dim, key_end, MASKED, HEAD_DIM_V, BLOCK_N, BLOCK_DV, TMA
         )
@@ -90,7 +91,7 @@ def accumulate(
 @triton.jit
 def accumulate_piece(
     acc, row_sum, row_max, query, key_base, value_base, strides, rows, heads, low, high, piece, limits, labels,
-    bias_rows, stride_bias, scale, softcap, dropout, seed,
+    bias_rows, stride_bias, scale, softcap, dropout, drops,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_PLAN: tl.constexpr, LABELS: tl.constexpr,
     BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -101,7 +102,7 @@ def accumulate_piece(
     for MASKED in tl.static_range(1 if BIAS != NO_BIAS else 0, 2):
         acc, row_sum, row_max = accumulate(
             acc, row_sum, row_max, query, key_base, value_base, strides, limits, rows, heads, piece, labels, bias_rows,
-            stride_bias, scale, softcap, dropout, seed, MASKED == 1, HAS_LEFT, HAS_RIGHT, HAS_PLAN, LABELS, BIAS,
+            stride_bias, scale, softcap, dropout, drops, MASKED == 1, HAS_LEFT, HAS_RIGHT, HAS_PLAN, LABELS, BIAS,
             HAS_SOFTCAP, HAS_DROPOUT, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, TMA,
         )  # fmt: skip
     return acc, row_sum, row_max
@@ -109,7 +110,8 @@ def accumulate_piece(
 
 @triton.jit
 def forward_kernel(
-    query, key, value, out, lse, row_lse, row_labels, key_labels, bounds, plan, bias, offset_pointer, seed_pointer,
+    query, key, value, out, lse, row_lse, row_labels, key_labels, bounds, plan, bias, offset_pointer,
+    row_hashes, key_hashes,
     stride_query_b, stride_query_h, stride_query_t, stride_query_d,
     stride_key_b, stride_key_h, stride_key_s, stride_key_d,
     stride_value_b, stride_value_h, stride_value_s, stride_value_d,
@@ -125,7 +127,8 @@ def forward_kernel(
     """Write BLOCK_M rows of out (B, H, T, Dv), lse (B, H, T) and row_lse (B, H, T; see `store_lse`)."""
     tile, first, last, head, batch = program_tile(num_rows, num_heads, HAS_RIGHT, BLOCK_M)
     rows = first + tl.arange(0, BLOCK_M)[:, None]
-    shift, seed = load_numbers(offset, offset_pointer, seed_pointer, HAS_OFFSET, HAS_DROPOUT)
+    shift = load_offset(offset, offset_pointer, HAS_OFFSET)
+    drops = batch_hashes(row_hashes, key_hashes, batch, num_rows, num_keys, num_heads, HAS_DROPOUT)
     labels = batch_labels(row_labels, key_labels, stride_row_labels, stride_key_labels, batch, LABELS)
     limits = tile_limits(bounds, stride_bounds_b, stride_bounds_tile, batch, tile, num_keys, LABELS)
     plan = tile_plan(plan, stride_plan_b, stride_plan_tile, batch, tile, HAS_PLAN)
@@ -146,7 +149,7 @@ def forward_kernel(
         piece = load_piece(plan, index, num_rows, num_keys, left, right, shift, HAS_PLAN)
         acc, row_sum, row_max = accumulate_piece(
             acc, row_sum, row_max, query_tile, key, value, strides, rows, head, first, last, piece, limits, labels,
-            bias_rows, stride_bias_s, scale, softcap, dropout, seed, HAS_LEFT, HAS_RIGHT, HAS_PLAN, LABELS, BIAS,
+            bias_rows, stride_bias_s, scale, softcap, dropout, drops, HAS_LEFT, HAS_RIGHT, HAS_PLAN, LABELS, BIAS,
             HAS_SOFTCAP, HAS_DROPOUT, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, TMA,
         )  # fmt: skip
 

@@ -33,7 +33,8 @@ class Call(NamedTuple):
         offset: position of row 0 on the key axis, an int or a 0-dim integer tensor.
         labels: padding and segments, or None.
         bias: (B, H, T, S), float or bool, with strides of 0 where it broadcasts, or None.
-        dropout, seed: probability that a weight is dropped, and a 0-dim int64 tensor, or None.
+        dropout: probability that a weight is dropped.
+        row_hashes, key_hashes: `Drops.tables`, or None.
         pieces: a plan as `rectangle_tables.flat` writes it; empty for one rectangle of everything.
     """
 
@@ -45,7 +46,8 @@ class Call(NamedTuple):
     labels: Labels | None
     bias: Tensor | None
     dropout: float
-    seed: Tensor | None
+    row_hashes: Tensor | None
+    key_hashes: Tensor | None
     pieces: tuple[int, ...]
 
 
@@ -193,7 +195,7 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
 
 
 def _side(call: Call, bounds: Tensor | None) -> dict[str, Any]:
-    """The tensors that depend on the pair: labels with their bounds, bias, offset and seed; and their strides."""
+    """The tensors that depend on the pair: labels with their bounds, bias, offset and hashes; and their strides."""
     row_labels, key_labels = (None, None) if call.labels is None else (call.labels.rows, call.labels.keys)
     bias_strides = (0, 0, 0, 0) if call.bias is None else call.bias.stride()
     bounds_batch, bounds_tile = _stride2(bounds)
@@ -203,7 +205,8 @@ def _side(call: Call, bounds: Tensor | None) -> dict[str, Any]:
         "bounds": bounds,
         "bias": call.bias,
         "offset_pointer": call.offset if isinstance(call.offset, Tensor) else None,
-        "seed_pointer": call.seed,
+        "row_hashes": call.row_hashes,
+        "key_hashes": call.key_hashes,
         "stride_row_labels": _stride2(row_labels)[0],
         "stride_key_labels": _stride2(key_labels)[0],
         "stride_bounds_b": bounds_batch,

@@ -12,8 +12,9 @@ from hf_attn_plugins.kernels.triton import launch as triton_launch
 from hf_attn_plugins.kernels.triton.launch import Call
 
 OPTIONS = (
-    "Tensor? row_labels, Tensor? key_labels, Tensor? bias, Tensor? offset_tensor, Tensor? seed, float scale, "
-    "float? softcap, SymInt? left, SymInt? right, SymInt offset, float dropout, int[] pieces"
+    "Tensor? row_labels, Tensor? key_labels, Tensor? bias, Tensor? offset_tensor, Tensor? row_hashes, "
+    "Tensor? key_hashes, float scale, float? softcap, SymInt? left, SymInt? right, SymInt offset, "
+    "float dropout, int[] pieces"
 )
 NUM_OPTIONS = OPTIONS.count(",") + 1
 
@@ -64,10 +65,11 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    query, key, value, row_labels, key_labels, bias, offset_tensor, seed, *plain = inputs
+    query, key, value, row_labels, key_labels, bias, offset_tensor, row_hashes, key_hashes, *plain = inputs
     out, _, row_lse = output
     ctx.mark_non_differentiable(row_lse)
-    ctx.save_for_backward(query, key, value, out, row_lse, row_labels, key_labels, bias, offset_tensor, seed)
+    side = (row_labels, key_labels, bias, offset_tensor, row_hashes, key_hashes)
+    ctx.save_for_backward(query, key, value, out, row_lse, *side)
     ctx.plain = plain
     ctx.set_materialize_grads(False)
 
@@ -85,11 +87,11 @@ triton_attention.register_autograd(_backward, setup_context=_setup_context)
 
 def _call(
     row_labels: Tensor | None, key_labels: Tensor | None, bias: Tensor | None, offset_tensor: Tensor | None,
-    seed: Tensor | None, scale: float, softcap: float | None, left: int | None, right: int | None, offset: int,
-    dropout: float, pieces: list[int],
+    row_hashes: Tensor | None, key_hashes: Tensor | None, scale: float, softcap: float | None, left: int | None,
+    right: int | None, offset: int, dropout: float, pieces: list[int],
 ) -> Call:  # fmt: skip
     labels = None if key_labels is None else Labels(row_labels, key_labels)
     return Call(
-        scale, softcap, left, right, offset if offset_tensor is None else offset_tensor, labels, bias, dropout, seed,
-        tuple(pieces),
+        scale, softcap, left, right, offset if offset_tensor is None else offset_tensor, labels, bias, dropout,
+        row_hashes, key_hashes, tuple(pieces),
     )  # fmt: skip

@@ -47,14 +47,20 @@ def row_bias(bias, batch, head, rows, stride_b, stride_h, stride_t, BIAS: tl.con
 
 
 @triton.jit
-def load_numbers(offset, offset_pointer, seed_pointer, HAS_OFFSET: tl.constexpr, HAS_DROPOUT: tl.constexpr):
-    """The position of row 0 on the key axis, and the seed of dropout."""
-    seed = 0
+def load_offset(offset, offset_pointer, HAS_OFFSET: tl.constexpr):
+    """The position of row 0 on the key axis."""
     if HAS_OFFSET:
         offset = tl.load(offset_pointer).to(tl.int32)
+    return offset
+
+
+@triton.jit
+def batch_hashes(row_hashes, key_hashes, batch, num_rows, num_keys, num_heads, HAS_DROPOUT: tl.constexpr):
+    """The hashes of one row of the batch, for `dropout_scale`: (row hashes, head by head; key hashes; rows)."""
     if HAS_DROPOUT:
-        seed = tl.load(seed_pointer)
-    return offset, seed
+        row_hashes += batch * num_heads * num_rows
+        key_hashes += batch * num_keys
+    return row_hashes, key_hashes, num_rows
 
 
 @triton.jit

@@ -96,7 +96,8 @@ def record(
         tma: the forward loads by TMA descriptors, whatever the tuning table says.
         features: other fields of `launch.Call`.
     """
-    call = Call(head_dim**-0.5, None, None, 0 if causal else None, 0, None, None, 0.0, None, ())._replace(**features)
+    plain = Call(head_dim**-0.5, None, None, 0 if causal else None, 0, None, None, 0.0, None, None, ())
+    call = plain._replace(**features)
 
     def tensor(heads: int, tokens: int) -> torch.Tensor:
         return torch.empty(1, tokens, heads, head_dim, dtype=dtype, device="meta").transpose(1, 2)

@@ -200,30 +200,21 @@ def load_bias(bias, stride, keys, inside, BIAS: tl.constexpr):
 
 
 @triton.jit
-def dropout_scale(rows, keys, head, seed, dropout):
-    """0 for dropped weights, 1 / (1 - p) for kept ones.
+def dropout_scale(rows, keys, head, drops, dropout):
+    """0 for dropped weights, 1 / (1 - p) for kept ones, by the hashes of their rows and keys (see `core/drops.py`).
 
-    Philox-2x32-10 with seed and head as key and (row, key) as counter: the value depends on the pair alone, so every
-    kernel and every tile size draws the same mask. Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3
-    (SC11).
+    Places that only fill up a tile are read as well: there is room behind the last hash.
     """
-    a = (rows + keys * 0).to(tl.uint32)
-    b = (keys + rows * 0).to(tl.uint32)
-    low_seed, high_seed = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    key = mix(low_seed ^ mix(tl.cast(head, tl.uint32) + high_seed))
-    for _ in tl.static_range(10):
-        high = tl.umulhi(a, tl.full(a.shape, 0xD256D193, tl.uint32))
-        low = a * tl.full(a.shape, 0xD256D193, tl.uint32)
-        a = high ^ key ^ b
-        b = low
-        key = key + tl.cast(0x9E3779B9, tl.uint32)
-    uniform = (a >> 8).to(tl.float32) * (1.0 / (1 << 24))
+    row_hashes, key_hashes, num_rows = drops
+    row_hash = tl.load(row_hashes + (head * num_rows + rows)).to(tl.uint32, bitcast=True)
+    key_hash = tl.load(key_hashes + keys).to(tl.uint32, bitcast=True)
+    uniform = (mixed(row_hash ^ key_hash) >> 8).to(tl.float32) * (1.0 / (1 << 24))
     return tl.where(uniform >= dropout, 1.0 / (1.0 - dropout), 0.0)
 
 
 @triton.jit
-def mix(x):
-    """The 32-bit finaliser of MurmurHash3: neighbouring heads and seeds give unrelated keys."""
-    x = (x ^ (x >> 16)) * tl.cast(0x85EBCA6B, tl.uint32)
-    x = (x ^ (x >> 13)) * tl.cast(0xC2B2AE35, tl.uint32)
+def mixed(x):
+    """`mixed` of `core/drops.py`."""
+    x = (x ^ (x >> 16)) * tl.cast(0x7FEB352D, tl.uint32)
+    x = (x ^ (x >> 15)) * tl.cast(0x846CA68B, tl.uint32)
     return x ^ (x >> 16)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_attn_plugins.core.gradient import needs_gradient
 from hf_attn_plugins.core.partial import Partial
 from hf_attn_plugins.core.tensor_bytes import from_bytes, num_bytes, to_bytes
 
@@ -109,9 +110,7 @@ def tie(tensor: Tensor, *others: Tensor) -> Tensor:
 
     A rank enters the backward pass of every exchange that made one of `others`, also if no number of it was used here.
     """
-    if not torch.is_grad_enabled():
-        return tensor
-    return Tie.apply(tensor, *others)
+    return Tie.apply(tensor, *others) if needs_gradient(tensor, *others) else tensor
 
 
 def swap(
@@ -130,7 +129,7 @@ def swap(
     Returns:
         for each rank, the tensors that it sent; and an empty tensor that a rank has to `tie` to its result.
     """
-    if not (torch.is_grad_enabled() and anchor.requires_grad):
+    if not needs_gradient(anchor):
         return exchange(group, given, taken, what), anchor.new_empty(0)
     counts = [len(tensors) for tensors in given]
     *flat, token = Swap.apply(group, what, counts, taken, anchor, *(x for tensors in given for x in tensors))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from hf_attn_plugins.parallel.comm.group import Group
@@ -81,12 +82,23 @@ def digest(tensor: Tensor | None) -> str:
     return f"{tuple(tensor.shape)} {hashlib.sha256(raw).hexdigest()[:12]}"
 
 
-def same_random_state(group: Group) -> None:
-    """Set every rank's random generators to the state of rank 0's, so that all ranks sample the same tokens."""
+def same_random_state(group: Group, among: Any = None) -> None:
+    """Set every rank's random generators to the state of rank 0's, so that all ranks sample the same tokens.
+
+    Args:
+        group: the ranks.
+        among: a process group of other ranks instead, the first of which is rank 0 here.
+    """
     state: Any = None
-    if group.rank == 0:
+    if among is not None or group.rank == 0:
         state = (torch.get_rng_state(), torch.cuda.get_rng_state() if group.device.type == "cuda" else None)
-    host, device = group.objects(state, what="random state")[0]
+    if among is None:
+        state = group.objects(state, what="random state")[0]
+    else:
+        states = [state]
+        dist.broadcast_object_list(states, dist.get_process_group_ranks(among)[0], among)
+        state = states[0]
+    host, device = state
     torch.set_rng_state(host)
     if device is not None and group.device.type == "cuda":
         torch.cuda.set_rng_state(device)

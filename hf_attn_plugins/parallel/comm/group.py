@@ -7,7 +7,6 @@ every dtype then works on every backend, and one message can hold both out and l
 from __future__ import annotations
 
 import contextlib
-import datetime
 import gc
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -17,10 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_attn_plugins.core.gradient import needs_gradient
 from hf_attn_plugins.core.partial import Partial
 from hf_attn_plugins.core.tensor_bytes import from_bytes, num_bytes, to_bytes
 from hf_attn_plugins.parallel.comm.failure import RankError, Watch
-from hf_attn_plugins.parallel.comm.launch import place
+from hf_attn_plugins.parallel.comm.launch import join
 from hf_attn_plugins.parallel.comm.traffic import Traffic
 
 __all__ = ["Group", "RankError"]
@@ -30,7 +30,7 @@ LOOK = 1.0  # seconds between two checks whether another rank has failed
 
 
 class Group:
-    """All ranks of a launch, or consecutive ones, connected by a process group of this package.
+    """All ranks of a launch, or some of them, connected by a process group of this package.
 
     Attributes:
         rank, size: the number of this process in the group, from 0, and the number of processes of the group.
@@ -60,39 +60,25 @@ class Group:
             self._watch = Watch(rank, size, index)
 
     @classmethod
-    def join(cls, timeout: float = 60.0, ranks: int | None = None) -> Group:
+    def join(cls, timeout: float = 60.0, ranks: int | None = None, members: Any = None) -> Group:
         """This process's group of the launch; a group of one outside of a distributed launch.
 
         Every rank of the launch must call it, and must call `leave` at the end.
 
         Args:
             timeout: seconds that a rank waits for the others in one exchange.
-            ranks: processes of a group. Example: with 2, a launch of 4 has the groups 0 1 and 2 3. None for all.
+            ranks, members: see `launch.join`.
 
         Raises:
-            ValueError: a timeout that is not positive, `ranks` that do not divide the launch, or the errors of
-                `launch.place`.
+            ValueError: a timeout that is not positive, or the errors of `launch.join`.
             RuntimeError: the processes cannot connect.
         """
         if not timeout > 0:
             raise ValueError(f"timeout={timeout}: a positive number of seconds is needed.")
-        rank, launched, device = place()
-        size = launched if ranks is None else ranks
-        if size < 1 or launched % size:
-            raise ValueError(
-                f"ranks={ranks}: groups of equal size are needed, and the launch has {launched} processes."
-            )
-        index, count = rank // size, launched // size
-        if size == 1:
-            return cls(0, 1, device, timeout, None, index, count)
-        backend = "nccl" if device.type == "cuda" and "nccl" in str(dist.get_backend()) else None
         # The backend's limit is a little longer than ours, because only our error names the missing rank. It is not
         # much longer, because an abandoned exchange keeps this process alive until the backend's limit.
-        limit = datetime.timedelta(seconds=timeout + LOOK)
-        # Every process of the launch takes part in making every group.
-        members = [list(range(first, first + size)) for first in range(0, launched, size)]
-        handles = [dist.new_group(each if count > 1 else None, backend=backend, timeout=limit) for each in members]
-        return cls(rank % size, size, device, timeout, handles[index], index, count)
+        place, handle, number, groups = join(timeout + LOOK, ranks, members)
+        return cls(*place, timeout, handle, number, groups)
 
     @classmethod
     def alone(cls, device: torch.device | None = None, timeout: float = 60.0) -> Group:
@@ -137,7 +123,7 @@ class Group:
         """
         if self.size == 1:
             return [tensor]
-        if torch.is_grad_enabled() and tensor.requires_grad:
+        if needs_gradient(tensor):
             from hf_attn_plugins.parallel.comm.collectives import AllGather
 
             return list(AllGather.apply(self, tensor, sizes, dim, what))
@@ -166,7 +152,7 @@ class Group:
         """
         if self.size == 1:
             return [part]
-        if torch.is_grad_enabled() and (part.out.requires_grad or part.lse.requires_grad):
+        if needs_gradient(*part):
             from hf_attn_plugins.parallel.comm.collectives import GatherPartials
 
             flat = GatherPartials.apply(self, what, part.out, part.lse)

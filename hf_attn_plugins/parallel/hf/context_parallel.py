@@ -16,10 +16,16 @@ from hf_attn_plugins.hf.check import check
 from hf_attn_plugins.hf.configure import use
 from hf_attn_plugins.hf.models.unwrap import language_model
 from hf_attn_plugins.hf.register import installed
-from hf_attn_plugins.parallel.comm.consistency import agree
+from hf_attn_plugins.parallel.comm.consistency import agree, same_random_state
 from hf_attn_plugins.parallel.comm.group import Group
 from hf_attn_plugins.parallel.hf.session import Session
-from hf_attn_plugins.parallel.hf.weights import check_device, is_sharded, refuse_placement
+from hf_attn_plugins.parallel.hf.weights import (
+    check_device,
+    is_sharded,
+    refuse_deepspeed,
+    refuse_placement,
+    tensor_part,
+)
 from hf_attn_plugins.parallel.link import least_turn_of
 from hf_attn_plugins.parallel.method import Method, method_for
 from hf_attn_plugins.plugins import Plugin, plugin
@@ -34,6 +40,7 @@ def context_parallel(
     *,
     timeout: float = 60.0,
     ranks: int | None = None,
+    group: Any = None,
     averaged: bool = False,
     min_turn: int | None = None,
     **options: Any,
@@ -49,6 +56,9 @@ def context_parallel(
         timeout: seconds that a rank waits in one exchange before it raises an error that names the missing rank.
         ranks: processes that share a prompt; None for all. Example: with 2, a launch of 4 has the groups 0 1 and 2 3,
             each with a prompt of its own (data parallel).
+        group: instead of `ranks`, a process group of torch.distributed of which this process is a member: its ranks
+            share a prompt. With tensor parallel weights these are the ranks with the same part of the weights. Example
+            for 2 x 2: `init_device_mesh("cuda", (2, 2), mesh_dim_names=("context", "tensor"))["context"].get_group()`.
         averaged: in training, whether DDP, FSDP2 or Trainer averages the gradients over the whole launch. The loss's
             gradient is then multiplied by `ranks`, so that the average is the gradient of the mean loss of the groups.
         min_turn: tokens of a later turn, all batch rows together, from which on the turn is dealt over the ranks (see
@@ -61,7 +71,8 @@ def context_parallel(
 
     In training mode `model(**batch, labels=labels).loss` is the loss over all tokens of the group's batch. Call
     `session.sum_gradients()` between `loss.backward()` and the optimizer's step, or pass `averaged=True`. Loss and
-    gradients are those of one process. Dropout is refused.
+    gradients are those of one process, with the same attention weights dropped: rank 0's generator draws the seed.
+    Dropout of hidden states is refused.
 
     Yields:
         The `Session`.
@@ -69,30 +80,32 @@ def context_parallel(
     Raises:
         ValueError: an unknown name or option, a `min_turn` below 2, or ranks that differ in model, options or library
             versions.
-        NotImplementedError: a model whose context is not made of causal keys and values.
+        NotImplementedError: a model whose context is not made of causal keys and values, DeepSpeed, or tensor parallel
+            weights without a `group`.
         parallel.RankError: inside the block, if another rank fails or does not answer; it names the rank.
     """
+    refuse_deepspeed(model)
     method, model = method_for(name, **options), language_model(model)
     check(model, name).raise_if_refused()
-    refuse_placement(model, averaged)
+    refuse_placement(model, averaged, group, bool(getattr(method, "dense_heads", None)))
     if min_turn is not None and min_turn < 2:
         raise ValueError(f"min_turn={min_turn}: at least 2 tokens are needed, since every rank computes a single one.")
-    group = Group.join(timeout, ranks)
+    joined = Group.join(timeout, ranks, group)
     error: BaseException | None = None
     try:
-        if group.size == 1:
+        if joined.size == 1:
             known = plugin(name).options_type().names()
             with use(model, name, **{key: value for key, value in options.items() if key in known}):
-                yield Session(model, group, method, name, averaged)
+                yield Session(model, joined, method, name, averaged)
         else:
             settings = {"method": name, "options": options, "averaged": averaged, "min_turn": min_turn}
-            with _session(model, group, method, settings, averaged, min_turn) as session:
+            with _session(model, joined, method, settings, averaged, min_turn) as session:
                 yield session
     except BaseException as raised:
         error = raised
         raise
     finally:
-        group.leave(error)
+        joined.leave(error)
 
 
 @contextlib.contextmanager
@@ -111,7 +124,12 @@ def _session(
     }
     check_device(model, group)
     weights = "sharded" if is_sharded(model) else fingerprint(model, whole=True)  # shards differ from rank to rank
-    agree(group, {**settings, "model": weights, **versions, "size": group.size}, what="set-up")
+    part = tensor_part(model)
+    place = None if part is None else part.place
+    agree(group, {**settings, "model": weights, "part": place, **versions, "size": group.size}, what="set-up")
+    if part is not None:
+        same_random_state(group, part.group)
+    same_random_state(group)  # an assistant model samples before the first forward here
     check_model(model)
     config = text_config(model).to_dict()
     method = method.settle(config, group)

@@ -22,7 +22,7 @@ from hf_attn_plugins.parallel.comm.group import Group
 from hf_attn_plugins.parallel.hf.cache import ShardedCache
 from hf_attn_plugins.parallel.hf.inputs import arguments_of, cache_for, real_tokens, take, texts_of
 from hf_attn_plugins.parallel.hf.training import ShardedLoss, refuse_dropout
-from hf_attn_plugins.parallel.hf.weights import is_offloaded
+from hf_attn_plugins.parallel.hf.weights import is_offloaded, tensor_part
 from hf_attn_plugins.parallel.method import Layout, Method, Step
 from hf_attn_plugins.star.hf.model import decoder, follows_length, frozen_rope
 
@@ -37,13 +37,15 @@ class Forward:
         cache: the cache of the last forward.
         columns: (B, T) long, the column of each row of the last forward on this rank, in training of each row of the
             logits; -1 for padding.
+        part: (number of this rank's part of the heads, number of parts) under tensor parallel weights, else (0, 1).
         grad_scale: factor of the loss's gradient.
         min_turn: tokens of a later turn, all batch rows together, from which on it is dealt; None for never.
     """
 
     def __init__(self, model: nn.Module, group: Group, method: Method, min_turn: int | None = None) -> None:
         self.model, self.group, self.method, self.min_turn = model, group, method, min_turn
-        self.decoder = decoder(model)
+        self.decoder, part = decoder(model), tensor_part(model)
+        self.part = (0, 1) if part is None else (part.place, len(part.ranks))
         self.signature, self.cache_keyword = inspect.signature(self.decoder.forward), cache_keyword(self.decoder)
         self.step: Step | None = None
         self.cache: ShardedCache | None = None

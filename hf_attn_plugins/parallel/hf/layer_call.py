@@ -65,12 +65,12 @@ class LayerCall:
         step = mask.step if isinstance(mask, StepMask) else self.forward.step
         if step is None:
             raise RuntimeError("attention was called outside of the model's own forward: call the model itself.")
-        if dropout and step.layout is not None:
+        if dropout and not step.is_prompt:
             raise NotImplementedError(
-                f"attention dropout of {dropout} draws other masks on several ranks than in one process: set "
-                "config.attention_dropout=0 to train inside context_parallel."
+                f"attention dropout of {dropout} in decoding, a later turn or a prompt that every rank computes, which "
+                "context_parallel drops in sharded prompts only: call model.eval()."
             )
-        kernel = BoundAttend(scale, softcap, dropout, getattr(method, "kernel", None))
+        kernel = BoundAttend(scale, softcap, dropout, getattr(method, "kernel", None), self.forward.part)
         if step.layout is None:
             run = later
         elif step.is_prompt:

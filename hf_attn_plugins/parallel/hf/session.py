@@ -88,7 +88,16 @@ class Session(Shown):
         sum_gradients(self.forward.model, self.group)
 
     def same_batches(self, loader: Any) -> Any:
-        """A loader that Accelerate or Trainer prepared, changed: all ranks of a group get the same batches."""
+        """A loader that Accelerate or Trainer prepared, changed: all ranks of a group get the same batches.
+
+        Raises:
+            ValueError: a loader that is not divided (see `training.same_batches`), or tensor parallel weights.
+        """
+        if self.forward.part[1] > 1:
+            raise ValueError(
+                "same_batches() does not know which groups share tensor parallel weights: give all of these ranks the "
+                "same batches yourself."
+            )
         return same_batches(loader, self.group)
 
     @property

@@ -159,7 +159,7 @@ def _manifest(folder: Path, model: nn.Module, tokenizer: Any) -> dict[str, Any]:
 def _fingerprint(model: nn.Module) -> str:
     if is_sharded(model):
         raise NotImplementedError(
-            "the weights are sharded by FSDP2, so that no rank can tell which model this is: use whole weights."
+            "the weights are sharded, so that no rank can tell which model this is: use whole weights."
         )
     return fingerprint(model)
 

@@ -81,24 +81,31 @@ class ShardedLoss:
             )
 
 
+ATTENTION = ("attention_dropout", "attn_dropout", "attn_pdrop")  # in a config or a module: drops attention weights
+
+
 def refuse_dropout(model: nn.Module) -> None:
-    """Raise NotImplementedError for hidden states that are dropped: each rank would draw a mask of its own."""
+    """Raise NotImplementedError for hidden states that are dropped: each rank would draw a mask of its own.
+
+    Dropout of attention weights is not refused: which weights are dropped follows from their places (`core.drops`).
+    """
     config: Any = model.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     found = [f"config.{name}={value}" for name, value in config.to_dict().items() if _drops(name, value)]
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 and module.training:
+        drops = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 and module.training
+        if drops and name.rpartition(".")[2] not in ATTENTION:
             found.append(f"{name}.p={module.p}")
     if found:
         raise NotImplementedError(
-            f"dropout ({found[0]}) draws other masks on several ranks than in one process: set it to 0 to train inside "
-            "context_parallel."
+            f"dropout ({found[0]}) of hidden states draws other masks on several ranks than in one process: set it to "
+            "0 to train inside context_parallel. Dropout of attention weights may stay."
         )
 
 
 def _drops(name: str, value: Any) -> bool:
     is_rate = name.endswith(("dropout", "pdrop")) and isinstance(value, float | int) and value > 0
-    return is_rate and "classifier" not in name and "summary" not in name
+    return is_rate and name not in ATTENTION and "classifier" not in name and "summary" not in name
 
 
 def same_batches(loader: Any, group: Group) -> Any:
@@ -133,10 +140,17 @@ def sum_gradients(model: nn.Module, group: Group) -> None:
     with torch.no_grad():
         for bucket in _buckets([p for p, count in zip(parameters, anywhere, strict=True) if count]):
             wide = torch.float64 if bucket[0].dtype == torch.float64 else torch.float32
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+            for p in bucket:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            grads = [_local(p.grad) for p in bucket]
             summed = group.sum(torch.cat([g.flatten().to(wide) for g in grads]), what="gradients")
-            for p, part in zip(bucket, summed.split([p.numel() for p in bucket]), strict=True):
-                p.grad = part.view_as(p).to(p.dtype)
+            for grad, part in zip(grads, summed.split([g.numel() for g in grads]), strict=True):
+                grad.copy_(part.view_as(grad))
+
+
+def _local(tensor: Any) -> Tensor:
+    """The part of a tensor that this process stores, where it is divided (DTensor)."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

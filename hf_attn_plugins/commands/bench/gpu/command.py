@@ -154,10 +154,14 @@ def on_ranks(device: torch.device, ranks: int | None = None) -> dict[str, Any]:
         OSError: the launch failed; the message has its first error.
     """
     ranks = ranks or max(2, torch.cuda.device_count())
-    alone = dict.fromkeys(METHODS, "sdpa") | {"star_attention": "star_attention"}
-    case = {**RANK_CASE, "device": device.type, "methods": METHODS, "alone": alone}
-    with launched("hf_attn_plugins.commands.bench.gpu.rank", case, ranks, 240) as folder:
+    with launched("hf_attn_plugins.commands.bench.gpu.rank", rank_case(device.type), ranks, 240) as folder:
         return json.loads((folder / "out.json").read_text(encoding="utf-8"))
+
+
+def rank_case(device: str) -> dict[str, Any]:
+    """What `rank` runs on devices of a type: "cuda", or "cpu" for a rehearsal."""
+    alone = dict.fromkeys(METHODS, "sdpa") | {"star_attention": "star_attention"}
+    return {**RANK_CASE, "device": device, "methods": METHODS, "alone": alone}
 
 
 def facts_of(device: torch.device) -> dict[str, Any]:

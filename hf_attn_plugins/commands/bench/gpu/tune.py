@@ -50,7 +50,8 @@ def _times(kind: str, head_dim: int, causal: bool, device: torch.device, length:
     query = torch.randn(1, heads, rows, head_dim, device=device, dtype=torch.bfloat16)
     keys = torch.randn(1, heads, length, head_dim, device=device, dtype=torch.bfloat16)
     offset = length - rows
-    call = triton_launch.Call(head_dim**-0.5, None, None, 0 if causal else None, offset, None, None, 0.0, None, ())
+    right = 0 if causal else None
+    call = triton_launch.Call(head_dim**-0.5, None, None, right, offset, None, None, 0.0, None, None, ())
     out, _, row_lse = triton_launch.forward(query, keys, keys, call)
     arch = architecture(device)
 

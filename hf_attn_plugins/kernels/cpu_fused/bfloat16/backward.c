@@ -55,8 +55,9 @@ INLINE __m512 altered_weight(const Block *block, int keys_held, int64_t row, int
 
 /* The lanes of vector v whose weights dropout keeps. */
 INLINE __mmask16 kept_of(const Block *block, int keys_held, int64_t row, int v) {
-    const uint32_t walked = keys_held ? row_hash(block->call, block->b, block->h, row) : key_hash(block->call, row);
-    return kept(block->call, block->hash + 16 * v, walked);
+    const Call *call = block->call;
+    const uint32_t *walked = keys_held ? row_hashes_of(call, block->b, block->h) : key_hashes_of(call, block->b);
+    return kept(call, block->hash + 16 * v, walked[row]);
 }
 
 /* weights = P of walked rows first .. end, in pairs, without those that dropout drops. */
@@ -155,6 +156,7 @@ static void store(const float *sums, float scale, Tensor to, int64_t b, int64_t 
 static void query_block(const Call *call, Block *block, int64_t b, int64_t h, int64_t first, const int32_t *keys) {
     const int64_t at = (b * call->heads + h) * call->num_rows;
     __mmask16 some[VECTORS];
+    block->b = b;
     block->bias = bias_of(call, b, h);
     hash_rows(call, b, h, first, LANES, block->hash);
     hold_rows(rows_of(&call->query, b, h, call->num_rows), first, call->dim, block->held);
@@ -200,7 +202,7 @@ static void key_block(const Call *call, Block *block, int64_t b, int64_t kv_head
     memset(block->sums, 0, sizeof(float) * call->dim * LANES);
     memset(block->sums_v, 0, sizeof(float) * call->dim_v * LANES);
     block->first = first;
-    hash_keys(call, first, LANES, block->hash);
+    hash_keys(call, b, first, LANES, block->hash);
     const Piece *pieces = pieces_of(call->key_pieces, call->key_pieces_most, call->key_pieces_batch, b, first);
     for (int64_t h = kv_head * group_size; h < (kv_head + 1) * group_size; h++) {
         const int64_t head = b * call->heads + h;

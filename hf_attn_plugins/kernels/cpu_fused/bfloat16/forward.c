@@ -27,6 +27,7 @@ typedef struct {
     __mmask16 some[VECTORS]; /* lanes for which the bias of this tile leaves a key */
     const Call *call;
     uint32_t hash[LANES]; /* of the held queries, for dropout */
+    const uint32_t *key_hashes;
 } Block;
 
 /* Turn products of keys at `place` of the tile on, for `vectors` vectors from v0 on, into scores. */
@@ -65,7 +66,7 @@ INLINE void weigh_step(Block *block, const int altered, int64_t key, int64_t pla
                 row_sum[v0 + v] = _mm512_add_ps(row_sum[v0 + v], pair[i]);
                 if (altered && block->call->drop_below) {
                     const uint32_t *held = block->hash + 16 * (v0 + v);
-                    pair[i] = _mm512_maskz_mov_ps(kept(block->call, held, key_hash(block->call, key + j + i)), pair[i]);
+                    pair[i] = _mm512_maskz_mov_ps(kept(block->call, held, block->key_hashes[key + j + i]), pair[i]);
                 }
             }
             _mm512_store_si512(weights + j / 2 * LANES + 16 * (v0 + v), paired(pair[0], pair[1]));
@@ -203,6 +204,7 @@ static void forward_block(const Call *call, Block *block, int64_t b, int64_t h, 
     memset(block->sums, 0, sizeof(float) * call->dim_v * LANES);
     block->bias = bias_of(call, b, h);
     hash_rows(call, b, h, first, LANES, block->hash);
+    block->key_hashes = key_hashes_of(call, b);
     for (int v = 0; v < VECTORS; v++) {
         block->row_max[v] = _mm512_set1_ps(-INFINITY);
         block->row_sum[v] = _mm512_setzero_ps();

@@ -73,7 +73,7 @@ INLINE void grade_tile(Block *block, const int altered, int group, int64_t first
                     weight = only(seen(&block->sight, group, v, first + step + j), weight);
                 Vec grad = load(grad_scores + at), kept_weight = weight;
                 if (altered && block->call->drop_below) {
-                    const uint32_t walked = row_hash(block->call, block->b, block->h, first + step + j);
+                    const uint32_t walked = row_hashes_of(block->call, block->b, block->h)[first + step + j];
                     const Ints mask = kept(block->call, block->hash + group * GROUP + v * WIDTH, walked);
                     kept_weight = only(mask, weight);
                     grad = only(mask, grad * block->call->keep_scale);
@@ -162,7 +162,7 @@ static void key_block(const Call *call, Block *block, int64_t b, int64_t kv_head
     memset(block->sums, 0, sizeof(float) * call->dim * LANES);
     memset(block->sums_v, 0, sizeof(float) * call->dim_v * LANES);
     block->first = first;
-    hash_keys(call, first, LANES, block->hash);
+    hash_keys(call, b, first, LANES, block->hash);
     const Piece *pieces = pieces_of(call->key_pieces, call->key_pieces_most, call->key_pieces_batch, b, first);
     for (int64_t i = 0; i < (pieces ? call->key_pieces_most : 1); i++) {
         set_rows_seeing(&block->sight, call, b, first, pieces ? pieces + i : NULL);

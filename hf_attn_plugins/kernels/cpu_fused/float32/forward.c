@@ -27,6 +27,7 @@ typedef struct {
     ALIGNED float bias_tile[TILE * GROUP];
     const Call *call;
     uint32_t hash[LANES]; /* of the held queries, for dropout */
+    const uint32_t *key_hashes;
 } Block;
 
 /* Turn products of rows lo .. hi of the tile into scores. */
@@ -135,7 +136,7 @@ static void drop(Block *block, int group, int64_t first, int64_t lo, int64_t hi)
         for (int v = 0; v < VECTORS; v++) {
             float *at = block->weights + row * GROUP + v * WIDTH;
             const uint32_t *held = block->hash + group * GROUP + v * WIDTH;
-            store(at, only(kept(block->call, held, key_hash(block->call, first + row)), load(at)));
+            store(at, only(kept(block->call, held, block->key_hashes[first + row]), load(at)));
         }
 }
 
@@ -189,6 +190,7 @@ static void forward_block(const Call *call, Block *block, int64_t b, int64_t h, 
     block->first = first;
     block->bias = bias_of(call, b, h);
     hash_rows(call, b, h, first, LANES, block->hash);
+    block->key_hashes = key_hashes_of(call, b);
     for (int i = 0; i < LANES; i++) {
         block->row_max[i] = -INFINITY;
         block->row_sum[i] = 0;

@@ -25,11 +25,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--layers", type=int, help="only the first layers of the model")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--attention", default="tiled_attention")
     parser.add_argument("--options", type=json.loads, default={}, help="of context_parallel, as JSON")
     parser.add_argument("--checkpointing", action="store_true")
     given = parser.parse_args()
-    model, _ = load("smollm2-135m", dtype="float32")
+    model, _ = load("smollm2-135m", dtype=given.dtype)
     if given.layers:
         model.model.layers = model.model.layers[: given.layers]
         model.config.num_hidden_layers = given.layers

@@ -34,3 +34,9 @@ def launched(module: str, case: Any, ranks: int, timeout: float) -> Iterator[Pat
             errors = [line for line in done.stderr.splitlines() if "Error: " in line] or done.stderr.splitlines()
             raise OSError(f"the launch of {ranks} ranks failed: {errors[0] if errors else done.returncode}")
         yield Path(folder)
+
+
+def reports_of(module: str, case: Any, ranks: int, timeout: float) -> list[Any]:
+    """What every rank of `launched` wrote into its `rank-N.json`, in the order of the ranks."""
+    with launched(module, case, ranks, timeout) as folder:
+        return [json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]

@@ -6,7 +6,7 @@ All ranks must run every backward exchange. A rank on which no result of an exch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,18 +23,18 @@ class AllGather(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, group: Any, tensor: Tensor, sizes: Sequence[int] | None, dim: int, what: str
+        ctx: Any, group: Any, tensor: Tensor, finish: Callable[[], list[Tensor]], what: str
     ) -> tuple[Tensor, ...]:
-        """Every rank's `tensor`, in the order of the ranks."""
+        """Every rank's `tensor`, in the order of the ranks, for which `finish` waits."""
         ctx.group, ctx.what, ctx.shape = group, what, tensor.shape
-        return tuple(group._all_gather(tensor, sizes, dim, what))
+        return tuple(finish())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """The sum over ranks of the gradients of this rank's shard."""
-        shard_grads = ctx.group._all_to_all(grads, [ctx.shape] * ctx.group.size, f"{ctx.what} (backward)")
-        return None, added(shard_grads), None, None, None
+        shard_grads = ctx.group.all_to_all(grads, [ctx.shape] * ctx.group.size, what=f"{ctx.what} (backward)")
+        return None, added(shard_grads), None, None
 
 
 class GatherPartials(torch.autograd.Function):

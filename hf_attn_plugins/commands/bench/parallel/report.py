@@ -1,0 +1,69 @@
+"""parallel.md, written from parallel.json: three tables and what their columns mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hf_attn_plugins.bench.timing import hardware_line, markdown_table
+from hf_attn_plugins.commands.bench.parallel import prompt, training
+
+TITLE = "Several ranks: what each method sends, holds and computes"
+
+
+def report(done: dict[str, Any], notes: str, folder: Path) -> Path:
+    """Write parallel.md; its path.
+
+    Raises:
+        ValueError: nothing was measured.
+    """
+    parts = []
+    if done["rows"]:
+        parts += ["## Counted and measured", "", *markdown_table(done["rows"]), "", notes, ""]
+    if done["prompt"]:
+        parts += [*_prompt(done["about"]["prompt"], done["prompt"]), ""]
+    if done["training"]:
+        parts += [*_training(done["about"]["training"], done["training"]), ""]
+    if not parts:
+        raise ValueError("nothing was measured for parallel: choose at least one part.")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "parallel.md"
+    lead = [f"# {TITLE}", "", f"{hardware_line(done['hardware'])} Code {done['code']}.", ""]
+    path.write_text("\n".join([*lead, *parts]), encoding="utf-8")
+    return path
+
+
+def _prompt(about: dict[str, Any], rounds: dict[str, list[dict[str, Any]]]) -> list[str]:
+    count = min(len(each) for each in rounds.values())
+    return [
+        "## A prompt on ranks and in one process",
+        "",
+        *markdown_table(prompt.rows(rounds)),
+        "",
+        f"""\
+{about["model"]} in {about["prompt_dtype"]}, a prompt of {about["prompt_length"]} tokens, {about["new_tokens"]} tokens \
+generated; default options of each method. One thread
+in every process; {about["prompt_ranks"]} ranks on gloo on this machine, whose connection is its memory. Median of \
+{count} or more rounds. In a round one process and
+the ranks are measured one after the other, in an order that alternates. Other programs ran on the machine: compare
+`of one process` and `gain`, which are medians of ratios within a round, and `CPU s`, the process's own time.
+`prefill s`: from the prompt to the first token. `waits s`: part of it in which the rank waits for exchanges. `in turn`:
+the same computation, but every exchange ends before the rank goes on; `gain` is its time over the overlapped time. Star
+computes nothing while it sends. `peak MiB`: the largest peak above the loaded model during prefill and generation.
+`cache MiB`: keys and values at the end. `received MiB`: from other ranks, prefill and generation. `tokens`: whether all
+generated tokens, in every round and both ways, are those of one process with the same method.""",
+    ]
+
+
+def _training(about: dict[str, Any], done: dict[str, dict[str, Any]]) -> list[str]:
+    return [
+        "## Memory of a training step",
+        "",
+        *markdown_table(training.rows(done)),
+        "",
+        f"""\
+{about["model"]} in {about["training_dtype"]}, one text of random tokens, forward and backward, one thread in every \
+process. `peak MiB`: the largest peak of
+a rank above its start; weights and gradients exist before. With `checkpointing` every layer is computed again in the
+backward pass (Transformers' gradient checkpointing), in one process as on the ranks.""",
+    ]

@@ -65,6 +65,8 @@ def test_the_command_counts_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
         "4",
         "--measure-up-to",
         "0",
+        "--only",
+        "volumes",
         "--out",
         str(tmp_path),
     ]
@@ -74,7 +76,11 @@ def test_the_command_counts_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     assert "torch" in record["hardware"] and "| cqs | 8:2 | 4 |" in (tmp_path / "parallel.md").read_text(
         encoding="utf-8"
     )
+    assert main(words) == 0, "everything is there: nothing is measured again"
     for bad, said in (
+        (["--length", "1024"], "was measured with other about: start again with --anew"),
+        (["--prompt-ranks", "1"], "--prompt-ranks 1: at least 2"),
+        (["--training", "8192:half"], "write TOKENS or TOKENS:checkpointing"),
         (["--length", "0"], "--length 0"),
         (["--ranks", "0"], "--ranks [0]"),
         (["--workers", "2"], "workers=2"),

@@ -146,10 +146,17 @@ def exchange(
     group: Any, given: Sequence[Sequence[Tensor]], taken: Sequence[Sequence[Spec]], what: str
 ) -> list[list[Tensor]]:
     """`swap` without gradients: one message for each rank."""
+    return start_exchange(group, given, taken, what)()
+
+
+def start_exchange(
+    group: Any, given: Sequence[Sequence[Tensor]], taken: Sequence[Sequence[Spec]], what: str
+) -> Callable[[], list[list[Tensor]]]:
+    """`exchange` in two steps: the function that is returned waits."""
     messages = [packed(tensors, group.device) for tensors in given]
     sizes = [[sum(num_bytes(*each) for each in tensors)] for tensors in taken]
-    arrived = group.all_to_all(messages, sizes, what=what)
-    return [unpacked(message, tensors) for message, tensors in zip(arrived, taken, strict=True)]
+    wait = group.start_all_to_all(messages, sizes, what=what)
+    return lambda: [unpacked(message, tensors) for message, tensors in zip(wait(), taken, strict=True)]
 
 
 def packed(tensors: Sequence[Tensor], device: torch.device) -> Tensor:

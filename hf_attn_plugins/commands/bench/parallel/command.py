@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hf_attn_plugins
 from hf_attn_plugins.bench.hardware import describe
 from hf_attn_plugins.commands.bench.parallel import prompt, training, volumes
 from hf_attn_plugins.commands.bench.parallel.report import report
@@ -109,7 +108,7 @@ class Record:
 
 def code_digest() -> str:
     """SHA-256 of the package's sources: Python and C."""
-    folder, found = Path(hf_attn_plugins.__file__).parent, hashlib.sha256()
+    folder, found = Path(__file__).parents[3], hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".c", ".h")):
         found.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
     return found.hexdigest()[:16]

@@ -155,6 +155,7 @@ def _meanwhile(
 
     real, texts = at(dealt[rank])
     mask = Mask(causal=True, offset=0, key_padding=real, query_segments=texts, key_segments=texts)
+    kernel = kernel.with_kernel_for(query, key, value, mask)
     part = kernel(query, key, value, mask)
     others = [runs for other, runs in enumerate(dealt) if other != rank]
     gathered = heads.in_order([shard for other, shard in enumerate(both()) if other != rank], others)
@@ -168,9 +169,10 @@ def _meanwhile(
             key_segments=None if foreign is None else foreign[:, before],
         )
         keys, values = gathered[:, :, before, :head_dim], gathered[:, :, before, head_dim:]
-        parts.append(kernel(query[:, :, rows], keys, values, mask))
+        own = part.rows(rows.start, rows.stop)
+        parts.append(merge([own, kernel(query[:, :, rows], keys, values, mask)]) if before.stop else own)
         start += len(run)
-    return merge([part, Partial.cat(parts)])
+    return Partial.cat(parts)
 
 
 def _columns(tensor: Tensor, runs: list[range]) -> Tensor:

@@ -134,6 +134,8 @@ def parallel(parser: argparse.ArgumentParser) -> None:
     add_model("--prompt-ranks", type=int, default=2, help="processes beside the one (default: %(default)s)")
     add_model("--prompt-dtype", choices=DTYPES, default="float32", help="default: %(default)s")
     add_model("--prompt-rounds", type=int, default=3, help="rounds of timing (default: %(default)s)")
+    help = "also with all messages over a connection of this rate, as 1gbit (Linux, root, tc); default: none"
+    add_model("--links", nargs="*", default=[], metavar="RATE", help=help)
     add_model("--new-tokens", type=int, default=32, help="tokens to generate (default: %(default)s)")
     help = "lengths of a training step, as TOKENS or TOKENS:checkpointing"
     add_model("--training", nargs="*", default=["8192", "8192:checkpointing"], metavar="TOKENS", help=help)

@@ -83,9 +83,9 @@ class Record:
                 yield f"volumes: {ranks} ranks", partial(self.volumes, ranks)
         if "prompt" in a.only:
             for index in range(a.prompt_rounds):
-                for name in prompt.METHODS:
-                    if index >= len(self.done["prompt"].get(name, [])):
-                        yield f"prompt: {name}, round {index + 1}", partial(self.prompt, name, index)
+                for key, name, link in prompt.cases(a):
+                    if index >= len(self.done["prompt"].get(key, [])):
+                        yield f"prompt: {key}, round {index + 1}", partial(self.prompt, key, name, link, index)
         if "training" in a.only:
             for case in self.cases:
                 if case["key"] not in self.done["training"]:
@@ -97,9 +97,9 @@ class Record:
         order = [f"{self.arguments.heads}:{n}" for n in self.arguments.kv_heads]
         self.done["rows"] = sorted(rows, key=lambda row: (order.index(row["heads"]), row["ranks"]))
 
-    def prompt(self, name: str, index: int) -> None:
+    def prompt(self, key: str, name: str, link: str | None, index: int) -> None:
         """One round of a method: one process and ranks, in an order that alternates."""
-        self.done["prompt"].setdefault(name, []).append(prompt.measure(self.arguments, name, index))
+        self.done["prompt"].setdefault(key, []).append(prompt.measure(self.arguments, name, link, index))
 
     def training(self, case: dict[str, Any]) -> None:
         """One launch."""

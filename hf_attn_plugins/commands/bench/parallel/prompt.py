@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 from typing import Any
 
 from hf_attn_plugins.bench.ranks import reports_of
@@ -26,7 +25,13 @@ def check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{given}: at least {least} is needed.")
 
 
-def measure(arguments: argparse.Namespace, name: str, index: int) -> dict[str, Any]:
+def cases(arguments: argparse.Namespace) -> list[tuple[str, str, str | None]]:
+    """(key, method, link) in the order of the table."""
+    links = [None, *arguments.links]
+    return [(name if link is None else f"{name} at {link}", name, link) for link in links for name in METHODS]
+
+
+def measure(arguments: argparse.Namespace, name: str, link: str | None, index: int) -> dict[str, Any]:
     """One round of a method: {"one": report, "ranks": reports}; odd rounds start with the ranks."""
     case = {
         "name": name, "model": arguments.model, "dtype": arguments.prompt_dtype, "length": arguments.prompt_length,
@@ -35,47 +40,47 @@ def measure(arguments: argparse.Namespace, name: str, index: int) -> dict[str, A
     sizes = {"one": 1, "ranks": arguments.prompt_ranks}
     found = {}
     for what in sorted(sizes, reverse=bool(index % 2)):
-        found[what] = reports_of(MODULE, case, sizes[what], arguments.timeout)
+        found[what] = reports_of(MODULE, case, sizes[what], arguments.timeout, link)
     one, ranks = found["one"][0], found["ranks"]
     print(
         f"  one process {one['overlapped']['prefill_s']:.1f} s, ranks "
         f"{' '.join(format(each['overlapped']['prefill_s'], '.1f') for each in ranks)} s",
         flush=True,
     )
-    return {"one": one, "ranks": ranks}
+    return {"link": link or "memory", "one": one, "ranks": ranks}
 
 
 def rows(rounds: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One row for every process of every method; times are medians over the rounds, memory the largest."""
+    """One row for every process of every method; times are the smallest of all rounds, memory the largest."""
     found = []
-    for name, each in rounds.items():
+    for key, each in rounds.items():
         wanted = each[0]["one"]["overlapped"]["tokens"]
+        alone = min(one["one"]["overlapped"]["prefill_s"] for one in each)
         for place in ("one process", *(f"rank {rank}" for rank in range(len(each[0]["ranks"])))):
             own = [_of(one, place) for one in each]
-            base = [one["one"]["overlapped"]["prefill_s"] for one in each]
             overlapped = [one["overlapped"] for one in own]
-            row: dict[str, Any] = {"method": name.removesuffix("_attention"), "process": place}
-            row["prefill s"] = statistics.median(one["prefill_s"] for one in overlapped)
-            row["of one process"] = statistics.median(
-                one["prefill_s"] / other for one, other in zip(overlapped, base, strict=True)
-            )
-            row["CPU s"] = statistics.median(one["cpu_s"] for one in overlapped)
-            row["waits s"] = statistics.median(one["waits_s"] for one in overlapped)
-            turns = [one["in turn"] for one in own if "in turn" in one]
-            row["in turn: prefill s"], row["waits s, in turn"], row["gain"] = "", "", ""
-            if turns:
-                row["in turn: prefill s"] = statistics.median(one["prefill_s"] for one in turns)
-                row["waits s, in turn"] = statistics.median(one["waits_s"] for one in turns)
-                gain = statistics.median(
-                    one["prefill_s"] / other["prefill_s"] for one, other in zip(turns, overlapped, strict=True)
-                )
-                row["gain"] = f"{gain:.3f}x"
-            row["peak MiB"] = max(one["peak"] for one in overlapped) / MIB
-            row["cache MiB"] = overlapped[0]["cache"] / MIB
-            row["received MiB"] = overlapped[0]["received"] / MIB
+            turns = [one["in turn"]["prefill_s"] for one in own if "in turn" in one]
             same = all(way["tokens"] == wanted for one in own for way in one.values())
-            row["tokens"] = "same" if same else "other"
-            found.append(row)
+            best = min(overlapped, key=lambda one: one["prefill_s"])
+            found.append(
+                {
+                    "method": key.partition("_attention")[0],
+                    "link": each[0]["link"],
+                    "process": place,
+                    "prefill s": best["prefill_s"],
+                    "of one process": best["prefill_s"] / alone,
+                    "CPU s": min(one["cpu_s"] for one in overlapped),
+                    "waits s": best["waits_s"],
+                    "in turn s": min(turns) if turns else "",
+                    "gain": f"{min(turns) / best['prefill_s']:.3f}x" if turns else "",
+                    "peak MiB": max(one["peak"] for one in overlapped) / MIB,
+                    "cache MiB": overlapped[0]["cache"] / MIB if place != "one process" else "",
+                    "received MiB": overlapped[0]["received"] / MIB,
+                    "tokens": "same"
+                    if all(way["tokens"] == wanted for one in own for way in one.values())
+                    else "other",
+                }
+            )
     return found
 
 

@@ -42,13 +42,13 @@ def _prompt(about: dict[str, Any], rounds: dict[str, list[dict[str, Any]]]) -> l
         "",
         f"""\
 {about["model"]} in {about["prompt_dtype"]}, a prompt of {about["prompt_length"]} tokens, {about["new_tokens"]} tokens \
-generated; default options of each method. One thread
-in every process; {about["prompt_ranks"]} ranks on gloo on this machine, whose connection is its memory. Median of \
-{count} or more rounds. In a round one process and
-the ranks are measured one after the other, in an order that alternates. Other programs ran on the machine: compare
-`of one process` and `gain`, which are medians of ratios within a round, and `CPU s`, the process's own time.
-`prefill s`: from the prompt to the first token. `waits s`: part of it in which the rank waits for exchanges. `in turn`:
-the same computation, but every exchange ends before the rank goes on; `gain` is its time over the overlapped time. Star
+generated; default options of each method; one thread in every process. {about["prompt_ranks"]} ranks on gloo on this
+machine. `link`: their connection, which is the machine's memory, or a loopback in a network namespace whose rate all
+messages share. Times are the smallest of {count} or more rounds. In a round, one process and the ranks are measured one
+after the other, in an order that alternates. Other programs ran on the machine, so compare times of one method and link
+only. `prefill s`: from the prompt to the first token. `of one process`: the same, over that of one process. `CPU s`:
+this process's own time in it. `waits s`: the part of `prefill s` in which the rank waits for exchanges. `in turn s`:
+prefill of the same computation where every exchange ends before the rank goes on; `gain`: that over `prefill s`. Star
 computes nothing while it sends. `peak MiB`: the largest peak above the loaded model during prefill and generation.
 `cache MiB`: keys and values at the end. `received MiB`: from other ranks, prefill and generation. `tokens`: whether all
 generated tokens, in every round and both ways, are those of one process with the same method.""",

@@ -76,9 +76,7 @@ def rows(rounds: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
                     "peak MiB": max(one["peak"] for one in overlapped) / MIB,
                     "cache MiB": overlapped[0]["cache"] / MIB if place != "one process" else "",
                     "received MiB": overlapped[0]["received"] / MIB,
-                    "tokens": "same"
-                    if all(way["tokens"] == wanted for one in own for way in one.values())
-                    else "other",
+                    "tokens": "same" if same else "other",
                 }
             )
     return found

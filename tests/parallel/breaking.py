@@ -30,7 +30,7 @@ def quick() -> None:
     failure.BEAT, failure.GONE = 0.2, 2.0
 
 
-def _act(what: str) -> None:
+def act(what: str) -> None:
     if what == "kill":  # also what Linux does to a process when memory runs out
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "stop":  # as a process that waits for its disk: it keeps its connections, and its beat ends, too
@@ -64,7 +64,7 @@ def broken(rank: int, size: int, *, who: int, what: str, forward: int, timeout: 
     def sabotage(*_: Any) -> None:
         seen.append(None)
         if rank == who and len(seen) == forward + 1:
-            _act(what)
+            act(what)
 
     handle = model.model.layers[1].register_forward_pre_hook(sabotage)
     began = time.monotonic()
@@ -99,7 +99,7 @@ def broken_training(
             def sabotaged(*arguments: Any) -> Any:
                 done[0] += 1
                 if rank == who and done[0] == exchange:
-                    _act(what)
+                    act(what)
                 return real(*arguments)
 
             session.group._start = sabotaged
@@ -129,10 +129,10 @@ def broken_generation(
     with disturbed(model, where, None) as seen:
         converse(model, name, timeout)
     count = len(seen)
-    act = (lambda: _act(what)) if rank == who else (lambda: None)
+    fail = (lambda: act(what)) if rank == who else (lambda: None)
     began = time.monotonic()
     try:
-        with disturbed(model, where, int(share * count), act):
+        with disturbed(model, where, int(share * count), fail):
             converse(model, name, timeout)
     except (RankError, RuntimeError) as error:
         return {
@@ -160,14 +160,14 @@ def converse(model: Any, name: str, timeout: float) -> None:
 
 
 @contextlib.contextmanager
-def disturbed(model: Any, where: str, index: int | None, act: Any = None) -> Iterator[list[None]]:
-    """Call `act` at place number `index` of the places `where`; gives a list with one element per place passed."""
+def disturbed(model: Any, where: str, index: int | None, fail: Any = None) -> Iterator[list[None]]:
+    """Call `fail` at place number `index` of the places `where`; gives a list with one element per place passed."""
     seen: list[None] = []
 
     def passing(*_: Any) -> None:
         seen.append(None)
         if index == len(seen) - 1:
-            act()
+            fail()
 
     real = Group._start
 

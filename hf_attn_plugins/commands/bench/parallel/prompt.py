@@ -73,9 +73,9 @@ def rows(rounds: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
                     "waits s": best["waits_s"],
                     "in turn s": min(turns) if turns else "",
                     "gain": f"{min(turns) / best['prefill_s']:.3f}x" if turns else "",
-                    "peak MiB": max(one["peak"] for one in overlapped) / MIB,
-                    "cache MiB": overlapped[0]["cache"] / MIB if place != "one process" else "",
-                    "received MiB": overlapped[0]["received"] / MIB,
+                    "peak MiB": max(next(iter(one.values()))["peak"] for one in own) // MIB,  # of a process's first run
+                    "cache MiB": overlapped[0]["cache"] // MIB if place != "one process" else "",
+                    "received MiB": overlapped[0]["received"] // MIB,
                     "tokens": "same" if same else "other",
                 }
             )

@@ -60,7 +60,7 @@ def rows(done: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
                 "layers": case["reports"][0]["layers"],
                 "checkpointing": "yes" if case["checkpointing"] else "no",
                 "ranks": case["ranks"],
-                "peak MiB": peak / MIB,
+                "peak MiB": peak // MIB,
                 "of one process": peak / alone[0] if alone else "",
                 "loss": f"{case['reports'][0]['loss']:.6f}",
             }

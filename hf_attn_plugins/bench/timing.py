@@ -67,17 +67,21 @@ def write_table(folder: Path, name: str, title: str, rows: Sequence[Mapping[str,
     (folder / f"{name}.json").write_text(
         json.dumps({"title": title, "hardware": facts, "rows": list(rows)}, indent=1) + "\n", encoding="utf-8"
     )
-    where = (
-        f"{facts['processor']}, {facts['threads']} threads, "
-        f"bfloat16 products: {'yes' if facts['bf16_products'] else 'no'}; "
-        f"Python {facts['python']}, torch {facts['torch']}, transformers {facts['transformers']}."
-    )
-    page = [f"# {title}", "", where, "", *markdown_table(rows), ""]
+    page = [f"# {title}", "", hardware_line(facts), "", *markdown_table(rows), ""]
     if notes:
         page += [notes, ""]
     path = folder / f"{name}.md"
     path.write_text("\n".join(page), encoding="utf-8")
     return path
+
+
+def hardware_line(facts: Mapping[str, Any]) -> str:
+    """Hardware and versions, as `describe` gives them, as a sentence."""
+    return (
+        f"{facts['processor']}, {facts['threads']} threads, "
+        f"bfloat16 products: {'yes' if facts['bf16_products'] else 'no'}; "
+        f"Python {facts['python']}, torch {facts['torch']}, transformers {facts['transformers']}."
+    )
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

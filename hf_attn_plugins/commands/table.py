@@ -54,7 +54,10 @@ _BENCH = {
     "gpu": ("gpu.command", "Triton kernels on a GPU: check the results, then measure speed"),
     "indexed": ("indexed.command", "speed of indexed attention against the direct form; training on a real text"),
     "memory": ("memory", "peak memory of one attention call for several lengths"),
-    "parallel": ("parallel.command", "bytes, memory and work per rank of each method on several ranks"),
+    "parallel": (
+        "parallel.command",
+        "each method on several ranks: bytes, memory, work; a real prompt; training memory",
+    ),
     "triton": ("triton", "registers and instructions of the compiled Triton kernels; needs no GPU"),
 }
 
@@ -138,4 +141,6 @@ def commands() -> Table:
 def _bench(name: str, what: str, module: str) -> Entry:
     own = module.startswith(f"{BENCH}.")  # a plugin of the user's declares its options in its own module
     arguments = f"{BENCH}.arguments:{name}" if own else ""
-    return Entry(module, what, arguments, SAME_OUT if name in ("front", "star") else Entry._field_defaults["go_on"])
+    return Entry(
+        module, what, arguments, SAME_OUT if name in ("front", "parallel", "star") else Entry._field_defaults["go_on"]
+    )

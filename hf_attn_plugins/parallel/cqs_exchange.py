@@ -1,12 +1,13 @@
 """CQS attention over sharded tokens: owners send groups to workers, workers send partial results back to owners.
 
-A round is one exchange `Gather`, the work of some workers, and one exchange `Return`. Both exchanges are autograd
-functions. Every rank runs them backward too, also a rank that had nothing to send: all ranks must enter every exchange.
+A round is one exchange `Gather`, the work of some workers, and one exchange `Return`. While groups are on their way, a
+rank computes the pairs of groups that are both its own. The exchanges are autograd functions. Every rank runs them
+backward too, also a rank that had nothing to send: all ranks must enter every exchange.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial, merge
-from hf_attn_plugins.cqs.planning.worker_share import Range
-from hf_attn_plugins.cqs.tokens import TOKENS, Parts
+from hf_attn_plugins.cqs.planning.worker_share import Leaf, Range
+from hf_attn_plugins.cqs.tokens import TOKENS, Parts, Tokens
 from hf_attn_plugins.cqs.workers import work
 from hf_attn_plugins.parallel.cqs_messages import CallPlan
 from hf_attn_plugins.parallel.cqs_plan import RankPlan
@@ -61,20 +62,35 @@ def attention(
     call = CallPlan(plan, group, query.shape, key.shape, value.shape, query.dtype)
     own = [_Own(x, call) for x in (query, key, value)]
     total: Partial | None = None
-    for index in range(plan.num_rounds):
-        needed = plan.rounds[index][group.rank]
-        *parts, token = Gather.apply(call, index, query, key, value)
-        rows, keys, values = (
-            held.with_parts(wanted, [parts.pop(0) for _ in call.foreign(wanted)])
-            for held, wanted in zip(own, (needed.rows, needed.keys, needed.keys))
-        )
-        by_group: dict[Range, list[Partial]] = {span: [] for span in needed.rows}
-        for leaf in needed.leaves:
+
+    def compute(
+        leaves: Iterable[Leaf], into: dict[Range, list[Partial]], rows: Tokens, keys: Tokens, values: Tokens
+    ) -> None:
+        for leaf in leaves:
+            if not leaf.keys(plan.is_causal):
+                continue
             result = work(
                 leaf, rows, keys, values, mask=mask, scale=scale, softcap=softcap, dropout=dropout, kernel=kernel
             )
             for span, partial in zip(result.rows, result.partials, strict=True):
-                by_group[span].append(partial)
+                into[span].append(partial)
+
+    for index in range(plan.num_rounds):
+        needed = plan.rounds[index][group.rank]
+        by_group: dict[Range, list[Partial]] = {span: [] for span in needed.rows}
+
+        arriving = call.start_groups(index, query, key, value)
+        # With gradients, two results per row would have to be kept for the backward pass.
+        first = (lambda _: False) if torch.is_grad_enabled() else call.is_own
+        halves = [leaf.split(first) for leaf in needed.leaves]
+        present = [span for span in {*needed.rows, *needed.keys} if call.is_own(span)]
+        compute((mine for mine, _ in halves), by_group, *(x.with_parts(present, []) for x in own))
+        *parts, token = Gather.apply(call, index, arriving, query, key, value)
+        rows, keys, values = (
+            held.with_parts(wanted, [parts.pop(0) for _ in call.foreign(wanted)])
+            for held, wanted in zip(own, (needed.rows, needed.keys, needed.keys))
+        )
+        compute((rest for _, rest in halves), by_group, rows, keys, values)
         head_dim_v = value.shape[-1]
         partials = [
             merge(parts) if parts else Partial.empty(rows.take((span,)), head_dim_v) for span, parts in by_group.items()
@@ -87,21 +103,24 @@ def attention(
 
 
 class Gather(torch.autograd.Function):
-    """Send this rank's groups to the ranks whose workers need them; backward sends gradients to the owners and adds up.
+    """Wait for groups of other ranks (`CallPlan.start_groups`); backward sends gradients to the owners and adds up.
 
     Returns the received groups (queries, then keys, then values), and an empty token. The token connects the exchange
     to the autograd graph of a rank that receives nothing.
     """
 
     @staticmethod
-    def forward(ctx: Any, call: CallPlan, index: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any,
+        call: CallPlan,
+        index: int,
+        arriving: Callable[[], list[list[Tensor]]],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+    ) -> tuple[Tensor, ...]:
         ctx.call, ctx.index = call, index
-        tensors, shapes, ranks = (query, key, value), (call.query, call.key, call.value), range(call.group.size)
-        given = [[tensors[k][:, :, call.local(span)] for k, span in call.given(index, other)] for other in ranks]
-        taken = [call.taken(index, other) for other in ranks]
-        arrived = call.swap(
-            "cqs groups", given, [[(call.shape(shapes[k], span), call.dtype) for k, span in each] for each in taken]
-        )
+        taken, arrived = [call.taken(index, other) for other in range(call.group.size)], arriving()
         by_kind: list[list[Tensor]] = [[], [], []]
         for each, tensors_of_rank in zip(taken, arrived, strict=True):
             for (kind, _), tensor in zip(each, tensors_of_rank, strict=True):
@@ -127,7 +146,7 @@ class Gather(torch.autograd.Function):
         for each, tensors in zip(given, arrived, strict=True):
             for (kind, span), tensor in zip(each, tensors, strict=True):
                 sums[kind][:, :, call.local(span)] += tensor
-        return (None, None, *(total.to(call.dtype) for total in sums))
+        return (None, None, None, *(total.to(call.dtype) for total in sums))
 
 
 class Return(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_attn_plugins.cqs.planning.worker_share import Range
 from hf_attn_plugins.cqs.tokens import TOKENS
-from hf_attn_plugins.parallel.comm.collectives import exchange
+from hf_attn_plugins.parallel.comm.collectives import Spec, exchange, start_exchange
 from hf_attn_plugins.parallel.cqs_plan import RankPlan
 
 if TYPE_CHECKING:
@@ -77,9 +77,7 @@ class CallPlan(NamedTuple):
         keys = self.plan.keys_moved(index, owner, worker)
         return [(0, span) for span in rows] + [(kind, span) for kind in (1, 2) for span in keys]
 
-    def swap(
-        self, what: str, given: list[list[Tensor]], taken: list[list[tuple[tuple[int, ...], torch.dtype]]]
-    ) -> list[list[Tensor]]:
+    def swap(self, what: str, given: list[list[Tensor]], taken: list[list[Spec]]) -> list[list[Tensor]]:
         """One all-to-all of lists of tensors.
 
         Args:
@@ -92,3 +90,12 @@ class CallPlan(NamedTuple):
             for each rank, the tensors that it sent; [[]] in a group of one.
         """
         return [[]] if self.group.size == 1 else exchange(self.group, given, taken, what)
+
+    def start_groups(self, index: int, query: Tensor, key: Tensor, value: Tensor) -> Callable[[], list[list[Tensor]]]:
+        """Begin to send the groups of this rank that others need in round `index`; the result waits for theirs."""
+        if self.group.size == 1:
+            return lambda: [[]]
+        tensors, shapes, ranks = (query, key, value), (self.query, self.key, self.value), range(self.group.size)
+        given = [[tensors[k][:, :, self.local(span)] for k, span in self.given(index, other)] for other in ranks]
+        taken = [[(self.shape(shapes[k], span), self.dtype) for k, span in self.taken(index, other)] for other in ranks]
+        return start_exchange(self.group, given, taken, "cqs groups")

@@ -2,7 +2,8 @@
 
 "gather": every rank gathers the keys and values of one layer, 2 x Hkv x D elements per token. Sending queries to the
 keys and partial results back would move Hq x (2 D + 1) elements per token, which is more because Hq >= Hkv. The
-gathered keys of a layer are freed after that layer; the cache keeps the shard only. "heads": every rank gets all tokens
+gathered keys of a layer are freed after that layer; the cache keeps the shard only. Without gradients a rank attends
+to its own keys while the others' are on their way. "heads": every rank gets all tokens
 of some heads (`heads.attention`), which moves less with many ranks or many key heads.
 """
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hf_attn_plugins.core.mask import Mask, Window
-from hf_attn_plugins.core.partial import Partial
+from hf_attn_plugins.core.partial import Partial, merge
 from hf_attn_plugins.cqs.planning.cost import CallShape
 from hf_attn_plugins.kernels.bound_attend import BoundAttend
 from hf_attn_plugins.parallel import heads
@@ -86,6 +87,9 @@ class Dense(TiledOptions):
             )  # fmt: skip
             return heads.attention(query, key, value, dealt, group, lambda q, k, v: kernel(q, k, v, mask))
         loads = step.layout.loads
+        # Two results per row would have to be kept for a backward pass, and far columns of a window need no exchange.
+        if group.size > 1 and not torch.is_grad_enabled() and window == (None, None) and not kernel.dropout:
+            return _meanwhile(query, key, value, step, padding, kernel, group)
         keys, values = (
             heads.in_order(group.all_gather(x, loads, 2, what="keys and values"), dealt) for x in (key, value)
         )
@@ -131,6 +135,53 @@ class Dense(TiledOptions):
             cache=load * shape.key_bytes,
             decode=(size - 1) * shape.result_bytes,
         )
+
+
+def _meanwhile(
+    query: Tensor, key: Tensor, value: Tensor, step: Step, padding: Tensor | None, kernel: BoundAttend, group: Group
+) -> Partial:
+    """Gather keys and values, attend to the own ones in the meantime, then to those of the others; both are merged.
+
+    A rank's slots are in the order of the prompt, so causal attention over its own slots is right. Of the other ranks'
+    keys, in the order of the prompt, each run of rows sees a prefix, and all of it.
+
+    Args:
+        query, key, value: as in `Dense.attention`, the slots of `step.layout`; no window hides a key.
+        padding: (B, L) bool, False for padding, or None.
+    """
+    assert step.layout is not None
+    dealt, rank, head_dim = step.layout.extra[0], group.rank, key.shape[3]
+    both = group.start_all_gather(torch.cat([key, value], 3), step.layout.loads, 2, what="keys and values")
+
+    def at(runs: list[range]) -> tuple[Tensor | None, Tensor | None]:
+        """Which columns of these runs are real, and the texts that they belong to; None for all, and for one text."""
+        return tuple(None if x is None else _columns(x, runs) for x in (padding, step.texts))  # type: ignore[return-value]
+
+    real, texts = at(dealt[rank])
+    mask = Mask(causal=True, offset=0, key_padding=real, query_segments=texts, key_segments=texts)
+    kernel = kernel.with_kernel_for(query, key, value, mask)
+    part = kernel(query, key, value, mask)
+    others = [runs for other, runs in enumerate(dealt) if other != rank]
+    gathered = heads.in_order([shard for other, shard in enumerate(both()) if other != rank], others)
+    real, foreign = at(sorted((run for runs in others for run in runs), key=lambda run: run.start))
+    parts, start = [], 0
+    for run in dealt[rank]:
+        rows, before = slice(start, start + len(run)), slice(run.start - start)
+        mask = Mask(
+            key_padding=None if real is None else real[:, before],
+            query_segments=None if texts is None else texts[:, rows],
+            key_segments=None if foreign is None else foreign[:, before],
+        )
+        keys, values = gathered[:, :, before, :head_dim], gathered[:, :, before, head_dim:]
+        own = part.rows(rows.start, rows.stop)
+        parts.append(merge([own, kernel(query[:, :, rows], keys, values, mask)]) if before.stop else own)
+        start += len(run)
+    return Partial.cat(parts)
+
+
+def _columns(tensor: Tensor, runs: list[range]) -> Tensor:
+    """The columns of some runs, run after run, from (B, L)."""
+    return torch.cat([tensor[:, run.start : run.stop] for run in runs], 1)
 
 
 def _gathered(shape: CallShape, loads: list[int]) -> int:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
+import resource
 import signal
 import time
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 
 import hf_attn_plugins as hap
 from hf_attn_plugins import _version
+from hf_attn_plugins.hf.compat import cache_keyword
 from hf_attn_plugins.parallel import RankError
 from hf_attn_plugins.parallel.comm import failure
+from hf_attn_plugins.parallel.comm.group import Group
 from tests.parallel.models import build, prompt
 
 OPTIONS = dict(block_size=5, anchor_size=3, query_size=4)
@@ -24,14 +30,30 @@ def quick() -> None:
     failure.BEAT, failure.GONE = 0.2, 2.0
 
 
-def _act(what: str) -> None:
-    if what == "kill":
+def act(what: str) -> None:
+    if what == "kill":  # also what Linux does to a process when memory runs out
         os.kill(os.getpid(), signal.SIGKILL)
+    if what == "stop":  # as a process that waits for its disk: it keeps its connections, and its beat ends, too
+        os.kill(os.getpid(), signal.SIGSTOP)
     if what == "hang":
         time.sleep(300)
     if what == "memory":
         raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+    if what == "limit":
+        _allocate_beyond_the_limit()
     raise AssertionError(what)
+
+
+def _allocate_beyond_the_limit() -> None:
+    """The error of PyTorch's CPU allocator where the system gives no more memory: a `RuntimeError` of several lines."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, before[1]))
+    try:
+        torch.empty(2**31, dtype=torch.uint8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def broken(rank: int, size: int, *, who: int, what: str, forward: int, timeout: float) -> dict[str, Any]:
@@ -42,7 +64,7 @@ def broken(rank: int, size: int, *, who: int, what: str, forward: int, timeout: 
     def sabotage(*_: Any) -> None:
         seen.append(None)
         if rank == who and len(seen) == forward + 1:
-            _act(what)
+            act(what)
 
     handle = model.model.layers[1].register_forward_pre_hook(sabotage)
     began = time.monotonic()
@@ -72,15 +94,15 @@ def broken_training(
     began = time.monotonic()
     try:
         with hap.context_parallel(model, name, timeout=timeout, **options) as session:
-            real = session.group._exchange
+            real = session.group._start
 
             def sabotaged(*arguments: Any) -> Any:
                 done[0] += 1
                 if rank == who and done[0] == exchange:
-                    _act(what)
+                    act(what)
                 return real(*arguments)
 
-            session.group._exchange = sabotaged
+            session.group._start = sabotaged
             for _ in range(2):
                 model(**batch, labels=batch["input_ids"]).loss.backward()
                 session.sum_gradients()
@@ -91,6 +113,84 @@ def broken_training(
             "seconds": time.monotonic() - began,
         }
     return {"error": None, "exchanges": done[0]}
+
+
+def broken_generation(
+    rank: int, size: int, *, who: int, what: str, where: str, share: float, timeout: float, name: str
+) -> dict[str, Any]:
+    """A conversation of three turns, with `what` happening on rank `who`.
+
+    Args:
+        where: "before" an exchange, "within" one (entered, nothing sent), one that is "posted", or in a "layer".
+        share: at which of them, 0 to 1: a share of those that an undisturbed conversation has.
+    """
+    quick()
+    model = build("llama")
+    with disturbed(model, where, None) as seen:
+        converse(model, name, timeout)
+    count = len(seen)
+    fail = (lambda: act(what)) if rank == who else (lambda: None)
+    began = time.monotonic()
+    try:
+        with disturbed(model, where, int(share * count), fail):
+            converse(model, name, timeout)
+    except (RankError, RuntimeError) as error:
+        return {
+            "error": f"{type(error).__name__}: {error}",
+            "rank": getattr(error, "rank", None),
+            "seconds": time.monotonic() - began,
+            "implementation": model.config._attn_implementation,
+            "hooks": sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()),
+            "count": count,
+        }
+    return {"error": None, "count": count}
+
+
+def converse(model: Any, name: str, timeout: float) -> None:
+    """A prompt, a turn that is dealt, and one that every rank computes; tokens are generated after each."""
+    options = OPTIONS if name == "star_attention" else {}
+    with hap.context_parallel(model, name, timeout=timeout, min_turn=6, **options):
+        ids, cache = prompt(length=23, batch=1)["input_ids"], None
+        for turn in (9, 2, 0):
+            done = model.generate(
+                ids, **{cache_keyword(model): cache}, max_new_tokens=3, do_sample=False, return_dict_in_generate=True
+            )
+            cache = done.past_key_values
+            ids = torch.cat([done.sequences, prompt(length=turn, batch=1, seed=turn)["input_ids"]], 1)
+
+
+@contextlib.contextmanager
+def disturbed(model: Any, where: str, index: int | None, fail: Any = None) -> Iterator[list[None]]:
+    """Call `fail` at place number `index` of the places `where`; gives a list with one element per place passed."""
+    seen: list[None] = []
+
+    def passing(*_: Any) -> None:
+        seen.append(None)
+        if index == len(seen) - 1:
+            fail()
+
+    real = Group._start
+
+    def start(self: Group, what: str, sent: int, received: int, post: Any) -> Any:
+        def posting() -> Any:
+            if where == "within":
+                passing()
+            return post()
+
+        if where == "before":
+            passing()
+        finish = real(self, what, sent, received, posting)
+        if where == "posted":
+            passing()
+        return finish
+
+    handles = [layer.register_forward_pre_hook(passing) for layer in model.model.layers if where == "layer"]
+    try:
+        with mock.patch.object(Group, "_start", start):
+            yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def differ(rank: int, size: int, *, how: str) -> dict[str, Any]:

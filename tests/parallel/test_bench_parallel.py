@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hf_attn_plugins.cli import main
+from hf_attn_plugins.commands.bench.parallel import prompt, training
 from hf_attn_plugins.commands.bench.parallel.rank import visible_pairs
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.cqs.planning.cost import CallShape
@@ -65,6 +66,8 @@ def test_the_command_counts_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
         "4",
         "--measure-up-to",
         "0",
+        "--only",
+        "volumes",
         "--out",
         str(tmp_path),
     ]
@@ -74,7 +77,11 @@ def test_the_command_counts_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     assert "torch" in record["hardware"] and "| cqs | 8:2 | 4 |" in (tmp_path / "parallel.md").read_text(
         encoding="utf-8"
     )
+    assert main(words) == 0, "everything is there: nothing is measured again"
     for bad, said in (
+        (["--length", "1024"], "was measured with other about: start again with --anew"),
+        (["--prompt-ranks", "1"], "--prompt-ranks 1: at least 2"),
+        (["--training", "8192:half"], "write TOKENS or TOKENS:checkpointing"),
         (["--length", "0"], "--length 0"),
         (["--ranks", "0"], "--ranks [0]"),
         (["--workers", "2"], "workers=2"),
@@ -82,3 +89,48 @@ def test_the_command_counts_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     ):
         assert main([*words, *bad]) == 2
         assert said in capsys.readouterr().err
+
+
+def run_of(seconds: float, peak: int, tokens: tuple[int, ...] = (5, 6)) -> dict[str, object]:
+    found = {"prefill_s": seconds, "cpu_s": seconds / 2, "waits_s": 0.5, "peak": peak * 2**20}
+    return {**found, "tokens": list(tokens), "cache": 3 * 2**20, "received": 7 * 2**20}
+
+
+def test_rows_of_a_prompt_by_hand() -> None:
+    first = {
+        "link": "memory",
+        "one": {"overlapped": run_of(12.0, 100)},
+        "ranks": [
+            {"overlapped": run_of(8.0, 50), "in turn": run_of(9.0, 90)},
+            {"overlapped": run_of(7.0, 60), "in turn": run_of(9.5, 90)},
+        ],
+    }
+    second = {
+        "link": "memory",
+        "one": {"overlapped": run_of(10.0, 110)},
+        "ranks": [
+            {"in turn": run_of(6.0, 55), "overlapped": run_of(5.0, 99)},
+            {"in turn": run_of(6.5, 56), "overlapped": run_of(6.0, 99, (5, 7))},
+        ],
+    }
+    one, rank_0, rank_1 = prompt.rows({"tiled_attention": [first, second]})
+    assert (one["prefill s"], one["of one process"], one["peak MiB"], one["gain"]) == (10.0, 1.0, 110, "")
+    assert (rank_0["prefill s"], rank_0["of one process"], rank_0["in turn s"], rank_0["gain"]) == (
+        5.0,
+        0.5,
+        6.0,
+        "1.200x",
+    )
+    assert rank_0["peak MiB"] == 55, "the second run of a process does not count"
+    assert (rank_0["tokens"], rank_1["tokens"]) == ("same", "other")
+
+
+def test_rows_of_training_by_hand() -> None:
+    case = {"name": "cqs_attention", "length": 8, "checkpointing": True}
+    report = {"peak": 100 * 2**20, "loss": 2.0, "layers": 30}
+    done = {
+        "one": {**case, "ranks": 1, "reports": [report]},
+        "two": {**case, "ranks": 2, "reports": [{**report, "peak": 40 * 2**20}, {**report, "peak": 30 * 2**20}]},
+        "other": {**case, "length": 9, "ranks": 2, "reports": [report, report]},
+    }
+    assert [row["of one process"] for row in training.rows(done)] == [1.0, 0.4, ""]

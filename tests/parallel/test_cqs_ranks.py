@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hf_attn_plugins.commands.bench.parallel.command import differences
+from hf_attn_plugins.commands.bench.parallel.volumes import differences
 from hf_attn_plugins.cqs.planning.cost import CallShape
 from hf_attn_plugins.parallel.costs import costs
 from hf_attn_plugins.parallel.cqs_plan import rank_plan

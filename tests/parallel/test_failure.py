@@ -81,6 +81,44 @@ def test_a_failure_anywhere_in_training_is_named(name, what, who, exchange):
     assert not multiprocessing.active_children(), "no process stays behind"
 
 
+def places(seed: int) -> list[tuple[str, str, int, str, float]]:
+    """(method, what happens, rank, where, share of the conversation) at random; every method with every failure."""
+    chance = random.Random(seed)
+    methods = ("tiled_attention", "star_attention", "cqs_attention")
+    kinds, where = ("kill", "hang", "memory", "limit", "stop"), ("before", "within", "posted", "layer")
+    return [
+        (methods[i % 3], kinds[i % 5], chance.randrange(3), chance.choice(where), round(chance.random(), 3))
+        for i in range(20)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+@pytest.mark.parametrize(("name", "what", "who", "where", "share"), places(20))
+def test_a_failure_anywhere_in_a_conversation_is_named(name, what, who, where, share):
+    silent, timeout = what in ("hang", "stop"), 5 if what in ("hang", "stop") else 60
+    with ranks(3) as group:
+        group.start(
+            breaking.broken_generation, who=who, what=what, where=where, share=share, timeout=timeout, name=name
+        )
+        results = group.results(120, skip=who if silent else None)
+    assert not multiprocessing.active_children(), "no process stays behind"
+    for rank in {0, 1, 2} - {who}:
+        kind, found = results[rank]
+        assert kind == "done" and found["error"] is not None and found["rank"] == who, (rank, found)
+        assert found["error"].startswith("RankError: ") and "\n" not in found["error"]
+        assert found["implementation"] == "sdpa" and found["hooks"] == 0, "the model is as it was"
+        assert found["seconds"] < 30, "no rank waited for the timeout of a failure that is reported"
+    if what == "kill":
+        assert results[who] == ("died", -9)
+    if what in ("memory", "limit"):
+        kind, found = results[who]
+        assert kind == "done" and not found["error"].startswith("RankError"), found
+        said = "tried to allocate 2.00 GiB" if what == "memory" else "you tried to allocate 2147483648 bytes"
+        assert said in found["error"] and found["implementation"] == "sdpa" and found["hooks"] == 0
+        assert all(said in results[rank][1]["error"] for rank in {0, 1, 2} - {who}), "the others say why it failed"
+
+
 @pytest.mark.multi_process
 def test_ranks_that_differ_are_refused_before_any_work():
     expected = {

@@ -57,6 +57,33 @@ def test_two_nodes(tmp_path):
     check(tmp_path, nodes, 2)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "who"), (("kill", 0), ("kill", 2), ("hang", 1), ("stop", 0), ("limit", 1)))
+def test_a_launch_with_a_failing_rank_ends_whole(what, who):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    command = [sys.executable, *launcher, "-m", "tests.parallel.failing_script", what, str(who)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    written = process.communicate(timeout=200)[1]
+    assert process.returncode
+    if what in ("hang", "stop"):
+        named = [line for line in written.splitlines() if "RankError: rank" in line]
+        assert named and all(f"rank {who} " in line.partition("): ")[2] for line in named), written
+    else:  # the launcher sees which process ended first, and ends the others before they see it
+        cause = written.partition("Root Cause")[2]
+        assert f"local_rank: {who}" in cause, written
+    assert not [each for each in Path("/proc").glob("[0-9]*") if _session(each) == process.pid], "no process is left"
+
+
+def _session(process: Path) -> int | None:
+    try:
+        return int((process / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[3])
+    except OSError:
+        return None
+
+
 def test_a_launcher_that_started_one_process_only_is_told(monkeypatch, caplog):
     for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(variable, raising=False)

@@ -42,7 +42,9 @@ def allowed(method, real: torch.Tensor, window: int | None) -> torch.Tensor:
     return seen
 
 
-def compare(method, real: torch.Tensor, size: int, window: int | None, then: tuple[int, ...] = ()) -> None:
+def compare(
+    method, real: torch.Tensor, size: int, window: int | None, then: tuple[int, ...] = (), grads: bool = True
+) -> None:
     """A prompt, then forwards over `then` new tokens, on `size` ranks against the oracle."""
     (batch, length), total = real.shape, real.shape[1] + sum(then)
     query, key, value = sharp_inputs(
@@ -54,6 +56,10 @@ def compare(method, real: torch.Tensor, size: int, window: int | None, then: tup
     )
 
     def rank_works(group):
+        with torch.set_grad_enabled(grads):  # a thread begins with gradients
+            return rank_computes(group)
+
+    def rank_computes(group):
         layout = method.deal(real, group.rank, size)
         if layout is None:
             return None
@@ -155,11 +161,17 @@ def test_star_with_near_tokens_and_dense_heads(real, size, window, block, anchor
     compare(method, real, size, window, (2,))
 
 
-@given(padded(), SIZE, WINDOW, THEN, st.sampled_from(("gather", "heads")))
+@given(padded(), SIZE, WINDOW, THEN, st.sampled_from(("gather", "heads")), st.booleans())
 @SETTINGS
-def test_dense(real, size, window, then, exchange):
+def test_dense(real, size, window, then, exchange, grads):
     """Keys gathered; heads exchanged, 4 of them over up to 5 ranks."""
-    compare(Dense(exchange=exchange), real, size, window, tuple(then))
+    compare(Dense(exchange=exchange), real, size, window, tuple(then), grads)
+
+
+@given(padded(), SIZE)
+@SETTINGS
+def test_dense_computes_while_keys_are_on_their_way(real, size):
+    compare(Dense(exchange="gather"), real, size, None, grads=False)
 
 
 def test_the_query_sees_the_last_keys_of_every_shard():

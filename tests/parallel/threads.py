@@ -36,6 +36,10 @@ class Board:
         self.traffic.add(what, sent, received)
         return found
 
+    def start_all_to_all(self, *arguments: Any, what: str = "") -> Callable[[], list[Tensor]]:
+        found = self.all_to_all(*arguments, what=what)  # the barriers of threads leave nothing to wait for
+        return lambda: found
+
     def gather_partials(self, part: Partial, *, what: str = "") -> list[Partial]:
         return self._swap(Partial(part.out.clone(), part.lse.clone()))  # a copy, as the wire makes
 
@@ -48,6 +52,10 @@ class Board:
         found = self._swap(tensor.clone())
         assert [x.shape[dim] for x in found] == list(sizes)
         return found
+
+    def start_all_gather(self, *arguments: Any, what: str = "") -> Callable[[], list[Tensor]]:
+        found = self.all_gather(*arguments, what=what)
+        return lambda: found
 
 
 def on_threads(size: int, work: Callable[[Board], Any]) -> list[Any]:

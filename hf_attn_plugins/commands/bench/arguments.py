@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hf_attn_plugins.hf.inputs.arguments import add_model_arguments
+from hf_attn_plugins.hf.inputs.arguments import DEMO, DTYPES, add_model_arguments
 
 RESULTS = Path("benchmarks/results")
 FRONT_PARTS = ("agreement", "speed", "passkeys", "needles")
+PARALLEL_PARTS = ("volumes", "prompt", "training")
 INDEXED_PARTS = ("stages", "scaling", "text")
 PUBLISHED = {"words": 500, "length": 32, "characters": 64, "width": 512}  # of ISDPA's published notebook
 
@@ -140,7 +141,25 @@ def parallel(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--halo-size", type=int, help="tokens just before a block in the row with near tokens; a block")
     parser.add_argument("--workers", type=int, help="workers of CQS; default: chosen for each number of ranks")
     parser.add_argument("--rounds", type=int, default=1, help="exchanges per layer of CQS")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds that one measured launch may take")
+    add_model = parser.add_argument_group("a prompt, and a training step, of a real model").add_argument
+    add_model("--model", default=DEMO, help="folder or hub id (default: %(default)s)")
+    add_model("--prompt-length", type=int, default=8192, help="tokens of the prompt (default: %(default)s)")
+    add_model("--prompt-ranks", type=int, default=2, help="processes beside the one (default: %(default)s)")
+    add_model("--prompt-dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+    add_model("--prompt-rounds", type=int, default=3, help="rounds of timing (default: %(default)s)")
+    help = "also with all messages over a connection of this rate, as 1gbit (Linux, root, tc); default: none"
+    add_model("--links", nargs="*", default=[], metavar="RATE", help=help)
+    add_model("--new-tokens", type=int, default=32, help="tokens to generate (default: %(default)s)")
+    help = "lengths of a training step, as TOKENS or TOKENS:checkpointing"
+    add_model("--training", nargs="*", default=["8192", "8192:checkpointing"], metavar="TOKENS", help=help)
+    add_model("--training-ranks", type=int, nargs="+", default=[1, 4], help="processes (default: 1 4)")
+    add_model("--training-dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
+    parser.add_argument(
+        "--only", choices=PARALLEL_PARTS, nargs="+", default=list(PARALLEL_PARTS), help="measure just these parts"
+    )
+    parser.add_argument("--minutes", type=float, help="no step starts after this time; the same command continues")
+    parser.add_argument("--anew", action="store_true", help="start again where parallel.json would be continued")
+    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds that one measured launch may take")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for parallel.md and parallel.json")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -85,6 +85,18 @@ class Leaf:
             for i, row in enumerate(self.keep)
         )
         return Leaf(self.path, ranges, tuple(keep))
+
+    def split(self, first: Callable[[Range], bool]) -> tuple[Leaf, Leaf]:
+        """Two leaves: the pairs of two ranges that `first` says yes to, and all other pairs."""
+        chosen = [first(span) for span in self.ranges]
+        tables = [
+            tuple(
+                tuple(kept and (chosen[i] and chosen[j]) is wanted for j, kept in enumerate(row))
+                for i, row in enumerate(self.keep)
+            )
+            for wanted in (True, False)
+        ]
+        return Leaf(self.path, self.ranges, tables[0]), Leaf(self.path, self.ranges, tables[1])
 
     def divide(self, division: Division) -> Iterator[Leaf]:
         """Divide this leaf's tokens among the workers of `division`; workers without any pair are left out.

@@ -6,7 +6,7 @@ All ranks must run every backward exchange. A rank on which no result of an exch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,18 +24,18 @@ class AllGather(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, group: Any, tensor: Tensor, sizes: Sequence[int] | None, dim: int, what: str
+        ctx: Any, group: Any, tensor: Tensor, finish: Callable[[], list[Tensor]], what: str
     ) -> tuple[Tensor, ...]:
-        """Every rank's `tensor`, in the order of the ranks."""
+        """Every rank's `tensor`, in the order of the ranks, for which `finish` waits."""
         ctx.group, ctx.what, ctx.shape = group, what, tensor.shape
-        return tuple(group._all_gather(tensor, sizes, dim, what))
+        return tuple(finish())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """The sum over ranks of the gradients of this rank's shard."""
-        shard_grads = ctx.group._all_to_all(grads, [ctx.shape] * ctx.group.size, f"{ctx.what} (backward)")
-        return None, added(shard_grads), None, None, None
+        shard_grads = ctx.group.all_to_all(grads, [ctx.shape] * ctx.group.size, what=f"{ctx.what} (backward)")
+        return None, added(shard_grads), None, None
 
 
 class GatherPartials(torch.autograd.Function):
@@ -145,10 +145,17 @@ def exchange(
     group: Any, given: Sequence[Sequence[Tensor]], taken: Sequence[Sequence[Spec]], what: str
 ) -> list[list[Tensor]]:
     """`swap` without gradients: one message for each rank."""
+    return start_exchange(group, given, taken, what)()
+
+
+def start_exchange(
+    group: Any, given: Sequence[Sequence[Tensor]], taken: Sequence[Sequence[Spec]], what: str
+) -> Callable[[], list[list[Tensor]]]:
+    """`exchange` in two steps: the function that is returned waits."""
     messages = [packed(tensors, group.device) for tensors in given]
     sizes = [[sum(num_bytes(*each) for each in tensors)] for tensors in taken]
-    arrived = group.all_to_all(messages, sizes, what=what)
-    return [unpacked(message, tensors) for message, tensors in zip(arrived, taken, strict=True)]
+    wait = group.start_all_to_all(messages, sizes, what=what)
+    return lambda: [unpacked(message, tensors) for message, tensors in zip(wait(), taken, strict=True)]
 
 
 def packed(tensors: Sequence[Tensor], device: torch.device) -> Tensor:

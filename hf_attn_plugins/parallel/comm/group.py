@@ -1,15 +1,9 @@
-"""The ranks of one launch and the exchanges between them, on NCCL or gloo, with their bytes counted.
-
-In one process every exchange returns its input, so callers need no case for a single rank. Tensors are sent as bytes:
-every dtype then works on every backend, and one message can hold both out and lse.
-"""
+"""The ranks of one launch, or some of them, on NCCL or gloo: how they meet and part, and exchanges with gradients."""
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,18 +12,15 @@ from torch import Tensor
 
 from hf_attn_plugins.core.gradient import needs_gradient
 from hf_attn_plugins.core.partial import Partial
-from hf_attn_plugins.core.tensor_bytes import from_bytes, num_bytes, to_bytes
-from hf_attn_plugins.parallel.comm.failure import RankError, Watch
+from hf_attn_plugins.core.tensor_bytes import from_bytes, to_bytes
+from hf_attn_plugins.parallel.comm.exchanges import LOOK, Exchanges
+from hf_attn_plugins.parallel.comm.failure import RankError
 from hf_attn_plugins.parallel.comm.launch import join
-from hf_attn_plugins.parallel.comm.traffic import Traffic
 
 __all__ = ["Group", "RankError"]
 
-_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
-LOOK = 1.0  # seconds between two checks whether another rank has failed
 
-
-class Group:
+class Group(Exchanges):
     """All ranks of a launch, or some of them, connected by a process group of this package.
 
     Attributes:
@@ -50,14 +41,8 @@ class Group:
         index: int = 0,
         count: int = 1,
     ) -> None:
-        self.rank, self.size, self.device, self.timeout = rank, size, device, timeout
+        super().__init__(rank, size, device, timeout, handle, index)
         self.index, self.count = index, count
-        self.traffic = Traffic()
-        self._handle, self._watch = handle, None
-        if handle is not None:
-            self._polls = dist.get_backend(handle) == "gloo"  # NCCL's waiting happens on the device
-            self._wire = torch.device("cpu") if self._polls else device
-            self._watch = Watch(rank, size, index)
 
     @classmethod
     def join(cls, timeout: float = 60.0, ranks: int | None = None, members: Any = None) -> Group:
@@ -96,7 +81,7 @@ class Group:
         try:
             if error is None:
                 self.objects(None, what="end")
-        except RankError as raised:
+        except BaseException as raised:
             error = raised
             raise
         finally:
@@ -121,29 +106,23 @@ class Group:
         Raises:
             RankError: a rank is gone or does not answer.
         """
+        return self.start_all_gather(tensor, sizes, dim, what=what)()
+
+    def start_all_gather(
+        self, tensor: Tensor, sizes: Sequence[int] | None = None, dim: int = 0, *, what: str = "gather"
+    ) -> Callable[[], list[Tensor]]:
+        """`all_gather` in two steps: the function that is returned waits. In between the rank computes while it sends.
+
+        The tensor must not change in between, and no other exchange may start.
+        """
         if self.size == 1:
-            return [tensor]
+            return lambda: [tensor]
+        finish = self._start_all_gather(tensor, sizes, dim, what)
         if needs_gradient(tensor):
             from hf_attn_plugins.parallel.comm.collectives import AllGather
 
-            return list(AllGather.apply(self, tensor, sizes, dim, what))
-        return self._all_gather(tensor, sizes, dim, what)
-
-    def all_to_all(
-        self, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]], *, what: str = "exchange"
-    ) -> list[Tensor]:
-        """Send `pieces[r]` to rank r; return what each rank sent here, in the order of the ranks; not differentiable.
-
-        Args:
-            pieces: one tensor per rank, of any shapes (also empty ones) and one dtype.
-            shapes: the shape of the tensor that each rank sends here. Both sides know it, so no sizes are sent.
-
-        Raises:
-            RankError: a rank is gone or does not answer.
-        """
-        if self.size == 1:
-            return [pieces[0]]
-        return self._all_to_all(pieces, shapes, what)
+            return lambda: list(AllGather.apply(self, tensor, finish, what))
+        return finish
 
     def gather_partials(self, part: Partial, *, what: str = "merge") -> list[Partial]:
         """The partial results of all ranks, in the order of the ranks, each sent as one message; differentiable.
@@ -161,7 +140,7 @@ class Group:
 
     def _gather_partials(self, part: Partial, what: str) -> list[Partial]:
         out, lse = to_bytes(part.out), to_bytes(part.lse)
-        packed = self._all_gather(torch.cat([out, lse]), None, 0, what)
+        packed = self._start_all_gather(torch.cat([out, lse]), None, 0, what)()
         return [
             Partial(
                 from_bytes(message[: len(out)], part.out.dtype, part.out.shape),
@@ -169,98 +148,3 @@ class Group:
             )
             for message in packed
         ]
-
-    def broadcast(self, tensor: Tensor, source: int, *, what: str = "broadcast") -> Tensor:
-        """The tensor of rank `source`, on every rank; other ranks pass one of the same shape and dtype."""
-        if self.size == 1:
-            return tensor
-        message = to_bytes(tensor).to(self._wire, copy=True)
-        others = (self.size - 1) * len(message)
-        sent, received = (others, 0) if self.rank == source else (0, len(message))
-        with self._exchange(what, sent, received) as wait:
-            wait(dist.broadcast(message, group_src=source, group=self._handle, async_op=True))
-        return from_bytes(message.to(tensor.device), tensor.dtype, tensor.shape)
-
-    def collect(self, tensor: Tensor, *, what: str = "collect") -> Tensor:
-        """Combine tensors of one shape in which each element is non-zero on at most one rank."""
-        if self.size == 1:
-            return tensor
-        message = to_bytes(tensor).to(self._wire, copy=True)
-        others = (self.size - 1) * len(message)
-        with self._exchange(what, others, others) as wait:
-            # The bytes are added up; at each place all ranks but one have zero bytes.
-            wait(dist.all_reduce(message, group=self._handle, async_op=True))
-        return from_bytes(message.to(tensor.device), tensor.dtype, tensor.shape)
-
-    def sum(self, tensor: Tensor, *, what: str = "sum") -> Tensor:
-        """The sum over ranks of tensors with one shape and dtype, on every rank; not differentiable."""
-        if self.size == 1:
-            return tensor
-        total = tensor.detach().to(self._wire, copy=True)
-        others = (self.size - 1) * total.numel() * total.element_size()
-        with self._exchange(what, others, others) as wait:
-            wait(dist.all_reduce(total, group=self._handle, async_op=True))
-        return total.to(tensor.device)
-
-    def objects(self, value: Any, *, what: str = "objects") -> list[Any]:
-        """The values of all ranks, in the order of the ranks, on every rank. Each is pickled: for small values only."""
-        if self.size == 1:
-            return [value]
-        message = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        sizes = [int(size) for size in self._all_gather(torch.tensor([len(message)]), None, 0, what)]
-        return [pickle.loads(data.numpy().tobytes()) for data in self._all_gather(message, sizes, 0, what)]
-
-    def _all_gather(self, tensor: Tensor, sizes: Sequence[int] | None, dim: int, what: str) -> list[Tensor]:
-        lengths = [tensor.shape[dim]] * self.size if sizes is None else list(sizes)
-        if len(lengths) != self.size or tensor.shape[dim] != lengths[self.rank]:
-            raise ValueError(
-                f"rank {self.rank} gathers shards of lengths {lengths} and has one of {tensor.shape[dim]}: pass the "
-                f"length of dimension {dim} on each of the {self.size} ranks."
-            )
-        longest, moved = max(lengths), tensor.movedim(dim, 0)
-        if len(moved) < longest:
-            moved = torch.cat([moved, moved.new_zeros(longest - len(moved), *moved.shape[1:])])
-        message = to_bytes(moved).to(self._wire)
-        gathered = message.new_empty(self.size * len(message))
-        others = (self.size - 1) * len(message)
-        with self._exchange(what, others, others) as wait:
-            if len(message):
-                wait(_GATHER(gathered, message, group=self._handle, async_op=True))
-        shards = from_bytes(gathered.to(tensor.device), tensor.dtype, (self.size, *moved.shape))
-        return [shard[:length].movedim(0, dim) for shard, length in zip(shards, lengths, strict=True)]
-
-    def _all_to_all(self, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]], what: str) -> list[Tensor]:
-        if len(pieces) != self.size or len(shapes) != self.size:
-            raise ValueError(
-                f"all_to_all among {self.size} ranks needs as many pieces and shapes, got {len(pieces)}, {len(shapes)}."
-            )
-        device, dtype = pieces[self.rank].device, pieces[self.rank].dtype
-        messages = [to_bytes(piece).to(self._wire) for piece in pieces]
-        sent = [len(message) for message in messages]
-        arriving = [num_bytes(shape, dtype) for shape in shapes]
-        received = messages[0].new_empty(sum(arriving))
-        with self._exchange(what, sum(sent) - sent[self.rank], sum(arriving) - arriving[self.rank]) as wait:
-            all_sent = torch.cat(messages)
-            wait(dist.all_to_all_single(received, all_sent, arriving, sent, group=self._handle, async_op=True))
-        parts = received.to(device).split(arriving)
-        return [from_bytes(part, dtype, shape) for part, shape in zip(parts, shapes, strict=True)]
-
-    @contextlib.contextmanager
-    def _exchange(self, what: str, sent: int, received: int) -> Iterator[Callable[[Any], None]]:
-        """Count an exchange, give the function that waits for it, and turn a backend's error into a `RankError`."""
-        if self._handle is None or self._watch is None:
-            raise RuntimeError(f"the group of rank {self.rank} was left: open a new context_parallel(...).")
-        self.traffic.add(what, sent, received)
-        self._watch.enter(what)
-        try:
-            yield self._wait
-        except RuntimeError as error:  # gloo and NCCL raise it for a lost or silent rank
-            raise self._watch.diagnose(what, self.timeout, error) from error
-        self._watch.passed()
-
-    def _wait(self, work: Any) -> None:
-        if not self._polls:
-            work.wait()
-            return
-        assert self._watch is not None
-        self._watch.wait_for(work, self.timeout, LOOK)

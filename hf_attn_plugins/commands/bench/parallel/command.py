@@ -1,144 +1,114 @@
-"""`hf-attn bench parallel`: bytes, memory and work per rank, counted from the plans and measured on processes."""
+"""`hf-attn bench parallel`: bytes, memory and work per rank; a real prompt on ranks; memory of training.
+
+Every finished measurement is kept in parallel.json, so that the command can be stopped and goes on where it was. A file
+that other code or other settings wrote is refused: no table mixes two states.
+"""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from hf_attn_plugins.bench.ranks import launched
-from hf_attn_plugins.bench.timing import write_table
-from hf_attn_plugins.cqs.planning.cost import CallShape
-from hf_attn_plugins.parallel.costs import Cost, costs
-from hf_attn_plugins.parallel.forms import Form, ring
+from hf_attn_plugins.bench.hardware import describe
+from hf_attn_plugins.commands.bench.parallel import prompt, training, volumes
+from hf_attn_plugins.commands.bench.parallel.report import report
+from hf_attn_plugins.core.staging import put
 
-SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
-NAME, TITLE = "parallel", "Several ranks: what each method sends, holds and computes"
+VOLUMES = ("length", "heads", "kv_heads", "head_dim", "layers", "dtype", "block_size", "halo_size", "workers", "rounds")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Count, measure, print row by row, write the table.
+    """Measure what is missing, then write the tables.
 
     Raises:
-        ValueError: a size below 1, or options that do not fit the length or the ranks.
-        OSError: the ranks cannot be launched, or one of them failed; the message has its last line.
+        ValueError: a size out of range, or a file of other code, settings or hardware.
+        OSError: the ranks cannot be launched, or one of them failed; the message has its first error.
     """
-    for name in ("length", "heads", "kv_heads", "head_dim", "layers", "ranks"):
-        given = getattr(arguments, name)
-        if (min(given) if isinstance(given, list) else given) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {given}: at least 1 is needed.")
-    if any(arguments.heads % kv_heads for kv_heads in arguments.kv_heads):
-        raise ValueError(f"--heads {arguments.heads} is no multiple of each of --kv-heads {arguments.kv_heads}.")
-    cases = [(kv_heads, form) for kv_heads in arguments.kv_heads for form in forms(arguments)]
-    rows = []
-    for ranks in sorted(set(arguments.ranks)):
-        counts = [counted(arguments, form, ranks, kv_heads) for kv_heads, form in cases]  # refuses what does not fit
-        reports = measured(arguments, cases, ranks) if ranks <= arguments.measure_up_to else [None] * len(cases)
-        for (kv_heads, form), row, report in zip(cases, counts, reports, strict=True):
-            row |= _comparison(plan_costs(arguments, form, ranks, kv_heads), report, arguments.layers)
-            print("  ".join(f"{k} {_cell(v)}" for k, v in row.items()), flush=True)
-            rows.append(row)
-    rows.sort(key=lambda row: [f"{arguments.heads}:{n}" for n in arguments.kv_heads].index(row["heads"]))
-    print("written to", write_table(arguments.out, NAME, TITLE, rows, notes(arguments)))
+    volumes.check(arguments)
+    prompt.check(arguments)
+    cases = training.cases(arguments)
+    record = Record(arguments, cases)
+    end = math.inf if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
+    for what, step in record.steps():
+        if time.monotonic() > end:
+            print("stopped: run the same command to go on")
+            break
+        print(what, flush=True)
+        step()
+        record.save()
+    print("written to", report(record.done, volumes.notes(arguments), arguments.out))
 
 
-def forms(arguments: argparse.Namespace) -> list[Form]:
-    """The rows for one number of ranks and heads, with the options of the command line that each method has."""
-    block = arguments.block_size or max(1, arguments.length // 8)
-    star = {"block_size": block, "anchor": "recompute"}
-    cqs = {"workers": arguments.workers, "rounds": arguments.rounds}
-    return [
-        Form("tiled", "tiled_attention", True, {"exchange": "gather"}),
-        Form("tiled, heads", "tiled_attention", True, {"exchange": "heads"}),
-        Form("ring", None, True),
-        Form("star", "star_attention", False, star),
-        Form("star, near", "star_attention", False, {**star, "halo_size": arguments.halo_size or block}),
-        Form("cqs", "cqs_attention", True, cqs),
-    ]
+class Record:
+    """The measurements in parallel.json, by part."""
+
+    def __init__(self, arguments: argparse.Namespace, cases: list[dict[str, Any]]) -> None:
+        self.arguments, self.cases, self.path = arguments, cases, arguments.out / "parallel.json"
+        given = vars(arguments)
+        about = {
+            "volumes": {name: given[name] for name in VOLUMES},
+            "prompt": {name: given[name] for name in prompt.SETTINGS},
+            "training": {name: given[name] for name in training.SETTINGS},
+        }
+        fresh = {"hardware": describe(), "code": code_digest(), "about": about}
+        self.done: dict[str, Any] = {**fresh, "rows": [], "prompt": {}, "training": {}}
+        if self.path.exists() and not arguments.anew:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+            differing = [name for name, value in fresh.items() if found.get(name) != value]
+            if differing:
+                raise ValueError(
+                    f"{self.path} was measured with other {', '.join(differing)}: start again with --anew, or use "
+                    "another --out."
+                )
+            self.done = found
+
+    def save(self) -> None:
+        """Write the file, whole."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.done, indent=1) + "\n"
+        put(self.path, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def steps(self) -> Iterator[tuple[str, Callable[[], None]]]:
+        """(what, measurement) of everything that is not in the file yet."""
+        a = self.arguments
+        if "volumes" in a.only:
+            for ranks in sorted(set(a.ranks) - {row["ranks"] for row in self.done["rows"]}):
+                yield f"volumes: {ranks} ranks", partial(self.volumes, ranks)
+        if "prompt" in a.only:
+            for index in range(a.prompt_rounds):
+                for key, name, link in prompt.cases(a):
+                    if index >= len(self.done["prompt"].get(key, [])):
+                        yield f"prompt: {key}, round {index + 1}", partial(self.prompt, key, name, link, index)
+        if "training" in a.only:
+            for case in self.cases:
+                if case["key"] not in self.done["training"]:
+                    yield f"training: {case['key']}", partial(self.training, case)
+
+    def volumes(self, ranks: int) -> None:
+        """Count and measure one number of ranks."""
+        rows = self.done["rows"] + volumes.rows_of(self.arguments, ranks)
+        order = [f"{self.arguments.heads}:{n}" for n in self.arguments.kv_heads]
+        self.done["rows"] = sorted(rows, key=lambda row: (order.index(row["heads"]), row["ranks"]))
+
+    def prompt(self, key: str, name: str, link: str | None, index: int) -> None:
+        """One round of a method: one process and ranks, in an order that alternates."""
+        self.done["prompt"].setdefault(key, []).append(prompt.measure(self.arguments, name, link, index))
+
+    def training(self, case: dict[str, Any]) -> None:
+        """One launch."""
+        self.done["training"][case["key"]] = training.measure(self.arguments, case)
 
 
-def plan_costs(arguments: argparse.Namespace, form: Form, ranks: int, kv_heads: int) -> list[Cost]:
-    """The cost of one layer, for each rank."""
-    size = SIZES[arguments.dtype]
-    shape = CallShape(arguments.heads, kv_heads, arguments.head_dim, arguments.head_dim, size)
-    if form.name is None:
-        return ring(arguments.length, ranks, shape)
-    return costs(form.name, arguments.length, ranks, shape, **form.options)
-
-
-def counted(arguments: argparse.Namespace, form: Form, ranks: int, kv_heads: int) -> dict[str, Any]:
-    """The figures of a row, counted from the plan; each is the largest of all ranks."""
-    per_rank = plan_costs(arguments, form, ranks, kv_heads)
-    most = {field: max(getattr(cost, field) for cost in per_rank) for field in vars(per_rank[0])}
-    dense = arguments.length * (arguments.length + 1) // 2
-    return {
-        "method": form.label,
-        "heads": f"{arguments.heads}:{kv_heads}",
-        "ranks": ranks,
-        "received KiB": most["received"] // 2**10,
-        "sent KiB": most["sent"] // 2**10,
-        "all ranks KiB": sum(cost.sent for cost in per_rank) // 2**10,
-        "held KiB": most["held"] // 2**10,
-        "cache KiB": most["cache"] // 2**10,
-        "decode B": most["decode"],
-        "pairs": most["pairs"] / dense,
-        "rows": most["rows"] / arguments.length,
-    }
-
-
-def _comparison(planned: list[Cost], reports: list[dict[str, Any]] | None, layers: int) -> dict[str, Any]:
-    """The measured columns: whether the measured figures equal the counted ones, and peak memory."""
-    if reports is None:
-        return {"as counted": "", "peak MiB": ""}
-    # One rank runs the plugin itself, which makes no exchange and follows another plan than the counted one.
-    wrong = differences(planned, reports, layers) if len(reports) > 1 else []
-    peaks = [report["peak"] for report in reports]
-    return {
-        "as counted": "; ".join(wrong) or ("yes" if len(reports) > 1 else ""),
-        "peak MiB": "" if None in peaks else max(peaks) / 2**20,
-    }
-
-
-def measured(
-    arguments: argparse.Namespace, cases: list[tuple[int, Form]], ranks: int
-) -> list[list[dict[str, Any]] | None]:
-    """The reports of all ranks of one launch, for each case (key heads, form); None for a formula."""
-    sizes = {field: getattr(arguments, field) for field in ("length", "heads", "head_dim", "layers", "dtype")}
-    requests = [{**sizes, "kv_heads": n, "name": form.name, "options": form.options} for n, form in cases if form.name]
-    module = "hf_attn_plugins.commands.bench.parallel.rank"
-    with launched(module, requests, ranks, arguments.timeout) as folder:
-        files = [json.loads((folder / f"rank-{r}.json").read_text(encoding="utf-8")) for r in range(ranks)]
-    reports = iter([list(each) for each in zip(*files, strict=True)])
-    return [next(reports) if form.name else None for _, form in cases]
-
-
-def differences(costs: list[Cost], reports: list[dict[str, Any]], layers: int) -> list[str]:
-    """The figures of each rank that differ from the counted ones times the layers, as text."""
-    wrong = []
-    for rank, (cost, report) in enumerate(zip(costs, reports, strict=True)):
-        for field in ("sent", "received", "cache", "decode", "pairs", "rows"):
-            expected = getattr(cost, field) * (1 if field == "rows" else layers)
-            if report[field] != expected:
-                wrong.append(f"rank {rank}: {field} {report[field]} instead of {expected}")
-    return wrong
-
-
-def notes(arguments: argparse.Namespace) -> str:
-    """The meaning of the columns, printed below the table."""
-    cases = ", ".join(f"{form.label} {form.options}" for form in forms(arguments) if form.options)
-    return f"""\
-One prompt of {arguments.length} tokens, head_dim {arguments.head_dim}, {arguments.dtype}; {cases}. `heads` are those of
-queries and of keys.
-All figures are for one layer and counted from the plans; each is the largest over the ranks. `received`, `sent`: bytes
-from and to other ranks in a prefill, forward; `all ranks`: bytes that all ranks together send. `held`: queries, keys,
-values and results on a rank at once, received ones included. `cache`: keys and values that stay. `decode`: bytes
-received per generated token. `pairs`: (query, key) pairs computed over those of dense causal attention in one process.
-`rows`: tokens through projections and MLP over the prompt's. `tiled, heads` is Ulysses; `ring` is a formula, not run.
-`as counted`: whether processes on gloo (random Llama, {arguments.layers} layers, hidden size \
-{arguments.heads * arguments.head_dim}) sent and received exactly these bytes, kept exactly this cache, computed exactly
-these pairs (as the kernels' masks show them) and rows, on every rank. `peak MiB`: measured, the largest peak of a rank
-above its start during the whole prefill, model apart, hidden states, MLP and what the backend holds included."""
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def code_digest() -> str:
+    """SHA-256 of the package's sources: Python and C."""
+    folder, found = Path(__file__).parents[3], hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".c", ".h")):
+        found.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()[:16]

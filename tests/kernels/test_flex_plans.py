@@ -165,8 +165,18 @@ PACKED = torch.tensor([[0] * 12 + [1] * 24, [3] * 36])
 REAL = torch.stack([(torch.arange(36) >= 7), torch.arange(36) < 23])
 
 
-@pytest.mark.parametrize("heads", [(), (1,)], ids=["sparse", "a dense head"])
-@pytest.mark.parametrize("name", ["plain", "padding and a window", "packed", "softcap", "float bias"])
+STARS = ("plain", "padding and a window", "packed", "softcap", "float bias")
+QUICK = (("plain", (1,)), ("padding and a window", ()), ("packed", (1,)), ("softcap", ()))  # the others: -m grid
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        pytest.param(name, heads, marks=[] if (name, heads) in QUICK else pytest.mark.grid)
+        for name in STARS
+        for heads in ((), (1,))
+    ],
+)
 def test_star_is_one_call(name, heads, calls):
     bias = torch.randn(1, 1, 36, 36, generator=torch.Generator().manual_seed(0))
     mask, spans, window, softcap = {
@@ -189,7 +199,7 @@ def test_star_is_one_call(name, heads, calls):
     assert len(calls) == (2 if name == "float bias" and heads else 1)  # a mask tensor goes head by head
 
 
-@pytest.mark.parametrize("workers", [7, (3, 2)], ids=str)
+@pytest.mark.parametrize("workers", [7, pytest.param((3, 2), marks=pytest.mark.grid)], ids=str)
 @pytest.mark.parametrize("name", ["causal", "all pairs", "prefix and softcap", "window"])
 def test_cqs_is_one_call(name, workers, calls):
     fields = {

@@ -49,7 +49,7 @@ BENCH = "hf_attn_plugins.commands.bench"
 SAME_OUT = "run the same command to continue, with the same --out"
 
 _BENCH = {
-    "decode": ("decode", "speed of one step of decoding against PyTorch's attention"),
+    "decode": ("decode", "speed of one layer's step of decoding, tiled_attention against sdpa"),
     "front": ("front.command", "accuracy against speed: star's plans, tuned ones, windows and exact attention"),
     "gpu": ("gpu.command", "Triton kernels on a GPU: check the results, then measure speed"),
     "indexed": ("indexed.command", "speed of indexed attention against the direct form; training on a real text"),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 HIDDEN = -(2**31)  # as triton/tiles.py HIDDEN: the label of keys that no row sees
+_SEEN, _HIDDEN = torch.zeros((), dtype=torch.int32), torch.full((), HIDDEN, dtype=torch.int32)  # faster than numbers
 LABEL_CHUNK = 64  # columns whose labels are summarised together
 MOST_CHUNKS = 1024  # beyond which chunks grow, so that the summary stays small
 
@@ -29,7 +30,7 @@ def make_labels(
     if query_segments is None or key_segments is None:
         if key_padding is None:
             return None
-        return Labels(None, torch.where(key_padding, 0, HIDDEN).to(torch.int32).contiguous())
+        return Labels(None, torch.where(key_padding, _SEEN, _HIDDEN).contiguous())
     keys = key_segments.to(torch.int32)
     if key_padding is not None:
         keys = torch.where(key_padding, keys, HIDDEN)

@@ -191,6 +191,7 @@ FEW = {  # (rows of a key head, keys, padded): whether the compiled kernel is ch
     "three heads share, too few keys": ((3, 300, False), False),
     "three heads share": ((3, 700, False), True),
     "padded, three heads share": ((3, 300, True), True),
+    "padded, a head of its own": ((1, 300, True), True),
     "padded, fewer keys than ever": ((3, 200, True), False),
     "more rows than measured": ((24, 8192, False), False),
 }

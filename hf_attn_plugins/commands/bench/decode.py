@@ -1,18 +1,19 @@
-"""`hf-attn bench decode`: one step of decoding, `attend` against `F.scaled_dot_product_attention`, in one run."""
+"""`hf-attn bench decode`: one layer's step of decoding, `tiled_attention` against `sdpa`, in one run."""
 
 from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_attn_plugins.bench.timing import rounds, spread, write_table
 from hf_attn_plugins.core.mask import Mask
-from hf_attn_plugins.kernels.attend import attend
+from hf_attn_plugins.hf.masks.structured_mask import Structure, travelling
 from hf_attn_plugins.kernels.choose import choose
 
 HEADS = ((8, 8), (8, 4), (9, 3), (32, 8))
@@ -38,13 +39,23 @@ def run(arguments: argparse.Namespace) -> None:
                     shown = (f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items())
                     print("  ".join(shown), flush=True)
     notes = (
-        "Ratio: seconds of `F.scaled_dot_product_attention` divided by seconds of `attend`, both medians of "
-        f"{arguments.repeats} rounds of the same run; above 1 `attend` is faster. `spread`: the smallest and the "
-        f"largest ratio of one round. head_dim {HEAD_DIM}. Rows behind the first see one key more each. Padding is on "
-        "the left, the 8th part of the keys at most; SDPA gets it as Transformers gives it, a mask tensor. `kernel` is "
-        "what `kernels.choose` chose."
+        "Ratio: seconds of Transformers' function for `sdpa` divided by seconds of that for `tiled_attention`, both "
+        f"medians of {arguments.repeats} rounds of the same run, called as a layer calls them; above 1 "
+        "`tiled_attention` is faster. `spread`: the smallest and the largest ratio of one round. "
+        f"head_dim {HEAD_DIM}. Rows behind the first see one key more each. Padding is on the left, the 8th part of the "
+        "keys at most. `kernel` is what `kernels.choose` chose."
     )
-    print("written to", write_table(arguments.out, "decode", "One step of decoding against PyTorch", rows, notes))
+    print("written to", write_table(arguments.out, "decode", "One layer's step of decoding", rows, notes))
+
+
+class Layer(nn.Module):
+    """What the functions read of an attention layer."""
+
+    is_causal = True
+
+    def __init__(self, group_size: int) -> None:
+        super().__init__()
+        self.num_key_value_groups = group_size
 
 
 def _measure(
@@ -53,18 +64,20 @@ def _measure(
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(batch, heads[0], rows, HEAD_DIM, generator=generator).to(dtype)
     key, value = (torch.randn(batch, heads[1], keys, HEAD_DIM, generator=generator).to(dtype) for _ in range(2))
-    mask, tensor = Mask(causal=True), None
+    mask = Mask(causal=True)
     if padded:
         first = torch.arange(batch).unsqueeze(-1) * (keys // 8) // batch
         mask = mask.replace(key_padding=torch.arange(keys) >= first)
-    if padded or rows > 1:
-        tensor = mask.visible(torch.arange(rows), torch.arange(keys), keys - rows, batch)
+    structure = Structure(mask, (batch, 1, rows, keys), True, ("causal",), skippable=rows == 1 and not padded)
+    masks = {"sdpa": None if structure.skippable else structure.tensor(query.device), "ours": travelling(structure)}
+    module = Layer(heads[0] // heads[1])
 
-    def sdpa() -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=tensor, enable_gqa=heads[0] != heads[1])
+    def call(name: str, function: Any) -> Callable[[], Any]:
+        return lambda: function(module, query, key, value, masks[name], scaling=HEAD_DIM**-0.5, dropout=0.0)
 
+    sdpa, ours = (ALL_ATTENTION_FUNCTIONS[name] for name in ("sdpa", "tiled_attention"))
     with torch.no_grad():
-        seconds = rounds({"sdpa": sdpa, "ours": lambda: attend(query, key, value, mask=mask)}, repeats)
+        seconds = rounds({"sdpa": call("sdpa", sdpa), "ours": call("ours", ours)}, repeats)
     trimmed, _ = mask.trimmed(rows, keys)
     return {
         "dtype": str(dtype).removeprefix("torch."),

@@ -15,23 +15,25 @@ class FusedFrom(NamedTuple):
 
     Attributes:
         rows, full, few: for many rows, for many rows that see all keys, and for a few rows (below `SPLIT_ROWS`).
-        least, most: rows of all heads that share a key head; with fewer or more of them, a few rows never win.
-        scores: these rows x keys, from which on a few rows win that see every key. PyTorch's operator has more to do
-            for padding.
+        most: rows of all heads that share a key head; more of them never win.
+        least, scores: these rows, and these rows x keys, from which on they win where every row sees every key. With
+            padding, and where rows see other keys than one another, PyTorch's operator has more to do, and they win
+            from `few` on.
     """
 
     rows: int
     full: int
     few: int
-    least: int = 1
     most: int = 256
+    least: int = 1
     scores: int = 0
 
     def few_win(self, query: Tensor, key: Tensor, mask: Mask) -> bool:
         """Whether the compiled kernels win for these few rows."""
         rows, keys = query.shape[2] * (query.shape[1] // key.shape[1]), key.shape[2]
-        enough = rows * keys >= self.scores or not mask.has_no_tensors()
-        return enough and keys >= self.few and self.least <= rows <= self.most
+        if keys < self.few or rows > self.most:
+            return False
+        return mask.causal or not mask.has_no_tensors() or (rows >= self.least and rows * keys >= self.scores)
 
 
 # By instruction set and dtype. Only what was measured stands here (kernels/README.md); anything else is never chosen.

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
         "Ratio: seconds of Transformers' function for `sdpa` divided by seconds of that for `tiled_attention`, both "
         f"medians of {arguments.repeats} rounds of the same run, called as a layer calls them; above 1 "
         "`tiled_attention` is faster. `spread`: the smallest and the largest ratio of one round. "
-        f"head_dim {HEAD_DIM}. Rows behind the first see one key more each. Padding is on the left, the 8th part of the "
+        f"head_dim {HEAD_DIM}. Rows behind the first see one key more each. Padding is on the left, an 8th of the "
         "keys at most. `kernel` is what `kernels.choose` chose."
     )
     print("written to", write_table(arguments.out, "decode", "One layer's step of decoding", rows, notes))

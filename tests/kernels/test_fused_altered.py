@@ -142,7 +142,7 @@ def test_a_compiled_graph_has_the_gradient_of_the_bias(kind):
 
 
 REFUSED = {
-    "float16": (dict(mask=torch.zeros(40, 40, dtype=torch.float16)), "float16: bool, float32 or bfloat16"),
+    "float64": (dict(mask=torch.zeros(40, 40, dtype=torch.float64)), "float64: bool, float32, bfloat16 or float16"),
     "a gradient of padding": (dict(mask=torch.zeros(1, 1, 1, 40, requires_grad=True)), "the same for many rows"),
     "a gradient beside a softcap": (
         dict(mask=torch.zeros(40, 40, requires_grad=True), softcap=5.0),

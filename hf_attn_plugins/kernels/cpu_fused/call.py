@@ -58,7 +58,7 @@ def reason_against(
 ) -> str | None:
     """Why `cpu_fused` cannot do this call; None when it can."""
     if query.device.type != "cpu" or query.dtype not in STORED:
-        return f"{query.dtype} on {query.device.type}: they are for float32 and bfloat16 on CPUs"
+        return f"{query.dtype} on {query.device.type}: they are for float32, bfloat16 and float16 on CPUs"
     if any(dim % 16 or not 16 <= dim <= MAX_DIM for dim in (query.shape[-1], value.shape[-1])):
         return f"head_dim {query.shape[-1]} and {value.shape[-1]}: multiples of 16 up to {MAX_DIM} are needed"
     if mask.predicate is not None:
@@ -72,7 +72,7 @@ def reason_against(
 
 def _reason_against_bias(query: Tensor, key: Tensor, bias: Tensor, softcap: float | None) -> str | None:
     if bias.dtype not in BIASES:
-        return f"a mask tensor in {bias.dtype}: bool, float32 or bfloat16 is needed"
+        return f"a mask tensor in {bias.dtype}: bool, float32, bfloat16 or float16 is needed"
     if not (bias.requires_grad and torch.is_grad_enabled()):
         return None
     if softcap is not None:

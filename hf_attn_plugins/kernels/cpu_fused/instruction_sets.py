@@ -43,10 +43,10 @@ class InstructionSet(NamedTuple):
     walked: tuple[int, int] | None = None
 
 
-AVX2 = ("-mavx2", "-mfma")
+AVX2 = ("-mavx2", "-mfma", "-mf16c")  # every CPU with AVX2 has the other two
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 AVX512_BF16 = (*AVX512, "-mavx512bf16")
-STORED = (torch.float32, torch.bfloat16)  # in the order of vec.h
+STORED = (torch.float32, torch.bfloat16, torch.float16)  # in the order of vec.h
 # The first that the CPU has is used. Sources in `float32` multiply in float32, whatever the tensors are stored in.
 SETS = (
     InstructionSet("amx", X86, "amx_tile", "AMX", "bfloat16", (*AVX512_BF16, "-mamx-tile", "-mamx-bf16"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import sys
 from typing import NamedTuple
 
 import torch
@@ -81,6 +82,8 @@ def best(dtype: torch.dtype, most: str | None = None) -> InstructionSet | str:
     fitting = [one for one in SETS[names.index(most) if most else 0 :] if dtype in one.dtypes]
     here = platform.machine().lower()
     for one in fitting:
+        if one.name == "amx" and sys.platform == "win32":
+            continue  # GCC's own header of AMX takes strides as `long`, 32 bits there, and does not assemble
         if here in one.machine and (not one.feature or cpu_has(one.feature)):
             return one
     wanted = ", ".join(one.title for one in fitting)

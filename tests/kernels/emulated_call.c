@@ -6,6 +6,10 @@
 #include "call.h"
 #include <stdio.h>
 #include <stdlib.h>
+#ifdef _WIN32
+#include <fcntl.h>
+#include <io.h>
+#endif
 
 int64_t hf_call_size(void);
 void hap_forward(const Call *call);
@@ -23,6 +27,10 @@ int main(void) {
     int64_t function, size, count, place[MOST][2];
     char *buffers[MOST];
     Call call;
+#ifdef _WIN32
+    _setmode(_fileno(stdin), _O_BINARY);
+    _setmode(_fileno(stdout), _O_BINARY);
+#endif
     get(&function, sizeof function);
     get(&size, sizeof size);
     if (size != (int64_t)sizeof call || size != hf_call_size())

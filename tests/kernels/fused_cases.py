@@ -204,7 +204,7 @@ def drawn_changes(seed: int, inputs: tuple[Tensor, ...]) -> dict:
     density = pick(0.2, 0.9, 1.0)
     real = torch.rand(shape, generator=generator) < density
     bias = 3 * torch.randn(shape, generator=generator)
-    dtype = pick(torch.bool, torch.float32, torch.bfloat16)
+    dtype = pick(torch.bool, torch.float32, torch.bfloat16, torch.float16)
     bias = real if dtype == torch.bool else bias.masked_fill(~real, -torch.inf).to(dtype)
     if pick(True, False):
         bias = bias.mT.contiguous().mT  # neighbours are rows

@@ -262,7 +262,7 @@ def test_the_struct_has_one_size_in_python_and_in_c(monkeypatch):
 
 
 REFUSED = {
-    "float16": (dict(), torch.float16, 32, "float32 and bfloat16"),
+    "float64": (dict(), torch.float64, 32, "float32, bfloat16 and float16"),
     "head_dim": (dict(), BF16, 24, "multiples of 16"),
     "predicate": (dict(mask=Mask(predicate=lambda b, h, q, k: k <= q)), BF16, 32, "predicate"),
 }

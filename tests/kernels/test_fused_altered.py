@@ -66,6 +66,8 @@ def test_softcap(kind, name, shape):
 @pytest.mark.parametrize("softcap", [0.5, 50.0, 1e4])
 @pytest.mark.parametrize("rows", [3, 90])
 def test_softcaps_from_saturated_to_nearly_none(kind, softcap, rows):
+    if kind.dtype == torch.float16:
+        softcap = min(softcap, 1e3)  # plain attention in float16 has no finite gradient of the query with 1e4
     inputs = sharp_inputs(1, HEADS, 2, rows, 150, 64, dtype=kind.dtype)
     check_call(inputs, Mask(causal=True), visibility(rows, 150, is_causal=True), softcap=softcap)
 
@@ -90,6 +92,7 @@ def test_both_and_a_plan(kind, name):
 def test_a_row_whose_keys_all_have_the_lowest_number_sees_them_all(kind, rows, lowest):
     """Transformers writes the lowest number where a key is hidden. The softmax of such a row is uniform."""
     query, key, value = sharp_inputs(1, 4, 2, rows, 200, 32, dtype=kind.dtype)
+    lowest = max(lowest, torch.finfo(kind.dtype).min)  # -65504 in float16
     bias = torch.where(visibility(rows, 200, is_causal=True, offset=100), 0.0, lowest)
     bias[:, :, 1] = lowest
     query[:, :, 1] = 0
@@ -142,7 +145,7 @@ def test_a_compiled_graph_has_the_gradient_of_the_bias(kind):
 
 
 REFUSED = {
-    "float16": (dict(mask=torch.zeros(40, 40, dtype=torch.float16)), "float16: bool, float32 or bfloat16"),
+    "float64": (dict(mask=torch.zeros(40, 40, dtype=torch.float64)), "float64: bool, float32, bfloat16 or float16"),
     "a gradient of padding": (dict(mask=torch.zeros(1, 1, 1, 40, requires_grad=True)), "the same for many rows"),
     "a gradient beside a softcap": (
         dict(mask=torch.zeros(40, 40, requires_grad=True), softcap=5.0),

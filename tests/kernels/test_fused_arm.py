@@ -13,12 +13,16 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
+from hf_attn_plugins.core.drops import ROOM
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.kernels.cpu_fused import build, call, layout
 from hf_attn_plugins.kernels.cpu_fused.instruction_sets import SETS, STORED
 from hf_attn_plugins.testing import sharp_inputs, visibility
-from tests.kernels.fused_cases import check_call, drawn, drawn_changes
+from tests.kernels import test_fused_dropout as dropping
+from tests.kernels import test_fused_float32 as storage
+from tests.kernels.fused_cases import Kind, check_call, drawn, drawn_changes
 from tests.kernels.test_attend import MASKS, as_mask
 from tests.kernels.test_attend_rectangles import STAR, seen_by
 
@@ -65,9 +69,12 @@ def _pointers(c: layout.CallStruct):
         yield getattr(layout.CallStruct, name).offset, x.data, elements * size
     cells = c.batch * c.heads * c.num_rows
     chunks, shared = math.ceil(c.num_keys / NEON.split_keys), c.heads // c.kv_heads * c.num_rows
-    partials = max(c.parts * cells * c.dim, c.batch * c.kv_heads * chunks * shared * (c.dim_v + 2) * (c.parts == 0))
+    partials = max(
+        c.parts * cells * c.dim, c.batch * c.kv_heads * (chunks * shared * (c.dim_v + 2) + 1) * (c.parts == 0)
+    )
     row_blocks, key_blocks = (math.ceil(n / NEON.lanes) for n in (c.num_rows, c.num_keys))
     flat = {
+        "row_hashes": cells + ROOM, "key_hashes": c.batch * c.num_keys + ROOM,
         "lse": cells, "grad_lse": cells, "delta": cells, "lse_rest": cells,
         "row_labels": c.row_labels_batch * (c.batch - 1) + c.num_rows,
         "key_labels": c.key_labels_batch * (c.batch - 1) + c.num_keys,
@@ -126,3 +133,33 @@ def test_fuzz(dtype, seed):
     inputs, fields = drawn(seed, dtype)
     visible = visibility(inputs[0].shape[2], inputs[1].shape[2], **fields)
     check_call(inputs, as_mask(fields), visible, seed=seed, luck=3.0, **drawn_changes(seed, inputs))
+
+
+@pytest.mark.parametrize("dtype", STORED, ids=str)
+@pytest.mark.parametrize("rows, softcap", [(97, None), (40, 8.0)])
+def test_dropout_with_a_mask_tensor_or_a_softcap(dtype, rows, softcap):
+    dropping.test_out_and_gradients(Kind("neon", dtype), rows, softcap)
+
+
+@pytest.mark.parametrize("dtype", STORED, ids=str)
+@pytest.mark.parametrize("softcap", [0.5, 50.0])
+@pytest.mark.parametrize("rows", [3, 90])
+def test_softcap(dtype, softcap, rows):
+    inputs = sharp_inputs(1, 4, 2, rows, 150, 64, dtype=dtype)
+    check_call(inputs, Mask(causal=True), visibility(rows, 150, is_causal=True), softcap=softcap)
+
+
+@pytest.mark.parametrize("dtype", STORED, ids=str)
+@pytest.mark.parametrize("of", [torch.bool, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [3, 97])
+def test_mask_tensors(dtype, of, rows):
+    inputs = sharp_inputs(2, 4, 2, rows, 130, 32, dtype=dtype)
+    bias = torch.randn(2, 4, rows, 130, generator=torch.Generator().manual_seed(rows))
+    bias = bias > -0.5 if of == torch.bool else bias.masked_fill(bias < -1, -torch.inf).to(of).requires_grad_()
+    check_call(inputs, Mask(), visibility(rows, 130), bias=bias)
+
+
+def test_every_float16_is_read_and_written_exactly():
+    for rows in (3, 40):
+        storage.test_every_float16_is_read_and_written_exactly(Kind("neon", torch.float16), rows)
+        storage.test_float16_rounds_and_overflows_as_pytorch(Kind("neon", torch.float16), rows)

@@ -106,4 +106,5 @@ def test_pieces_of_a_plan_drop_what_the_whole_call_drops(kind):
     whole = attend(*inputs, dropout=P, kernel="cpu_fused")
     torch.manual_seed(3)
     parts = attend_rectangles(*inputs, plan, dropout=P, kernel="cpu_fused")
-    assert torch.allclose(whole.out.float(), parts.out.float(), atol=0.02 if kind.dtype == torch.bfloat16 else 1e-5)
+    rounding = {torch.bfloat16: 0.02, torch.float16: 0.0025, torch.float32: 1e-5}[kind.dtype]
+    assert torch.allclose(whole.out.float(), parts.out.float(), atol=rounding)

@@ -8,6 +8,9 @@
 #include <float.h>
 #include <math.h>
 #include <string.h>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
 #include "call.h"
 
 static inline int is_altered(const Call *call) { return call->softcap != 0 || call->bias || call->drop_below; }
@@ -35,9 +38,9 @@ typedef struct {
     int64_t row, key; /* strides in elements, 0 along a broadcast dimension */
     int dtype;
 } Bias;
-enum { FLOAT32_BIAS, BFLOAT16_BIAS, BOOL_BIAS }; /* as BIASES of layout.py */
+enum { FLOAT32_BIAS, BFLOAT16_BIAS, BOOL_BIAS, FLOAT16_BIAS }; /* as BIASES of layout.py */
 
-static inline int64_t size_of_bias(int dtype) { return dtype == FLOAT32_BIAS ? 4 : dtype == BFLOAT16_BIAS ? 2 : 1; }
+static inline int64_t size_of_bias(int dtype) { return dtype == FLOAT32_BIAS ? 4 : dtype == BOOL_BIAS ? 1 : 2; }
 
 static inline Bias bias_of(const Call *call, int64_t b, int64_t h) {
     const int64_t at = (b * call->bias_batch + h * call->bias_head) * size_of_bias(call->bias_dtype);
@@ -50,10 +53,22 @@ static inline float bias_element(const char *data, int64_t at, const int dtype) 
         return ((const float *)data)[at];
     if (dtype == BOOL_BIAS)
         return data[at] ? 0 : -INFINITY;
-    const uint32_t bits = (uint32_t)((const uint16_t *)data)[at] << 16;
+    const uint32_t half = ((const uint16_t *)data)[at];
+    uint32_t bits = dtype == BFLOAT16_BIAS ? half << 16 : (half & 0x7fff) << 13;
     float value;
     memcpy(&value, &bits, sizeof value);
-    return value;
+    if (dtype == BFLOAT16_BIAS)
+        return value;
+#if defined(__F16C__)
+    return _cvtsh_ss((uint16_t)half);
+#elif defined(__aarch64__)
+    __fp16 stored;
+    memcpy(&stored, (const uint16_t *)data + at, sizeof stored);
+    return stored;
+#else /* the exponent's bias is 15, that of float32 is 127 */
+    value = (half & 0x7c00) != 0x7c00 ? value * 0x1p112f : half & 0x3ff ? NAN : INFINITY;
+    return half & 0x8000 ? -value : value;
+#endif
 }
 
 /* The gradient of one head's bias, rows of num_keys; NULL where it is not wanted. */

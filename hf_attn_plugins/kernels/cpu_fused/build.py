@@ -28,13 +28,14 @@ import torch
 from hf_attn_plugins.core.files import cache_folder
 from hf_attn_plugins.core.staging import put
 from hf_attn_plugins.kernels.cpu_fused.instruction_sets import SETS, InstructionSet, allowed, best
+from hf_attn_plugins.kernels.cpu_fused.systems import SYSTEMS, system
 
 logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
 SWITCH = "HF_ATTN_PLUGINS_COMPILE"  # "0" turns the C kernels off: none is compiled, and no shipped one is loaded
-COMPILERS = ("cc", "gcc", "clang")
-FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=fast", "-fPIC", "-shared", "-fopenmp")
+SYSTEM = system()
+COMPILERS, FLAGS, LIBRARIES, SUFFIX = SYSTEM or ((), (), (), "")
 SECONDS = 120  # after which a compiler is given up
 
 
@@ -72,8 +73,8 @@ def library(chosen: InstructionSet | None = None) -> ctypes.CDLL:
 @functools.cache
 def _state(name: str) -> tuple[ctypes.CDLL | None, str | None]:
     chosen = next(one for one in SETS if one.name == name)
-    if sys.platform != "linux":
-        return None, f"they are built on Linux only, not on {sys.platform}"
+    if system(sys.platform) is None:
+        return None, f"they are built on {', '.join(SYSTEMS)}, not on {sys.platform}"
     if os.environ.get(SWITCH) == "0":
         return None, f"{SWITCH}=0 is set"
     lacking = "this package came without compiled ones"
@@ -132,7 +133,7 @@ def _loaded(compiler: str, chosen: InstructionSet) -> ctypes.CDLL:
 def _built(compiler: str, chosen: InstructionSet) -> Path:
     """The library's file, compiled unless an earlier process has done so; complete or not there at all."""
     digest = _digest(chosen, _output(compiler, "--version"), *platform.libc_ver())
-    path = _cache() / f"fused_{chosen.name}_{digest}.so"
+    path = _cache() / f"fused_{chosen.name}_{digest}{SUFFIX}"
     if not _ours(path, stat.S_ISREG):
         if os.path.lexists(path):
             logger.warning("%s is not a file that only this user can write: compiled anew.", path)
@@ -145,7 +146,7 @@ def compile_library(compiler: str, chosen: InstructionSet, library: Path, *more:
     """Compile the sources of an instruction set to a file; `more` are further options of the compiler."""
     folder = HERE / chosen.folder
     sources = [str(source) for source in sorted(folder.glob("*.c"))]
-    _output(compiler, *FLAGS, *chosen.flags, *more, *sources, "-o", str(library), "-lm")
+    _output(compiler, *FLAGS, *chosen.flags, *more, *sources, "-o", str(library), *LIBRARIES)
     library.chmod(0o700)
 
 
@@ -163,6 +164,8 @@ def _ours(path: Path, kind: Callable[[int], bool]) -> bool:
         found = path.lstat()
     except FileNotFoundError:
         return False
+    if sys.platform == "win32":  # it has no such owner and mode: a user's folder is that user's by its access list
+        return kind(found.st_mode)
     return kind(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 

@@ -58,7 +58,7 @@ def reason_against(
 ) -> str | None:
     """Why `cpu_fused` cannot do this call; None when it can."""
     if query.device.type != "cpu" or query.dtype not in STORED:
-        return f"{query.dtype} on {query.device.type}: they are for float32 and bfloat16 on CPUs"
+        return f"{query.dtype} on {query.device.type}: they are for float32, bfloat16 and float16 on CPUs"
     dim, dim_v = query.shape[3], value.shape[3]
     if dim % 16 or dim_v % 16 or not (0 < dim <= MAX_DIM and 0 < dim_v <= MAX_DIM):
         return f"head_dim {dim} and {dim_v}: multiples of 16 up to {MAX_DIM} are needed"
@@ -73,7 +73,7 @@ def reason_against(
 
 def _reason_against_bias(query: Tensor, key: Tensor, bias: Tensor, softcap: float | None) -> str | None:
     if bias.dtype not in BIASES:
-        return f"a mask tensor in {bias.dtype}: bool, float32 or bfloat16 is needed"
+        return f"a mask tensor in {bias.dtype}: bool, float32, bfloat16 or float16 is needed"
     if not (bias.requires_grad and torch.is_grad_enabled()):
         return None
     if softcap is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import sys
 from typing import NamedTuple
 
 import torch
@@ -46,10 +47,10 @@ class InstructionSet(NamedTuple):
     pairs_first: bool = False
 
 
-AVX2 = ("-mavx2", "-mfma")
+AVX2 = ("-mavx2", "-mfma", "-mf16c")  # every CPU with AVX2 has the other two
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 AVX512_BF16 = (*AVX512, "-mavx512bf16")
-STORED = (torch.float32, torch.bfloat16)  # in the order of vec.h
+STORED = (torch.float32, torch.bfloat16, torch.float16)  # in the order of vec.h
 # The first that the CPU has is used. Sources in `float32` multiply in float32, whatever the tensors are stored in.
 SETS = (
     InstructionSet("amx", X86, "amx_tile", "AMX", "bfloat16", (*AVX512_BF16, "-mamx-tile", "-mamx-bf16"),
@@ -84,6 +85,8 @@ def best(dtype: torch.dtype, most: str | None = None) -> InstructionSet | str:
     fitting = [one for one in SETS[names.index(most) if most else 0 :] if dtype in one.dtypes]
     here = platform.machine().lower()
     for one in fitting:
+        if one.name == "amx" and sys.platform == "win32":
+            continue  # GCC's own header of AMX takes strides as `long`, 32 bits there, and does not assemble
         if here in one.machine and (not one.feature or cpu_has(one.feature)):
             return one
     wanted = ", ".join(one.title for one in fitting)

@@ -15,7 +15,7 @@ from hf_attn_plugins.kernels.rectangle_tables import tables
 from hf_attn_plugins.kernels.segment_labels import key_bounds, make_labels, row_bounds
 
 FAR = 2**40  # a window without a bound
-BIASES = (torch.float32, torch.bfloat16, torch.bool)  # in the order of altered.h
+BIASES = (torch.float32, torch.bfloat16, torch.bool, torch.float16)  # in the order of altered.h
 
 
 class TensorStruct(ctypes.Structure):

@@ -44,6 +44,8 @@ FUSED_FROM = {
     ("avx512", torch.float32): FusedFrom(192, NEVER, 256, most=12, scores=NEVER),
     ("avx2", torch.float32): FusedFrom(192, 1024, 256, most=12, scores=8192),
     ("avx2", torch.bfloat16): FusedFrom(192, 512, 256),
+    ("avx512", torch.float16): FusedFrom(128, 512, 1024),
+    ("avx2", torch.float16): FusedFrom(128, 512, 512),
 }
 LEAST_ROWS, LEAST_FEW = (min(sizes[i] for sizes in FUSED_FROM.values()) for i in (0, 2))  # short calls ask no more
 # The same for a mask tensor alone, which PyTorch's operator takes too. Others with a mask tensor, a softcap or dropout

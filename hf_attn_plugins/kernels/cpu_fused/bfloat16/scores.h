@@ -34,6 +34,8 @@ static inline __m512 load_bias(const Bias *bias, int64_t row, int64_t key, int64
     }
     if (bias->key == 1 && bias->dtype == FLOAT32_BIAS)
         return _mm512_mask_loadu_ps(nothing, inside, from);
+    if (bias->key == 1 && bias->dtype == FLOAT16_BIAS)
+        return _mm512_mask_cvtph_ps(nothing, inside, _mm256_maskz_loadu_epi16(inside, from));
     if (bias->key == 1) {
         const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(inside, from));
         return (__m512)_mm512_mask_slli_epi32((__m512i)nothing, inside, bits, 16);

@@ -195,11 +195,8 @@ static void fill_delta(const Call *call) {
         const Rows grad = rows_of(call, &call->grad_out, head / call->heads, head % call->heads, call->num_rows);
         const char *a = out.data + row * out.stride, *b = grad.data + row * grad.stride;
         Vec sum = {0};
-        for (int64_t column = 0; column < call->dim_v; column += WIDTH)
-            if (call->dtype == FLOAT32)
-                sum += load_stored(a + 4 * column, FLOAT32) * load_stored(b + 4 * column, FLOAT32);
-            else
-                sum += load_stored(a + 2 * column, BFLOAT16) * load_stored(b + 2 * column, BFLOAT16);
+        WITH_STORAGE(call->dtype, for (int64_t at = 0; at < call->dim_v * size_of(STORAGE); at += WIDTH * size_of(STORAGE))
+                                      sum += load_stored(a + at, STORAGE) * load_stored(b + at, STORAGE));
         call->delta[index] = sum_of(sum) - (call->grad_lse ? call->grad_lse[index] : 0);
     }
 }

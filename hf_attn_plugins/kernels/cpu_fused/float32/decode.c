@@ -103,10 +103,7 @@ INLINE void weigh(const Call *call, const int altered, Block *block, Found found
     const Shape shape = shape_of(call);
     const float scale = altered ? 1 : shape.scale, power = altered ? to_base_2(call) : 1;
     for (int64_t key = first; key < end; key += WIDTH)
-        if (call->dtype == FLOAT32)
-            score_keys(block, keys, first, key, rows, call->dim, scale, FLOAT32);
-        else
-            score_keys(block, keys, first, key, rows, call->dim, scale, BFLOAT16);
+        WITH_STORAGE(call->dtype, score_keys(block, keys, first, key, rows, call->dim, scale, STORAGE));
     for (int64_t row = 0; row < rows; row++) {
         float *weights = block->weights[row], row_max = found.row_max[row];
         if (altered)
@@ -224,10 +221,7 @@ static void decode_chunk(const Call *call, Block *block, int64_t b, int64_t kv_h
             weigh(call, 1, block, found, keys, key, tile_end);
         else
             weigh(call, 0, block, found, keys, key, tile_end);
-        if (call->dtype == FLOAT32)
-            add_values(call, block, found, values, key, tile_end - key, FLOAT32);
-        else
-            add_values(call, block, found, values, key, tile_end - key, BFLOAT16);
+        WITH_STORAGE(call->dtype, add_values(call, block, found, values, key, tile_end - key, STORAGE));
     }
 }
 

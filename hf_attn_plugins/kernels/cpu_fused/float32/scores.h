@@ -52,6 +52,8 @@ INLINE Vec load_bias(const Bias *bias, int64_t row, int64_t key, int64_t num_key
         return load((const float *)bias->data + at);
     if (bias->key == 1 && key + WIDTH <= num_keys && bias->dtype == BFLOAT16_BIAS)
         return load_stored(bias->data + 2 * at, BFLOAT16);
+    if (bias->key == 1 && key + WIDTH <= num_keys && bias->dtype == FLOAT16_BIAS)
+        return load_stored(bias->data + 2 * at, FLOAT16);
     Vec x = splat(-INFINITY);
     for (int i = 0; i < WIDTH && key + i < num_keys; i++)
         x[i] = bias_element(bias->data, at + i * bias->key, bias->dtype);
@@ -79,6 +81,7 @@ static inline int take_bias(const Bias *bias, int64_t first, int64_t num_rows, i
     switch (bias->dtype) {
     case FLOAT32_BIAS: return take_bias_of(bias, first, num_rows, key, count, FLOAT32_BIAS, tile);
     case BFLOAT16_BIAS: return take_bias_of(bias, first, num_rows, key, count, BFLOAT16_BIAS, tile);
+    case FLOAT16_BIAS: return take_bias_of(bias, first, num_rows, key, count, FLOAT16_BIAS, tile);
     default: return take_bias_of(bias, first, num_rows, key, count, BOOL_BIAS, tile);
     }
 }

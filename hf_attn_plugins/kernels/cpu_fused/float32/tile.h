@@ -49,12 +49,9 @@ static inline void copy_rows(Rows rows, int64_t first, int64_t count, int64_t un
     const int64_t stride = stride_of(dim);
     for (int64_t row = 0; row < count; row++) {
         const char *from = rows.data + (first + row) * rows.stride;
-        if (rows.dtype == FLOAT32)
-            for (int64_t column = 0; column < dim; column += WIDTH)
-                store(to + row * stride + column, factor * load_stored(from + 4 * column, FLOAT32));
-        else
-            for (int64_t column = 0; column < dim; column += WIDTH)
-                store(to + row * stride + column, factor * load_stored(from + 2 * column, BFLOAT16));
+        WITH_STORAGE(rows.dtype, for (int64_t column = 0; column < dim; column += WIDTH)
+                                     store(to + row * stride + column,
+                                           factor * load_stored(from + size_of(STORAGE) * column, STORAGE)));
     }
     for (int64_t row = count; row < round_up(count, unit); row++)
         memset(to + row * stride, 0, sizeof(float) * dim);
@@ -74,9 +71,8 @@ static inline void hold_rows(Rows rows, int64_t first, int64_t dim, float *held)
     float row[MAX_DIM];
     for (int lane = 0; lane < LANES; lane++) {
         const char *from = rows.data + smaller(first + lane, rows.count - 1) * rows.stride;
-        for (int64_t column = 0; column < dim; column += WIDTH)
-            store(row + column, rows.dtype == FLOAT32 ? load_stored(from + 4 * column, FLOAT32)
-                                                      : load_stored(from + 2 * column, BFLOAT16));
+        WITH_STORAGE(rows.dtype, for (int64_t column = 0; column < dim; column += WIDTH)
+                                     store(row + column, load_stored(from + size_of(STORAGE) * column, STORAGE)));
         float *to = held + lane / GROUP * dim * GROUP + lane % GROUP;
         for (int64_t column = 0; column < dim; column++)
             to[column * GROUP] = row[column];
@@ -167,10 +163,7 @@ static inline void accumulate_lanes(const float *weights, const float *held, int
 static inline void store_row(const Call *call, const Tensor *to, int64_t b, int64_t h, int64_t t, const float *sums,
                              float factor, int64_t dim) {
     char *at = to->data + (b * to->batch + h * to->head + t * to->token) * size_of(call->dtype);
-    if (call->dtype == FLOAT32)
-        for (int64_t column = 0; column < dim; column += WIDTH)
-            store_stored(at + 4 * column, factor * load(sums + column), FLOAT32);
-    else
-        for (int64_t column = 0; column < dim; column += WIDTH)
-            store_stored(at + 2 * column, factor * load(sums + column), BFLOAT16);
+    WITH_STORAGE(call->dtype,
+                 for (int64_t column = 0; column < dim; column += WIDTH)
+                     store_stored(at + size_of(STORAGE) * column, factor * load(sums + column), STORAGE));
 }

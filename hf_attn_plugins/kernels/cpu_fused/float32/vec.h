@@ -18,6 +18,8 @@
 #endif
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -98,11 +100,65 @@ INLINE int any_of(Ints mask) {
 }
 
 /* Storage: how a tensor's elements lie in memory. The products are in float32 whatever the storage. */
-enum { FLOAT32, BFLOAT16 };
+enum { FLOAT32, BFLOAT16, FLOAT16 };
+
+/* `statement` with STORAGE as a constant, so that the compiler makes a loop of its own for every storage. */
+#define WITH_STORAGE(dtype, statement)                                                                                 \
+    do {                                                                                                               \
+        if ((dtype) == FLOAT32) {                                                                                      \
+            enum { STORAGE = FLOAT32 };                                                                                \
+            statement;                                                                                                 \
+        } else if ((dtype) == BFLOAT16) {                                                                              \
+            enum { STORAGE = BFLOAT16 };                                                                               \
+            statement;                                                                                                 \
+        } else {                                                                                                       \
+            enum { STORAGE = FLOAT16 };                                                                                \
+            statement;                                                                                                 \
+        }                                                                                                              \
+    } while (0)
+
+INLINE Vec widened(const HalvesInMemory *from) {
+#if defined(__AVX512F__) && WIDTH == 16
+    return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+#elif defined(__F16C__) && WIDTH == 8
+    return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
+#elif defined(__aarch64__) && WIDTH == 4
+    return (Vec)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *)from)));
+#else
+    /* The exponent's bias is 127 in float32 and 15 in float16. A product brings subnormal numbers along. */
+    const Bits bits = __builtin_convertvector(*from, Bits), size = (bits & 0x7fff) << 13;
+    const Bits special = (Bits)((bits & 0x7c00) == 0x7c00); /* infinity and NaN */
+    const Bits wide = (Bits)((Vec)size * 0x1p112f);
+    return (Vec)((((size | 0x7f800000) & special) | (wide & ~special)) | (bits & 0x8000) << 16);
+#endif
+}
+
+/* Round to nearest even, from 65520 on to infinity; NaN stays NaN. */
+INLINE void store_narrowed(HalvesInMemory *to, Vec x) {
+#if defined(__AVX512F__) && WIDTH == 16
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__) && WIDTH == 8
+    _mm_storeu_si128((__m128i *)to, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__aarch64__) && WIDTH == 4
+    vst1_u16((uint16_t *)to, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x)));
+#else
+    const Bits sign = (Bits)x & 0x80000000, size = (Bits)x ^ sign;
+    const Bits normal = (size - (112u << 23) + 0xfff + ((size >> 13) & 1)) >> 13;
+    /* Below 2**-14, the sum with 0.5 rounds to a multiple of 2**-24, the unit of subnormal numbers. */
+    const Bits subnormal = (Bits)((Vec)size + 0.5f) - 0x3f000000;
+    const Bits small = (Bits)(size < 0x38800000), infinite = (Bits)(size >= 0x477ff000), nan = (Bits)(x != x);
+    Bits narrow = (subnormal & small) | (normal & ~small);
+    narrow = (0x7c00 & infinite) | (narrow & ~infinite);
+    narrow = (0x7e00 & nan) | (narrow & ~nan);
+    *to = __builtin_convertvector(narrow | sign >> 16, Halves);
+#endif
+}
 
 INLINE Vec load_stored(const char *from, const int dtype) {
     if (dtype == FLOAT32)
         return *(const VecInMemory *)from;
+    if (dtype == FLOAT16)
+        return widened((const HalvesInMemory *)from);
     return (Vec)(__builtin_convertvector(*(const HalvesInMemory *)from, Bits) << 16);
 }
 
@@ -110,6 +166,10 @@ INLINE Vec load_stored(const char *from, const int dtype) {
 INLINE void store_stored(char *to, Vec x, const int dtype) {
     if (dtype == FLOAT32) {
         *(VecInMemory *)to = x;
+        return;
+    }
+    if (dtype == FLOAT16) {
+        store_narrowed((HalvesInMemory *)to, x);
         return;
     }
     const Bits bits = (Bits)x, nan = (Bits)(x != x);

@@ -13,6 +13,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.kernels.cpu_fused import build, call, layout
@@ -65,7 +66,9 @@ def _pointers(c: layout.CallStruct):
         yield getattr(layout.CallStruct, name).offset, x.data, elements * size
     cells = c.batch * c.heads * c.num_rows
     chunks, shared = math.ceil(c.num_keys / NEON.split_keys), c.heads // c.kv_heads * c.num_rows
-    partials = max(c.parts * cells * c.dim, c.batch * c.kv_heads * chunks * shared * (c.dim_v + 2) * (c.parts == 0))
+    partials = max(
+        c.parts * cells * c.dim, c.batch * c.kv_heads * (chunks * shared * (c.dim_v + 2) + 1) * (c.parts == 0)
+    )
     row_blocks, key_blocks = (math.ceil(n / NEON.lanes) for n in (c.num_rows, c.num_keys))
     flat = {
         "lse": cells, "grad_lse": cells, "delta": cells, "lse_rest": cells,
@@ -118,6 +121,16 @@ def test_forward_gradients_and_decoding(dtype, name, shape):
 def test_a_plan(dtype):
     inputs = sharp_inputs(3, 2, 1, 50, 50, 16, dtype=dtype)
     check_call(inputs, Mask(causal=True), seen_by(STAR, 3, 50, 50, 0), [STAR])
+
+
+@pytest.mark.parametrize("dtype", STORED, ids=str)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_decoding_finds_the_bounds_of_labels(dtype, rows):
+    """Batches padded on the left, on the right, everywhere; blocks of 96 keys hidden whole, in part, not at all."""
+    real = torch.ones(3, 590, dtype=torch.bool)
+    real[0, :210], real[1, 333:], real[2] = False, False, False
+    inputs = sharp_inputs(3, 4, 2, rows, 590, 32, 48, dtype=dtype)
+    check_call(inputs, Mask(key_padding=real), visibility(rows, 590) & real[:, None, None])
 
 
 @pytest.mark.parametrize("dtype", STORED, ids=str)

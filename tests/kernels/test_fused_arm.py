@@ -128,6 +128,16 @@ def test_a_plan(dtype):
 
 
 @pytest.mark.parametrize("dtype", STORED, ids=str)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_decoding_finds_the_bounds_of_labels(dtype, rows):
+    """Batches padded on the left, on the right, everywhere; blocks of 96 keys hidden whole, in part, not at all."""
+    real = torch.ones(3, 590, dtype=torch.bool)
+    real[0, :210], real[1, 333:], real[2] = False, False, False
+    inputs = sharp_inputs(3, 4, 2, rows, 590, 32, 48, dtype=dtype)
+    check_call(inputs, Mask(key_padding=real), visibility(rows, 590) & real[:, None, None])
+
+
+@pytest.mark.parametrize("dtype", STORED, ids=str)
 @pytest.mark.parametrize("seed", range(20))
 def test_fuzz(dtype, seed):
     inputs, fields = drawn(seed, dtype)

@@ -77,7 +77,7 @@ def test_a_plan_is_one_launch_forward_and_three_backward():
 
     query, key, value = (x.to("meta") for x in sharp_inputs(3, 2, 1, 50, 50, 16))
     flat = tuple(number for piece in STAR for number in (0, *piece))
-    call = triton_launch.Call(0.25, None, None, 0, 0, None, None, 0.0, None, flat)
+    call = triton_launch.Call(0.25, None, None, 0, 0, None, None, 0.0, None, None, flat)
     with triton_device.recording("sm90") as launches:
         out, _, row_lse = triton_launch.forward(query, key, value, call)
         assert len(launches) == 1

@@ -61,6 +61,8 @@ class Step:
             Rows are counted among all tokens of the forward, also in a dealt turn.
         texts: (B, L) long on the model's device, the number of the text that each column of a sharded prompt belongs
             to; a row sees keys of its own text only. None if every batch row is one text.
+        packed_in: (N,) long on the model's device, where each of N rows is a text taken from a packed row: the row of
+            the batch that it was taken from. None otherwise.
     """
 
     first: int
@@ -70,6 +72,7 @@ class Step:
     gaps: bool
     fresh: tuple[range, ...] = ()
     texts: Tensor | None = None
+    packed_in: Tensor | None = None
 
     @property
     def is_prompt(self) -> bool:
@@ -105,7 +108,7 @@ class Method(Protocol):
 
     Attributes:
         trains: whether the exchanges carry gradients.
-        packs: whether a batch row may hold several texts (`Step.texts`).
+        packs: whether a batch row may hold several texts (`Step.texts`). If not, each text becomes a row of its own.
         computes_padding: whether some rank computes each column of padding, so that its label counts as in one process.
     """
 

@@ -170,6 +170,8 @@ class Star(StarOptions):
         drops = kernel.draw(query, 0)
         if drops is not None:
             drops = drops._replace(rows=step.layout.columns.clamp_min(0).to(query.device))
+            if step.packed_in is not None:  # weights of a text are dropped as in its packed row
+                drops = drops._replace(lanes=drops.lanes[step.packed_in.to(query.device)])
 
         def over(reach: Reach) -> Attention:
             def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Partial:

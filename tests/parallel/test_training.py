@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.parallel import train_cases
+from tests.parallel import packed_cases, train_cases
 from tests.parallel.processes import Ranks
 from tests.parallel.processes import ranks as started
 
@@ -75,6 +75,21 @@ TRAIN: dict[str, dict[str, Any]] = {
         "name": "star_attention", "family": "gemma2", "dropout": 0.3, "padding": 3,
         "options": {**STAR, "anchor": "recompute"},
     },
+    "star, packed, broadcast": {
+        "name": "star_attention", "packed": True, "options": {**STAR, "anchor": "broadcast"},
+    },
+    "star, packed, near tokens, recomputed, accumulated": {
+        "name": "star_attention", "packed": True, "checkpointing": True, "accumulate": 2,
+        "options": {**STAR, "halo_size": 2},
+    },
+    "star, packed, dense heads, windows, a given count, dropout, recomputed, accumulated": {
+        "name": "star_attention", "packed": True, "family": "gemma2", "items": 17, "dropout": 0.2,
+        "checkpointing": True, "accumulate": 2,
+        "options": {**STAR, "halo_size": 2, "dense_heads": [[0], []], "anchor": "broadcast"},
+    },
+    "star, packed, no block for some ranks, LoRA": {
+        "name": "star_attention", "packed": True, "lora": True, "options": {**STAR, "block_size": 12},
+    },
     "star, idle ranks, no query, most weights frozen": {
         "name": "star_attention", "frozen": True,
         "options": {"block_size": 15, "anchor_size": 15, "query_size": 0, "anchor": "broadcast"},
@@ -85,6 +100,7 @@ DEFAULT = (
     "tiled, gathered, left padding, recomputed, accumulated",
     "tiled, packed, heads, recomputed, dropout",
     "star, dense heads, near tokens, broadcast, recomputed, accumulated, dropout",
+    "star, packed, dense heads, windows, a given count, dropout, recomputed, accumulated",
     "star, idle ranks, no query, most weights frozen",
 )
 CASES = [case if case in DEFAULT else pytest.param(case, marks=pytest.mark.grid) for case in TRAIN]
@@ -133,12 +149,32 @@ def test_bfloat16_keeps_the_error_rule(ranks: Ranks, case: str) -> None:
         assert result["compared"] >= 20 and result["share"] < 1.5, result["share"]
 
 
+PACKED: dict[str, dict[str, Any]] = {
+    "the paper's form": {"options": {**STAR, "anchor": "broadcast"}},
+    "near tokens and dense heads": {
+        "options": {**STAR, "halo_size": 2, "dense_heads": [[0], []], "anchor": "recompute"}, "family": "gemma2",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case", ["near tokens and dense heads", pytest.param("the paper's form", marks=pytest.mark.grid)]
+)
+def test_packed_rows_give_the_logits_of_one_process(ranks: Ranks, case: str) -> None:
+    found = ranks.run(packed_cases.logits, **PACKED[case])
+    for result in found:
+        assert max(result["errors"].values()) <= 1e-10, result["errors"]
+        assert ranks.size == 1 or result["seen"][0] == 2, "columns are those of packed rows"
+    if ranks.size > 1:
+        columns = [column for result in found for column in result["columns"]]
+        assert sorted(columns) == [(row, column) for row in range(2) for column in range(29)], "each on one rank"
+
+
 REFUSED = {
     "workers": "Take workers=4 or more",
     "rounds": "rounds=9: a rank has at most 1 of 4 workers",
     "short": "2 tokens after 0 are not cut into shards for 4 ranks",
     "packed": "packed texts, which context_parallel does not cut into shards with a cache: pass use_cache=False",
-    "star packed": "does not cut into shards for this method",
     "padding": "the label at column 3 of row 1 is predicted by padding",
     "loss": "has a loss of its own",
     "attention dropout in a later turn": "attention dropout of 0.1 in decoding, a later turn",

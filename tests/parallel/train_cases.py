@@ -208,9 +208,7 @@ def _refused(size: int, what: str) -> str:
         model.config.hidden_dropout = 0.1
     if what == "padding":
         batch = _batch(12, 3, "left", 0)
-    if what == "star packed":
-        batch = _batch(24, 0, "left", 0, packed=True)
-    name = "star_attention" if what in ("padding", "star packed") else "cqs_attention"
+    name = "star_attention" if what == "padding" else "cqs_attention"
     try:
         with hap.context_parallel(model, name, timeout=30, **options):
             if "later turn" in what:

@@ -94,13 +94,15 @@ class ShardedCache(DynamicCache):
             raise RuntimeError("a ShardedCache grows inside `with context_parallel(...)` only: call the model there.")
         return self._step
 
-    def begin(self, real: Tensor, layout: Layout | None, texts: Tensor | None = None) -> Step:
+    def begin(
+        self, real: Tensor, layout: Layout | None, texts: Tensor | None = None, packed_in: Tensor | None = None
+    ) -> Step:
         """Start a forward over T new columns: decide which of them this rank stores.
 
         Args:
             real: (B, T) bool on the model's device, False for padding.
             layout: the layout of a sharded prompt or of a dealt later turn; None for rows that every rank computes.
-            texts: see `Step.texts`.
+            texts, packed_in: see `Step`.
 
         Returns:
             the forward, also as `current` until `finish`.
@@ -124,7 +126,8 @@ class ShardedCache(DynamicCache):
         self.stored = stored
         is_prompt = layout is not None and self.length == 0
         self.visible = rows.shape[1] if is_prompt else self.columns.shape[1]
-        self._step = Step(self.length, rows, layout, None if is_prompt else self.columns, self.gaps, fresh, texts)
+        held = None if is_prompt else self.columns
+        self._step = Step(self.length, rows, layout, held, self.gaps, fresh, texts, packed_in)
         return self._step
 
     def finish(self, count: int) -> None:

@@ -21,6 +21,7 @@ from hf_attn_plugins.parallel.comm.consistency import agree, digest, same_random
 from hf_attn_plugins.parallel.comm.group import Group
 from hf_attn_plugins.parallel.hf.cache import ShardedCache
 from hf_attn_plugins.parallel.hf.inputs import arguments_of, cache_for, real_tokens, take, texts_of
+from hf_attn_plugins.parallel.hf.packed import Apart, at
 from hf_attn_plugins.parallel.hf.training import ShardedLoss, refuse_dropout
 from hf_attn_plugins.parallel.hf.weights import is_offloaded, tensor_part
 from hf_attn_plugins.parallel.method import Layout, Method, Step
@@ -56,6 +57,7 @@ class Forward:
         self._trains = False  # whether this forward's hidden states stay sharded, for training
         self._loss: ShardedLoss | None = None
         self.columns: Tensor | None = None
+        self._apart: Apart | None = None  # packed texts of a method that takes one text per row
         self._owned: Tensor | None = None  # (B, T), the columns of the hidden states that training returns
         self.grad_scale = 1.0
         self._count = 0
@@ -127,10 +129,13 @@ class Forward:
         if positions is None:
             positions = torch.arange(first, first + self._count, device=inputs.device).unsqueeze(0)
         positions = positions.expand(len(inputs), -1)
-        texts = None
+        texts = self._apart = None
         if mask is None and first == 0:
             cached = getattr(self.decoder.config, "use_cache", False) if wanted is None else wanted
-            texts = texts_of(positions, with_cache=cached, packs=self.method.packs)
+            texts = texts_of(positions, with_cache=cached)
+            if texts is not None and not self.method.packs:
+                self._apart, texts = Apart.of(texts), None
+        rows = real if self._apart is None else self._apart.real
         if follows_length(self.model):  # ranks have different positions, and must use the same rotary frequencies
             self._rope = frozen_rope(self.model, int(positions.max()) + 1)
             self._rope.__enter__()
@@ -139,7 +144,7 @@ class Forward:
             agree(self.group, given_here, what="inputs")
         if first == 0:
             same_random_state(self.group)
-            layout = self.method.deal(real.cpu(), self.group.rank, self.group.size)
+            layout = self.method.deal(rows.cpu(), self.group.rank, self.group.size)
         else:
             layout = self._turn(cache, *inputs.shape[:2])
         if self._trains and (layout is None or first):
@@ -147,7 +152,7 @@ class Forward:
                 f"{self._count} tokens after {first} are not cut into shards for {self.group.size} ranks, and only "
                 "sharded prompts can be trained: pass at least one token per rank and worker, and no cache."
             )
-        if texts is not None and layout is None:
+        if layout is None and (texts is not None or self._apart is not None):
             raise NotImplementedError(f"packed texts of {self._count} tokens are too short to be cut into shards.")
         if self._trains:
             if is_offloaded(self.model):
@@ -158,11 +163,12 @@ class Forward:
                 refuse_dropout(self.model)
             if self._loss is not None and not self.method.computes_padding:
                 self._loss.check_padding(real)
-        self.step = cache.begin(real, layout, texts)
-        self.columns = self.step.columns
+        self.step = cache.begin(rows, layout, texts, None if self._apart is None else self._apart.rows)
+        self.columns = self._packed(self.step.columns, self.step.columns)[1]
         if layout is not None:
             self.prefill_tokens = layout.columns.shape[1]
-            inputs, positions = take(inputs, layout.columns), take(positions, layout.columns)
+            part = take if self._apart is None else self._apart.take
+            inputs, positions = part(inputs, layout.columns), part(positions, layout.columns)
         return (), {
             **given,
             name: inputs,
@@ -179,12 +185,16 @@ class Forward:
         if layout is not None and self._trains:
             hidden, own = output.last_hidden_state, layout.reported.to(self.step.columns.device)
             # Rows that another rank reports enter no loss here, and their exchanges run backward all the same.
-            output.last_hidden_state = tie(hidden[:, own.to(hidden.device)], hidden)
-            self._owned, self.columns = layout.columns.to(own.device)[:, own], self.step.columns[:, own]
+            hidden = tie(hidden[:, own.to(hidden.device)], hidden)
+            real = self.step.columns[:, own]
+            columns = layout.columns.to(own.device)[:, own] if self._apart is None else real
+            output.last_hidden_state, self._owned = self._packed(hidden, columns)
+            self.columns = self._owned if self._apart is not None else real
         elif layout is not None:
             output.last_hidden_state = self._collect(output.last_hidden_state, layout)
         self.cache.finish(self._count)
-        set_returned_cache(output, self.cache if self._use_cache and not self._trains else None)
+        returned = self._use_cache and not self._trains and self._apart is None  # a cache of texts fits no later turn
+        set_returned_cache(output, self.cache if returned else None)
         return output
 
     def _close(self, *_: Any) -> None:
@@ -202,13 +212,20 @@ class Forward:
         self.repeated_turns += layout is None and count > 1
         return layout
 
+    def _packed(self, hidden: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """`hidden` (N, T, ...) and `columns` (N, T) of texts that were taken apart, in their packed rows again."""
+        if self._apart is None:
+            return hidden, columns
+        places = self._apart.together(columns)
+        return at(hidden, places), torch.where(places < 0, -1, at(columns, places))
+
     def _collect(self, hidden: Tensor, layout: Layout) -> Tensor:
         """The hidden states (B, n, H) of the last n columns on every rank; n is `_logits_kept`, or all if None."""
         count = self._count
         first = count - (count if self._logits_kept is None else min(self._logits_kept, count))
         reported = layout.reported.to(hidden.device)
-        columns = layout.columns.to(hidden.device)[:, reported]
+        hidden, columns = self._packed(hidden[:, reported], layout.columns.to(hidden.device)[:, reported])
         row, slot = (columns >= first).nonzero(as_tuple=True)
         collected = hidden.new_zeros(len(hidden), count - first, hidden.shape[2])
-        collected[row, columns[row, slot] - first] = hidden[row, reported[slot]]
+        collected[row, columns[row, slot] - first] = hidden[row, slot]
         return self.group.collect(collected, what="hidden states")

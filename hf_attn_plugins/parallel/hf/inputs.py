@@ -80,22 +80,21 @@ def real_tokens(mask: Any, inputs: Tensor, first: int) -> Tensor:
     return mask[:, first:].bool()
 
 
-def texts_of(positions: Tensor, *, with_cache: bool, packs: bool) -> Tensor | None:
+def texts_of(positions: Tensor, *, with_cache: bool) -> Tensor | None:
     """(B, L) the number of each column's text, where `positions` (B, L) start anew; None if they do not.
 
     Transformers, too, reads packed texts from positions only if the call makes no cache.
 
     Raises:
-        NotImplementedError: packed texts with a cache, or for a method that does not take them (`packs`).
+        NotImplementedError: packed texts with a cache.
     """
     starts = positions.diff(dim=1) != 1
     if not bool(starts.any()):
         return None
-    if with_cache or not packs:
-        instead = "with a cache: pass use_cache=False" if with_cache else "for this method: give every text its own row"
+    if with_cache:
         raise NotImplementedError(
             "position_ids that start anew mean packed texts, which context_parallel does not cut into shards "
-            f"{instead}."
+            "with a cache: pass use_cache=False."
         )
     return nn.functional.pad(starts.cumsum(1), (1, 0))
 

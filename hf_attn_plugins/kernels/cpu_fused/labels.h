@@ -28,3 +28,12 @@ static inline void bounds_of_keys(const int32_t *keys, int64_t first, int64_t nu
         }
     }
 }
+
+/* The same for the block of a call that begins at `first`: the bounds that Python made, where there are some. */
+static inline void bounds_of_block(const Call *call, int64_t b, const int32_t *keys, const int32_t *rows, int64_t first,
+                                   int lanes, int32_t bounds[4]) {
+    if (call->key_bounds)
+        memcpy(bounds, call->key_bounds + b * call->key_bounds_batch + first / lanes * 4, 4 * sizeof *bounds);
+    else
+        bounds_of_keys(keys, first, call->num_keys, lanes, rows, call->num_rows, bounds);
+}

@@ -120,10 +120,7 @@ static inline void set_key_labels(Sight *sight, const Call *call, int64_t b, int
     const int32_t *keys = call->key_labels + b * call->key_labels_batch;
     const int32_t *rows = call->row_labels ? call->row_labels + b * call->row_labels_batch : NULL;
     int32_t bound[4];
-    if (call->key_bounds)
-        memcpy(bound, call->key_bounds + b * call->key_bounds_batch + first / LANES * 4, sizeof bound);
-    else
-        bounds_of_keys(keys, first, call->num_keys, LANES, rows, call->num_rows, bound);
+    bounds_of_block(call, b, keys, rows, first, LANES, bound);
     set_labels(sight, bound, keys, rows, first, call->num_keys);
 }
 

@@ -2,7 +2,8 @@
  * chunks' results are merged.
  *
  * Reading keys and values is most of the work, so both are read once, row by row, where they lie, for all queries of all
- * heads that share them. A score is summed over the columns of a key in one vector; `fold` sums WIDTH such vectors. */
+ * heads that share them. */
+#include "few.h"
 #include "scores.h"
 
 #define SPLIT_KEYS 576 /* keys of a chunk; not by the number of threads, so that sums are the same for any number */
@@ -18,6 +19,7 @@ typedef struct {
 typedef struct {
     ALIGNED float weights[MAX_ROWS][LANES];
     ALIGNED float queries[MAX_ROWS * MAX_DIM]; /* rows of all heads that share the keys, head by head */
+    ALIGNED float keys[WIDTH][MAX_DIM + 16]; /* copied; apart as in stride_of */
     Sight sight;
     int64_t b, kv_head;
 } Block;
@@ -37,51 +39,29 @@ INLINE void prefetch(const char *row, int64_t stride, int64_t bytes) {
         __builtin_prefetch(row + AHEAD * stride + byte);
 }
 
-#ifdef __clang__
-#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define PICK(a, b, ...) __builtin_shuffle(a, b, (Ints){__VA_ARGS__})
-#endif
-
-/* Sums of neighbours: those of a in the lower half, those of b in the upper. */
-INLINE Vec neighbours(Vec a, Vec b) {
-#if WIDTH == 16
-    return PICK(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-           PICK(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-#elif WIDTH == 8
-    return PICK(a, b, 0, 2, 4, 6, 8, 10, 12, 14) + PICK(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
-#else
-    return PICK(a, b, 0, 2, 4, 6) + PICK(a, b, 1, 3, 5, 7);
-#endif
-}
-
-/* The sum of vector i in lane i. */
-INLINE Vec fold(Vec x[WIDTH]) {
-    for (int count = WIDTH / 2; count; count /= 2)
-        for (int i = 0; i < count; i++)
-            x[i] = neighbours(x[2 * i], x[2 * i + 1]);
-    return x[0];
-}
-
-/* Scores of WIDTH keys from `key` on, which is a multiple of WIDTH past `first`, for all rows, in units of log 2. */
+/* Scores of WIDTH keys from `key` on, which is a multiple of WIDTH past `first`, for all rows, in units of log 2. Keys
+ * are read where they lie. Two kinds are copied first: those of 16 bits that several rows read, so that they are widened
+ * once, and the last few, which end within a vector. */
 INLINE void score_keys(Block *block, Rows keys, int64_t first, int64_t key, int64_t rows, int64_t dim, float scale,
                        const int dtype) {
-    const char *from[WIDTH];
+    const int size = dtype == FLOAT32 ? 4 : 2;
+    const char *from = keys.data + key * keys.stride;
     for (int i = 0; i < WIDTH; i++)
-        from[i] = keys.data + smaller(key + i, keys.count - 1) * keys.stride;
-    for (int i = 0; i < WIDTH; i++)
-        prefetch(from[i], keys.stride, dim * (dtype == FLOAT32 ? 4 : 2));
-    for (int64_t row = 0; row < rows; row++) {
-        Vec sum[WIDTH];
-        for (int i = 0; i < WIDTH; i++)
-            sum[i] = (Vec){0};
-        for (int64_t column = 0; column < dim; column += WIDTH) {
-            const Vec query = load(block->queries + row * dim + column);
-            for (int i = 0; i < WIDTH; i++)
-                sum[i] += query * load_stored(from[i] + column * (dtype == FLOAT32 ? 4 : 2), dtype);
-        }
-        store(block->weights[row] + key - first, scale * fold(sum));
+        prefetch(from + i * keys.stride, keys.stride, dim * size);
+    if ((dtype == FLOAT32 || rows == 1) && key + WIDTH <= keys.count) {
+        for (int64_t row = 0; row < rows; row++)
+            store(block->weights[row] + key - first,
+                  scale * score_row(block->queries + row * dim, from, keys.stride, dim, dtype));
+        return;
     }
+    for (int i = 0; i < WIDTH; i++) {
+        const char *at = keys.data + smaller(key + i, keys.count - 1) * keys.stride;
+        for (int64_t column = 0; column < dim; column += WIDTH)
+            store(block->keys[i] + column, load_stored(at + column * size, dtype));
+    }
+    for (int64_t row = 0; row < rows; row++)
+        store(block->weights[row] + key - first, scale * score_row(block->queries + row * dim, (const char *)block->keys,
+                                                                   sizeof block->keys[0], dim, FLOAT32));
 }
 
 /* Turn products of LANES keys from `first` on, of row t of a head, into scores. */
@@ -140,18 +120,14 @@ INLINE void weigh(const Call *call, const int altered, Block *block, Found found
 }
 
 /* found.sums[row][column] += sum over keys of weights[row][key] * value[key][column], for `rows` rows and `columns`
- * vectors of columns. A row past the last repeats it. */
+ * vectors of columns. */
 INLINE void add_some(const Call *call, Block *block, Found found, Rows values, int64_t first, int64_t count,
                      int64_t row, int64_t column, const int rows, const int columns, const int dtype) {
-    const int64_t last = shared_rows(call) - 1;
     const int size = dtype == FLOAT32 ? 4 : 2;
     Vec sum[8][8];
-    const float *weights[8];
-    for (int r = 0; r < rows; r++) {
-        weights[r] = block->weights[smaller(row + r, last)];
+    for (int r = 0; r < rows; r++)
         for (int c = 0; c < columns; c++)
             sum[r][c] = (Vec){0};
-    }
     const char *from = values.data + first * values.stride + column * size;
     for (int64_t key = 0; key < count; key++, from += values.stride) {
         if (row == 0)
@@ -159,10 +135,10 @@ INLINE void add_some(const Call *call, Block *block, Found found, Rows values, i
         for (int c = 0; c < columns; c++) {
             const Vec value = load_stored(from + c * WIDTH * size, dtype);
             for (int r = 0; r < rows; r++)
-                sum[r][c] += value * weights[r][key];
+                sum[r][c] += value * block->weights[row + r][key];
         }
     }
-    for (int r = 0; r < rows && row + r <= last; r++)
+    for (int r = 0; r < rows; r++)
         for (int c = 0; c < columns; c++) {
             float *to = found.sums + (row + r) * call->dim_v + column + c * WIDTH;
             store(to, load(to) + sum[r][c]);
@@ -188,12 +164,15 @@ INLINE void add_values(const Call *call, Block *block, Found found, Rows values,
                        const int dtype) {
     const int64_t rows = shared_rows(call);
     int64_t row = 0;
-    for (; row + 3 < rows; row += 6)
+    for (; row + 6 <= rows; row += 6)
         add_rows(call, block, found, values, first, count, row, 6, dtype);
-    for (; row + 1 < rows; row += 3)
-        add_rows(call, block, found, values, first, count, row, 3, dtype);
-    for (; row < rows; row++)
-        add_rows(call, block, found, values, first, count, row, 1, dtype);
+    switch (rows - row) {
+    case 1: add_rows(call, block, found, values, first, count, row, 1, dtype); break;
+    case 3: add_rows(call, block, found, values, first, count, row, 3, dtype); break;
+    case 4: add_rows(call, block, found, values, first, count, row, 4, dtype); break;
+    case 5: add_rows(call, block, found, values, first, count, row, 3, dtype); row += 3; /* fall through */
+    case 2: add_rows(call, block, found, values, first, count, row, 2, dtype);
+    }
 }
 
 static void decode_chunk(const Call *call, Block *block, int64_t b, int64_t kv_head, int64_t first, Found found) {

@@ -189,6 +189,9 @@ def tiled(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--short", type=int, nargs="*", default=[128, 512, 1024, 2048], help="tokens of the short cases"
     )
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["bfloat16", "float32"], help="(default: both)"
+    )
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128], help="elements per head")
     parser.add_argument(
         "--backward-up-to", type=int, default=8192, help="tokens of the longest case that is timed with backward, too"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import statistics
 from collections.abc import Callable
 from importlib.metadata import version
@@ -40,21 +41,13 @@ def run(arguments: argparse.Namespace) -> None:
             "  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()), flush=True
         )
 
-    for length in [*arguments.short, *arguments.lengths]:
-        for heads in HEADS:
-            for head_dim in arguments.head_dims:
-                for causal in (False, True):
-                    backward = length <= arguments.backward_up_to and length in arguments.lengths
-                    measure(dtype=torch.bfloat16, heads=heads, head_dim=head_dim, rows=length, keys=length,
-                            causal=causal, backward=backward)  # fmt: skip
-    for length in [*arguments.short, *arguments.lengths[:1]]:
-        for causal in (False, True):
-            measure(dtype=torch.float32, heads=HEADS[0], head_dim=64, rows=length, keys=length, causal=causal,
-                    backward=False)  # fmt: skip
-    for dtype in (torch.bfloat16, torch.float32):
-        for heads in HEADS:
-            measure(dtype=dtype, heads=heads, head_dim=64, rows=1, keys=arguments.decode_keys, causal=True,
-                    backward=False)  # fmt: skip
+    dtypes = [getattr(torch, name) for name in arguments.dtypes]
+    sizes = itertools.product(dtypes, [*arguments.short, *arguments.lengths], HEADS, arguments.head_dims, (False, True))
+    for dtype, length, heads, head_dim, causal in sizes:
+        backward = length <= arguments.backward_up_to and length in arguments.lengths
+        measure(dtype=dtype, heads=heads, head_dim=head_dim, rows=length, keys=length, causal=causal, backward=backward)
+    for dtype, heads in itertools.product(dtypes, HEADS):
+        measure(dtype=dtype, heads=heads, head_dim=64, rows=1, keys=arguments.decode_keys, causal=True, backward=False)
     notes = (
         "Ratios: seconds of `F.scaled_dot_product_attention` divided by seconds of `attend`, both medians of "
         f"{arguments.repeats} rounds (50 for short calls) of the same run; above 1 `attend` is faster. `spread`: the "

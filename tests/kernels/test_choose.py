@@ -193,14 +193,16 @@ FEW = {  # (rows of a key head, keys, padded): whether the compiled kernel is ch
     "padded, three heads share": ((3, 300, True), True),
     "padded, a head of its own": ((1, 300, True), True),
     "padded, fewer keys than ever": ((3, 200, True), False),
-    "more rows than measured": ((24, 8192, False), False),
+    "more rows than win where all see all keys": ((9, 8192, False), False),
+    "as many, padded": ((9, 8192, True), True),
+    "more rows than ever win": ((24, 8192, True), False),
 }
 
 
 @pytest.mark.parametrize("case, chosen", FEW.values(), ids=FEW)
 def test_a_few_rows_by_what_they_share(case, chosen):
     rows, keys, padded = case
-    sizes = choosing.FusedFrom(256, 256, 256, least=2, most=16, scores=2048)
+    sizes = choosing.FusedFrom(256, 256, 256, least=2, most=16, most_full=8, scores=2048)
     query, key = torch.empty(1, rows, 1, 64), torch.empty(1, 1, keys, 64)
     mask = Mask(key_padding=torch.ones(1, keys, dtype=torch.bool)) if padded else Mask()
     assert sizes.few_win(query, key, mask) == chosen

@@ -364,6 +364,19 @@ def test_a_folder_that_others_may_write_to_is_not_used(tmp_path, monkeypatch, ca
     assert len(caplog.records) == 1 and "mode 700" in caplog.text
 
 
+def test_on_windows_the_cache_must_lie_in_the_users_profile(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(build.sys, "platform", "win32")
+    monkeypatch.setattr(build.Path, "home", lambda: tmp_path / "user")
+    for base, trusted in (("user/AppData", True), ("shared", False)):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / base))
+        build._private.cache_clear()
+        assert (build._cache() == tmp_path / base / "hf_attn_plugins") == trusted
+    (tmp_path / "user" / "AppData" / "linked").symlink_to(tmp_path / "shared")
+    assert not build._ours(tmp_path / "user" / "AppData" / "linked" / "hf_attn_plugins", stat.S_ISDIR)
+    assert f"not in {tmp_path / 'user'}" in caplog.text
+    build._private.cache_clear()
+
+
 @needs_library
 @pytest.mark.parametrize("how", ["link", "mode", "owner"])
 def test_a_planted_library_is_not_loaded(tmp_path, monkeypatch, caplog, compiler, how):

@@ -159,13 +159,16 @@ def _output(*command: str) -> str:
 
 
 def _ours(path: Path, kind: Callable[[int], bool]) -> bool:
-    """Whether a path is a file or folder itself, no link to one, of this user, that nobody else may write to."""
+    """Whether a path is a file or folder itself, no link to one, of this user, that nobody else may write to.
+
+    Windows has no such owner and mode: there it must lie in the user's profile, which by default is that user's alone.
+    """
     try:
         found = path.lstat()
     except FileNotFoundError:
         return False
-    if sys.platform == "win32":  # it has no such owner and mode: a user's folder is that user's by its access list
-        return kind(found.st_mode)
+    if sys.platform == "win32":
+        return kind(found.st_mode) and path.resolve().is_relative_to(Path.home().resolve())
     return kind(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
@@ -181,6 +184,8 @@ def _cache() -> Path:
         if _ours(folder, stat.S_ISDIR) and os.access(folder, os.W_OK):
             return folder
         why = "it is a link, belongs to another user, or others may write to it"
+        if sys.platform == "win32":
+            why = f"it is a link, or not in {Path.home()}"
     except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home
         why = str(error)
     return _private(why)

@@ -66,6 +66,19 @@ def test_a_long_plan(kind):
     check_call(inputs, Mask(causal=True), seen_by(plan, 1, 300, 300, 0), [plan])
 
 
+def test_many_rows_that_walk_together(kind):
+    """From 2048 rows and keys on and at head_dim 128, pairs of blocks walk together; each sees tiles of its own."""
+    rows, keys = 2100, 2120  # the last block has no second one, and its last group is not full
+    fields = {"is_causal": True, "window": (100, None), "key_padding": torch.arange(keys).unsqueeze(0) >= 20}
+    query, key, value = sharp_inputs(1, 2, 1, rows, keys, 128, dtype=kind.dtype)
+    visible = visibility(rows, keys, **fields)
+    ref, ref_lse = dense_attention(query.double(), key.double(), value.double(), visible)
+    low, low_lse = dense_attention(query, key, value, visible)
+    out, lse = attend(query, key, value, mask=as_mask(fields), kernel="cpu_fused")
+    assert_close_to_reference(out, low, ref)
+    assert_close_to_reference(lse, low_lse, ref_lse, 3.0, "lse")
+
+
 @pytest.mark.parametrize("size", [1000.0, -1000.0])
 @pytest.mark.parametrize("rows", [2, 140])
 def test_huge_scores_stay_finite(kind, size, rows):
@@ -243,22 +256,23 @@ def test_fuzz(kind, seed):
     check_call(inputs, as_mask(fields), visible, seed=seed, luck=3.0, **drawn_changes(seed, inputs))
 
 
-@pytest.fixture(scope="module", params=[4, 8, 16])
-def other_width(request, tmp_path_factory):
-    """The sources with vectors of another width than the instruction set's: the compiler splits or pads them."""
+@pytest.fixture(scope="module", params=["WIDTH=4", "WIDTH=8", "WIDTH=16", "ALWAYS_TOGETHER"])
+def other_sources(request, tmp_path_factory):
+    """The sources with vectors of another width than the instruction set's: the compiler splits or pads them. Or with
+    more queries walking together, which else takes sizes that a fuzz has no time for."""
     chosen = instruction_sets.best(torch.float32)
     compiler = next(filter(None, map(shutil.which, build.COMPILERS)))
-    path = tmp_path_factory.mktemp("width") / f"width{request.param}.so"
-    build.compile_library(compiler, chosen, path, f"-DWIDTH={request.param}")
+    path = tmp_path_factory.mktemp("other") / f"{request.param}.so"
+    build.compile_library(compiler, chosen, path, f"-D{request.param}")
     return chosen, build.ctypes.CDLL(str(path))
 
 
 @pytest.mark.grid
 @pytest.mark.parametrize("seed", range(0, FUZZ, 2))
 @pytest.mark.parametrize("dtype", instruction_sets.STORED, ids=str)
-def test_fuzz_of_other_widths(other_width, monkeypatch, seed, dtype):
+def test_fuzz_of_other_sources(other_sources, monkeypatch, seed, dtype):
     """AVX-512 has 16 floats a vector, NEON 4: any CPU can check their sizes of tiles, but not their instructions."""
-    monkeypatch.setattr(call, "_checked", lambda dtype, most: other_width)
+    monkeypatch.setattr(call, "_checked", lambda dtype, most: other_sources)
     test_fuzz(Kind("", dtype), seed)
 
 

@@ -15,14 +15,15 @@ ROW_TILE, KEY_TILE = 512, 512  # query rows and keys of a tile
 # Causal calls halve the key tile below SHORT keys; they halve the row tile below LONG rows, or if heads share keys.
 SHORT, LONG = 2048, 8192
 PRODUCT_ROWS, LEAST_ROWS = 1024, 64  # rows of one product, over heads that share keys; and rows of a tile at least
-SCORES = 2**18  # scores in memory at a time, over all heads of a chunk (1 MiB in float32)
+SCORES = 2**20  # scores in memory at a time, over all heads of a chunk (4 MiB in float32): fewer are slow with threads
+BACKWARD_SHARE = 4  # backward: a share of them, because it holds the scores and their gradients beside its results
 SHARED_MASK = 4  # times as many if the mask has tensors or a predicate: a tile's mask is built once for all its heads
 
 
 def sizes(query: Tensor, key: Tensor, mask: Mask, backward: bool = False) -> tuple[int, int, int]:
     """(rows of a tile, keys of a tile, key heads whose scores fit `SCORES`); at least 1 each.
 
-    `backward` halves them: it holds the scores and their gradients.
+    `backward` has smaller ones: it holds the scores and their gradients.
     """
     (rows, num_keys), group_size = (query.shape[2], key.shape[2]), query.shape[1] // key.shape[1]
     # Half of the scores of a diagonal tile are wasted; in long sequences few tiles are diagonal. Heads that share keys
@@ -32,7 +33,7 @@ def sizes(query: Tensor, key: Tensor, mask: Mask, backward: bool = False) -> tup
     row_tile = max(1, min(rows, most, ROW_TILE // 2 if small else ROW_TILE))
     key_tile = max(1, min(num_keys, KEY_TILE // 2 if mask.causal and num_keys < SHORT else KEY_TILE))
     scores = SCORES if mask.has_no_tensors() else SCORES * SHARED_MASK
-    scores = scores // 2 if backward else scores
+    scores = scores // BACKWARD_SHARE if backward else scores
     return row_tile, key_tile, max(1, scores // (group_size * row_tile * key_tile))
 
 

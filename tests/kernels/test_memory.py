@@ -6,7 +6,11 @@ import json
 import sys
 
 import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_attn_plugins.kernels import attend
 from hf_attn_plugins.kernels.cpu_fused import build as fused
 from tests import forks
 from tests.kernels.fused_cases import kinds
@@ -75,3 +79,56 @@ def test_a_forward_copies_no_keys_and_no_values(kind, rows):
     values = 4 * keys * 32 * kind.dtype.itemsize
     copies = 1 if kind.instructions == "amx" and rows > 64 else 0
     assert copies * values * 0.9 <= int(done.stdout) < (copies + 0.5) * values
+
+
+class LiveBytes(TorchDispatchMode):
+    """`most`: the most bytes of tensors made under this mode that existed after any one operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.most = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        before = {
+            x.untyped_storage().data_ptr() for x in torch.utils._pytree.tree_leaves((args, kwargs)) if is_tensor(x)
+        }
+        for x in filter(is_tensor, torch.utils._pytree.tree_leaves(result)):
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in before:
+                self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.live = {at: kept for at, kept in self.live.items() if not kept[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self.live.values()))
+        return result
+
+
+def is_tensor(x):
+    return isinstance(x, torch.Tensor)
+
+
+def extra_bytes(rows, keys, dtype, heads, backward, **options):
+    """What `cpu_tiled` holds at once beside its results."""
+    query, key, value = (torch.randn(1, heads, n, 32).to(dtype).requires_grad_(backward) for n in (rows, keys, keys))
+    with LiveBytes() as live:
+        out, lse = attend(query, key, value, kernel="cpu_tiled", **options)
+        results = [out, lse]
+        if backward:
+            results += torch.autograd.grad(out, (query, key, value), torch.ones_like(out))
+    return live.most - sum(x.untyped_storage().nbytes() for x in results)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{}, dict(softcap=5.0), dict(dropout=0.1)], ids=str)
+def test_tiles_hold_nothing_that_grows_with_keys_or_heads(options, dtype, backward):
+    """No copy of all keys and values, no float32 gradients of all of them, no tile of all heads."""
+    few = extra_bytes(300, 1024, dtype, 8, backward, **options)
+    many = extra_bytes(300, 4096, dtype, 16, backward, **options)
+    values = 16 * 4096 * 32 * dtype.itemsize
+    small = 300 * 16 * 32 * 4 + 4096 * 4  # grad_out of `extra_bytes`, and the hashes of dropout
+    assert 0 < many < few + small + values // 16, (few, many)
+
+
+def test_a_copied_tile_is_kept_for_one_chunk_of_heads_only():
+    rows, keys, heads = 1024, 4096, 16
+    assert extra_bytes(rows, keys, torch.bfloat16, heads, False) < 2 * heads * keys * 32 * 2

@@ -46,8 +46,8 @@ def run(arguments: argparse.Namespace) -> None:
         f"{HEADS} heads, head_dim {HEAD_DIM}, full attention. The peak is without the inputs. `scores alone` is what "
         f"the score matrix would need; no kernel here makes it. cpu_fused used {instructions}. It copies the "
         "values with AMX; in bfloat16 with backward it copies queries, keys, values and gradients, one after another. "
-        "cpu_tiled keeps one tile of scores and copies of keys and values; with backward also float32 "
-        "gradients of keys and values. All of these grow linearly with the number of keys."
+        "cpu_tiled keeps the scores of a tile for some heads; with backward also their gradients, and float32 sums of "
+        "these heads' gradients. All of these grow at most linearly with the number of keys."
     )
     if LIMIT in os.environ:
         notes += f" PyTorch's products were limited by {LIMIT}={os.environ[LIMIT]}."

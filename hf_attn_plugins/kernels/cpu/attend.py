@@ -11,13 +11,13 @@ from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial
 from hf_attn_plugins.kernels.cpu.backward import backward
 from hf_attn_plugins.kernels.cpu.forward import forward
-from hf_attn_plugins.kernels.cpu.tiling import SHORT
+from hf_attn_plugins.kernels.cpu.tiling import SHORT, sizes
 
 
 def cpu_tiled(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, softcap: float | None, dropout: float
 ) -> Partial:
-    """See `kernels.attend`. Extra memory: copies of key and value, and at most `tiling.SCORES` scores.
+    """See `kernels.attend`. Extra memory: the scores of a chunk of heads (`tiling.SCORES`), no copy of all keys.
 
     Source: FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2.
     """
@@ -26,9 +26,10 @@ def cpu_tiled(
 
         return tiled_op(query, key, value, mask, scale, softcap, dropout)
     drops = mask.drops
-    if len(query) > 1 and query.shape[2] < SHORT and mask.has_no_tensors() and (drops is None or drops.is_shared):
+    joined = len(query) > 1 and query.shape[2] < SHORT and mask.has_no_tensors() and (drops is None or drops.is_shared)
+    if joined and sizes(query, key, mask)[2] > key.shape[1]:
         # (B, H, ...) -> (1, B * H, ...): without tensors in the mask all rows of the batch share it, and one product
-        # of many heads is faster than several.
+        # of many heads is faster than several small ones.
         q, k, v = (x.reshape(1, x.shape[0] * x.shape[1], *x.shape[2:]) for x in (query, key, value))
         if drops is not None:
             mask = mask.replace(drops=drops.joined())

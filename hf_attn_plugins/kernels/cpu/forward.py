@@ -16,6 +16,7 @@ Source: FlashAttention-2, arXiv 2307.08691, algorithm 1.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from hf_attn_plugins.core.mask import Mask
 from hf_attn_plugins.core.partial import Partial, lse_dtype
 from hf_attn_plugins.kernels.cpu.masks import Dropout, TileMasks
 from hf_attn_plugins.kernels.cpu.tile_map import KeyTile, TileMap
-from hf_attn_plugins.kernels.cpu.tiling import LOG2_E, chunks, is_fast, key_blocks
+from hf_attn_plugins.kernels.cpu.tiling import LOG2_E, Block, chunks, is_fast, scores_at_once
 
 FIRST_KEYS, NEAR_KEYS = 64, 64  # keys from which a row's shift is guessed: the first ones, and those near the row
 
@@ -47,14 +48,17 @@ def forward(
     if out.numel() == 0 or key.shape[2] == 0:
         return out, lse
     rows_of: Any = _FastRows if is_fast(query, mask, softcap) else _Rows
-    for b, heads, kv_heads, tiles in chunks(query, key, mask):
-        loop = rows_of(query[b, heads], key[b, kv_heads], value[b, kv_heads], tiles, scale, softcap, b, heads)
+    work = chunks(query, key, mask)
+    buffer = query.new_empty(scores_at_once(work))  # for all tiles: new memory for each would cost page faults
+    for b, heads, kv_heads, tiles in work:
+        loop = rows_of(query[b, heads], key[b, kv_heads], value[b, kv_heads], tiles, scale, softcap, heads, buffer)
         drops = Dropout(dropout, tiles.mask, heads, loop.weights_dtype) if dropout else None
         for index, (t0, t1) in enumerate(tiles.row_tiles):
             key_tiles = tiles.keys_of(index)
             if key_tiles:
                 tile_out, tile_lse = loop.run(index, key_tiles, drops)
                 out[b, heads, t0:t1], lse[b, heads, t0:t1] = tile_out, tile_lse
+        del loop  # its buffers, before the next chunk's are made
     return out, lse
 
 
@@ -69,20 +73,26 @@ class _Rows:
         tiles: TileMap,
         scale: float,
         softcap: float | None,
-        b: int,
         heads: slice,
+        buffer: Tensor,
     ) -> None:
         self.query, self.key, self.value = query, key, value
         self.tiles, self.scale, self.softcap, self.heads = tiles, scale, softcap, heads
         self.kv_heads, self.group_size = key.shape[0], query.shape[0] // key.shape[0]
         self.acc_dtype = self.weights_dtype = lse_dtype(query)
         self.tile_masks = TileMasks(tiles, heads, self.group_size, self.acc_dtype, query.device)
+        self.buffer = buffer
+
+    def product(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """rows keys^T, written to `self.buffer`."""
+        size = (*rows.shape[:2], keys.shape[1])
+        return torch.bmm(rows, keys.mT, out=self.buffer[: math.prod(size)].view(size))
 
     def scores(self, index: int, tile: KeyTile) -> Tensor:
         """(kv heads, group_size * rows, keys) scaled, capped, biased and masked scores in `self.acc_dtype`."""
         t0, t1 = self.tiles.row_tiles[index]
         rows = self.query[:, t0:t1].reshape(self.kv_heads, -1, self.query.shape[-1])
-        scores = torch.bmm(rows, self.key[:, tile.begin : tile.end].mT).to(self.acc_dtype).mul_(self.scale)
+        scores = self.product(rows, self.key[:, tile.begin : tile.end]).to(self.acc_dtype).mul_(self.scale)
         if self.softcap is not None:
             scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
         view = scores.view(self.kv_heads, self.group_size, t1 - t0, -1)
@@ -105,8 +115,12 @@ class _Rows:
             row_sum.mul_(rescale).add_(weights.sum(-1))
             if drops is not None:
                 weights.mul_(drops.kept(t0, t1, tile, weights))
-            product = torch.bmm(weights.to(self.value.dtype), self.value[:, tile.begin : tile.end])
-            acc.mul_(rescale.unsqueeze(-1)).add_(product)
+            acc.mul_(rescale.unsqueeze(-1))
+            values = self.value[:, tile.begin : tile.end]
+            if values.dtype == acc.dtype:
+                acc.baddbmm_(weights, values)
+            else:
+                acc.add_(torch.bmm(weights.to(values.dtype), values))
             row_max = new_max
         out = acc.div_(torch.where(row_sum > 0, row_sum, 1).unsqueeze(-1))
         lse = row_sum.log().add_(row_max.clamp_min(torch.finfo(self.acc_dtype).min))
@@ -120,19 +134,23 @@ class _FastRows(_Rows):
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, tiles: TileMap, *rest: Any) -> None:
         super().__init__(query, key, value, tiles, *rest)
         self.weights_dtype = query.dtype
-        self.key_blocks, self.value_blocks = key_blocks(key, tiles, 1), key_blocks(value, tiles, 0)
+        # One block per key tile, or a single one if each tile is read by one row tile only.
+        blocks = len(tiles.key_tiles) if len(tiles.row_tiles) > 1 else 1
+        self.key_blocks, self.value_blocks = (
+            [Block(x, tiles.key_tile, columns) for _ in range(blocks)] for x, columns in ((key, 1), (value, 0))
+        )
         self.tile_masks = TileMasks(tiles, self.heads, self.group_size, query.dtype, query.device)
         most_rows = self.group_size * tiles.row_tile
         self.rows = query.new_empty(self.kv_heads, most_rows, query.shape[-1] + 1)
-        self.weights = query.new_empty(self.kv_heads * most_rows * tiles.key_tile)
         self.tile_out = query.new_empty(self.kv_heads, most_rows, value.shape[-1])
         self.acc_out = self.tile_out.to(self.acc_dtype)
 
     def shifted(self, rows: Tensor, tile: KeyTile, keys: int = 0) -> Tensor:
         """Scores in units of log 2, minus the row's shift, of the tile's first `keys` keys; 0 means all keys."""
-        width = keys or tile.end - tile.begin
-        scores = self.weights[: rows.shape[0] * rows.shape[1] * width].view(*rows.shape[:2], width)
-        return torch.bmm(rows, self.key_blocks[tile.begin // self.tiles.key_tile][:, :width].mT, out=scores)
+        return self.product(rows, self.block(self.key_blocks, tile)[:, : keys or None])
+
+    def block(self, blocks: list[Block], tile: KeyTile) -> Tensor:
+        return blocks[tile.begin // self.tiles.key_tile % len(blocks)].of(tile.begin, tile.end)
 
     def tile_weights(self, rows: Tensor, index: int, tile: KeyTile) -> tuple[Tensor, Tensor]:
         """exp2 of the shifted scores, 0 where hidden, and its row sums."""
@@ -203,7 +221,7 @@ class _FastRows(_Rows):
             if drops is not None:
                 weights.mul_(drops.kept(t0, t1, tile, weights))
             tile_out = self.tile_out[:, :count]
-            torch.bmm(weights, self.value_blocks[tile.begin // self.tiles.key_tile][:, :width], out=tile_out)
+            torch.bmm(weights, self.block(self.value_blocks, tile), out=tile_out)
             acc.add_(self.acc_out[:, :count].copy_(tile_out))
         out = acc.div_(torch.where(row_sum > 0, row_sum, 1).unsqueeze(-1))
         lse = row_sum.log2().add_(row_max).div_(LOG2_E)

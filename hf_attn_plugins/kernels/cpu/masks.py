@@ -25,27 +25,27 @@ class Dropout:
 
 
 class TileMasks:
-    """Masks of the tiles that need one, as 0 and -inf to add. Masks that depend on positions only are cached."""
+    """Masks of the tiles that need one, as 0 and -inf to add. Masks that depend on positions only are kept."""
 
     def __init__(self, tiles: TileMap, heads: slice, group_size: int, dtype: torch.dtype, device: torch.device) -> None:
         self.tiles, self.heads, self.group_size, self.dtype, self.device = tiles, heads, group_size, dtype, device
-        self.cache: dict[tuple[int, int, int], Tensor] = {}
+        self.but_bias = tiles.mask.replace(bias=None)
+        self.positions_only = tiles.mask.has_no_tensors() and not tiles.mask.prefix
 
     def bias(self, t0: int, t1: int, tile: KeyTile) -> Tensor:
         """0 for seen and -inf for hidden pairs, broadcastable to (kv heads, group_size, rows, keys)."""
-        if not self.tiles.mask.has_no_tensors() or self.tiles.mask.prefix:
+        if not self.positions_only:
             return self._build(t0, t1, tile)
-        place = (t0 - tile.begin, t1 - t0, tile.end - tile.begin)
-        if place not in self.cache:
-            self.cache[place] = self._build(t0, t1, tile)
-        return self.cache[place]
+        place, kept = (t0 - tile.begin, t1 - t0, tile.end - tile.begin), self.tiles.position_masks
+        if place not in kept:
+            kept[place] = self._build(t0, t1, tile)
+        return kept[place]
 
     def add_to(self, view: Tensor, t0: int, t1: int, tile: KeyTile) -> None:
         """Add a float bias, and -inf for hidden pairs, to scores (kv heads, group_size, rows, keys) in place."""
         bias = self.tiles.mask.bias
         if bias is not None and bias.is_floating_point():
-            rows, keys = self._places(t0, t1, tile)
-            view += per_head(self.tiles.mask.bias_tile(rows, keys)[0].to(self.dtype), self.heads, self.group_size)
+            view += self._of_tile(bias, t0, t1, tile).to(self.dtype)
         if tile.needs_mask:
             view += self.bias(t0, t1, tile)
 
@@ -58,14 +58,14 @@ class TileMasks:
             view.tril_(t0 + self.tiles.start - tile.begin)
 
     def _build(self, t0: int, t1: int, tile: KeyTile) -> Tensor:
-        rows, keys = self._places(t0, t1, tile)
-        visible = self.tiles.mask.visible(rows, keys, self.tiles.start)[0]
-        return per_head(torch.where(visible, 0.0, -torch.inf).to(self.dtype), self.heads, self.group_size)
+        rows, keys = (torch.arange(*ends, device=self.device) for ends in ((t0, t1), (tile.begin, tile.end)))
+        visible, bias = self.but_bias.visible(rows, keys, self.tiles.start), self.tiles.mask.bias
+        if bias is not None and bias.dtype == torch.bool:
+            visible = visible & self._of_tile(bias, t0, t1, tile)
+        return torch.zeros_like(visible, dtype=self.dtype).masked_fill_(~visible, -torch.inf)
 
-    def _places(self, t0: int, t1: int, tile: KeyTile) -> tuple[Tensor, Tensor]:
-        return torch.arange(t0, t1, device=self.device), torch.arange(tile.begin, tile.end, device=self.device)
-
-
-def per_head(tensor: Tensor, heads: slice, group_size: int) -> Tensor:
-    """(H or 1, rows, keys) as (kv heads or 1, group_size or 1, rows, keys) for the heads of a chunk."""
-    return tensor.unsqueeze(0) if tensor.shape[0] == 1 else tensor[heads].unflatten(0, (-1, group_size))
+    def _of_tile(self, bias: Tensor, t0: int, t1: int, tile: KeyTile) -> Tensor:
+        """`bias` (1, 1 or H, 1 or T, 1 or S) of a tile, broadcastable to (kv heads, group_size, rows, keys)."""
+        bias = bias if bias.shape[2] == 1 else bias[:, :, t0:t1]
+        bias = bias if bias.shape[3] == 1 else bias[..., tile.begin : tile.end]
+        return bias if bias.shape[1] == 1 else bias[0, self.heads].unflatten(0, (-1, self.group_size))

@@ -34,6 +34,7 @@ class TileMap:
         self.only_causal = mask.causal and mask.window == (None, None) and mask.has_no_tensors() and not mask.prefix
         self.row_tiles = [(t, min(t + row_tile, num_rows)) for t in range(0, num_rows, row_tile)]
         self.key_tiles = [(s, min(s + key_tile, num_keys)) for s in range(0, num_keys, key_tile)]
+        self.position_masks: dict[tuple[int, int, int], Tensor] = {}  # what `TileMasks` keeps for all heads
         self._whole: list[bool] | None = None
         self.first_key, self.end_key = 0, num_keys
         if mask.key_padding is not None:
@@ -67,6 +68,14 @@ class TileMap:
                 continue
             tiles.append(KeyTile(s0, s1, self._needs_mask(index, j, s0, s1, low, high)))
         return tiles
+
+    def by_keys(self) -> list[list[tuple[int, KeyTile]]]:
+        """For each key tile, the (row tile, key tile) pairs to compute, in the order of the rows."""
+        pairs: list[list[tuple[int, KeyTile]]] = [[] for _ in self.key_tiles]
+        for index in range(len(self.row_tiles)):
+            for tile in self.keys_of(index):
+                pairs[tile.begin // self.key_tile].append((index, tile))
+        return pairs
 
     def seen_by_all(self, index: int, tile: KeyTile) -> int:
         """A number of first keys of `tile` that every row of row tile `index` sees; 0 where that is not known."""

@@ -17,7 +17,7 @@ from hf_attn_plugins.kernels.cpu.tiling import SHORT, sizes
 def cpu_tiled(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, softcap: float | None, dropout: float
 ) -> Partial:
-    """See `kernels.attend`. Extra memory: the scores of a chunk of heads (`tiling.SCORES`), no copy of all keys.
+    """See `kernels.attend`. Extra memory: the scores of a chunk of heads (`tiling.SCORES`), in bfloat16 its keys, too.
 
     Source: FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2.
     """

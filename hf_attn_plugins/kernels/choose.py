@@ -121,9 +121,9 @@ def worth_fusing(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float, is_plan: bool = False
 ) -> bool:
     """Whether `cpu_fused` would pay: a CPU and a dtype for which it was measured, and enough keys."""
-    few, keys = query.shape[2] < fused.SPLIT_ROWS, key.shape[2]
-    if query.dtype not in STORED or query.device.type != "cpu":
+    if not query.is_cpu or query.dtype not in STORED:
         return False
+    few, keys = query.shape[2] < fused.SPLIT_ROWS, key.shape[2]
     altered = softcap is not None or dropout > 0 or mask.bias is not None
     if not altered and keys < (LEAST_FEW if few else LEAST_ROWS):
         return False

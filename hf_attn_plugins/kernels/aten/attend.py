@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,8 +42,8 @@ def run_one_operator(
 ) -> Partial:
     """One call of PyTorch's CPU operator, for calls that `is_short`."""
     is_causal = mask.causal and query.shape[2] > 1
-    if not is_causal and query.shape[1] != key.shape[1]:
-        return _full(query, key, value, scale)
+    if not is_causal and folding_pays(query, key):
+        return _folded(query, key, value, scale, flash_cpu)
     return Partial(*flash_cpu(query, key, value, is_causal, scale, None))
 
 
@@ -169,17 +171,34 @@ def _few_rows(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: floa
 
 
 def _full(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Partial:
-    batch, heads, rows, head_dim = query.shape
-    group_size = heads // key.shape[1]
+    if folding_pays(query, key):
+        return _folded(query, key, value, scale, _flash)
+    return _flash(query, key, value, False, scale)
+
+
+def folding_pays(query: Tensor, key: Tensor) -> bool:
+    """Whether heads that share keys should become rows of one head, where every row sees every key."""
+    (batch, heads, rows, _), kv_heads = query.shape, key.shape[1]
+    if heads == kv_heads or not 0 < rows <= FOLDED_ROWS:
+        return False
+    if query.dtype == torch.bfloat16:
+        few = heads // kv_heads * rows < FOLDED_FROM
+        return not (few and query.is_cpu and _multiplies_by_amx())
     # The operator gives each thread whole heads. Folded heads are fewer, and may leave threads idle: then a single
     # float32 row per head is faster.
-    idle = rows == 1 and query.dtype == torch.float32 and not on_gpu(query) and batch * key.shape[1] % _threads()
-    few = group_size * rows < FOLDED_FROM and query.dtype == torch.bfloat16 and query.is_cpu and _multiplies_by_amx()
-    if group_size == 1 or not 0 < rows <= FOLDED_ROWS or idle or few:
-        return _flash(query, key, value, False, scale)
-    # Heads that share keys become rows of one head: (B, Hkv, group_size * T, D). Only a full mask allows that.
-    folded = _flash(query.reshape(batch, key.shape[1], group_size * rows, head_dim), key, value, False, scale)
-    return Partial(folded.out.reshape(batch, heads, rows, -1), folded.lse.reshape(batch, heads, rows))
+    idle = rows == 1 and query.dtype == torch.float32 and batch * kv_heads % _threads() and not on_gpu(query)
+    return not idle
+
+
+def _folded(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, operator: Callable[..., tuple[Tensor, Tensor]]
+) -> Partial:
+    """Heads that share keys as rows of one head: (B, Hkv, group_size * T, D). Only a full mask allows that."""
+    batch, heads, rows, head_dim = query.shape
+    kv_heads = key.shape[1]
+    folded = query.reshape(batch, kv_heads, heads // kv_heads * rows, head_dim)
+    out, lse = operator(folded, key, value, False, scale, None)
+    return Partial(out.reshape(batch, heads, rows, -1), lse.reshape(batch, heads, rows))
 
 
 @torch.compiler.assume_constant_result

@@ -57,7 +57,7 @@ def reason_against(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float
 ) -> str | None:
     """Why `cpu_fused` cannot do this call; None when it can."""
-    if query.device.type != "cpu" or query.dtype not in STORED:
+    if not query.is_cpu or query.dtype not in STORED:
         return f"{query.dtype} on {query.device.type}: they are for float32, bfloat16 and float16 on CPUs"
     dim, dim_v = query.shape[3], value.shape[3]
     if dim % 16 or dim_v % 16 or not (0 < dim <= MAX_DIM and 0 < dim_v <= MAX_DIM):
@@ -110,13 +110,16 @@ def forward(
     if not (batch and heads and rows):
         return out, lse
     chosen, compiled = checked_library(query.dtype)
-    query, key, value = _rows(query), _rows(key), _rows(value)
+    if not query.stride()[3] == key.stride()[3] == value.stride()[3] == 1:
+        query, key, value = _rows(query), _rows(key), _rows(value)
     few = rows < SPLIT_ROWS and rows * (heads // kv_heads) <= MAX_ROWS and not plan
     few = few and lse_rest is None and not dropout
-    call, _kept = make_call(query, key, value, mask, scale, softcap, plan, chosen.lanes, out=out, bounds=not few)
+    call, _kept = make_call(
+        query, key, value, mask, scale, softcap, plan, chosen.lanes, out=out, lse=lse, bounds=not few
+    )
     _hashes = set_dropout(call, dropout, mask.drops) if dropout else None
-    call.lse = lse.data_ptr()
-    call.lse_rest = None if lse_rest is None else lse_rest.data_ptr()
+    if lse_rest is not None:
+        call.lse_rest = lse_rest.data_ptr()
     if few:
         chunks = -(-keys // chosen.split_keys)
         partials = lse.new_empty(batch * heads * rows * chunks * (dim_v + 2) + batch * kv_heads)
@@ -163,14 +166,14 @@ def backward(
     chosen, compiled = checked_library(query.dtype)
     delta = torch.empty_like(lse)
     call, _kept = make_call(
-        query, key, value, mask, scale, softcap, plan, chosen.lanes, out=out, grad_out=grad_out, keys_too=True
+        query, key, value, mask, scale, softcap, plan, chosen.lanes, out=out, lse=lse, grad_out=grad_out, keys_too=True
     )
     _hashes = set_dropout(call, dropout, mask.drops)
     call.grad_query, call.grad_key, call.grad_value = (point_to(x) for x in grads)
     of_bias = None if bias is None else set_grad_bias(call, bias)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     call.grad_lse = None if grad_lse is None else grad_lse.data_ptr()
-    call.lse, call.delta = lse.data_ptr(), delta.data_ptr()
+    call.delta = delta.data_ptr()
     call.lse_rest = None if lse_rest is None else lse_rest.data_ptr()
     if chosen.walked:
         pairs = query.new_empty(_pairs_of_backward(query, key, value, *chosen.walked))

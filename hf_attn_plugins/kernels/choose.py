@@ -220,7 +220,8 @@ def choose(
         name = kernel_for(*call)
         return Choice(name, _flex_or_next if name == "flex" else load(name))
     if worth_fusing(*call):
-        if fused.reason_against(*call) is None:
+        # Here the library is known to be there: `fused_from` has asked.
+        if fused.misfit(query, key, value, mask, softcap) is None:
             return FUSED
     elif aten.is_short(*call):
         return SHORT

@@ -59,16 +59,19 @@ def reason_against(
     """Why `cpu_fused` cannot do this call; None when it can."""
     if not query.is_cpu or query.dtype not in STORED:
         return f"{query.dtype} on {query.device.type}: they are for float32, bfloat16 and float16 on CPUs"
+    return misfit(query, key, value, mask, softcap) or unavailable(query.dtype)
+
+
+def misfit(query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None) -> str | None:
+    """What `cpu_fused` cannot do of a call whose dtype and device it serves; None where it can do all."""
     dim, dim_v = query.shape[3], value.shape[3]
     if dim % 16 or dim_v % 16 or not (0 < dim <= MAX_DIM and 0 < dim_v <= MAX_DIM):
         return f"head_dim {dim} and {dim_v}: multiples of 16 up to {MAX_DIM} are needed"
     if mask.predicate is not None:
         return "a predicate in the mask"
     if mask.bias is not None:
-        reason = _reason_against_bias(query, key, mask.bias, softcap)
-        if reason is not None:
-            return reason
-    return unavailable(query.dtype)
+        return _reason_against_bias(query, key, mask.bias, softcap)
+    return None
 
 
 def _reason_against_bias(query: Tensor, key: Tensor, bias: Tensor, softcap: float | None) -> str | None:
@@ -93,7 +96,7 @@ def forward(
     plan: tuple[int, ...] = (),
     lse_rest: Tensor | None = None,
     dropout: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+) -> Partial:
     """out (B, Hq, T, Dv), laid out token by token as models want it next, and lse (B, Hq, T).
 
     Args:
@@ -104,11 +107,11 @@ def forward(
         dropout: the weights that are dropped follow from `mask.drops`.
     """
     (batch, heads, rows, _), (kv_heads, keys), dim_v = query.shape, key.shape[1:3], value.shape[3]
-    out, lse = Partial.unfilled(query, dim_v)
+    out, lse = result = Partial.unfilled(query, dim_v)
     if not keys:
-        return out.zero_(), lse.fill_(-torch.inf)
+        return Partial(out.zero_(), lse.fill_(-torch.inf))
     if not (batch and heads and rows):
-        return out, lse
+        return result
     chosen, compiled = checked_library(query.dtype)
     if not query.stride()[3] == key.stride()[3] == value.stride()[3] == 1:
         query, key, value = _rows(query), _rows(key), _rows(value)
@@ -122,15 +125,15 @@ def forward(
         call.lse_rest = lse_rest.data_ptr()
     if few:
         chunks = -(-keys // chosen.split_keys)
-        partials = lse.new_empty(batch * heads * rows * chunks * (dim_v + 2) + batch * kv_heads)
+        partials = lse.new_empty_strided((batch * heads * rows * chunks * (dim_v + 2) + batch * kv_heads,), (1,))
         call.partials = partials.data_ptr()
         compiled.hap_decode(ctypes.byref(call))
-        return out, lse
+        return result
     if chosen.walked and chosen.pairs_first and rows > chosen.lanes:  # fewer rows read each value once
         pairs = query.new_empty(batch * kv_heads * (_padded(keys, *chosen.walked) * dim_v + 2))
         call.pairs = pairs.data_ptr()
     compiled.hap_forward(ctypes.byref(call))
-    return out, lse
+    return result
 
 
 def backward(

@@ -171,8 +171,7 @@ def is_transforming() -> bool:
         return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
     except AttributeError:  # every short call asks: `needed` only says what is missing
         purpose = "notice torch.func and forward-mode gradients"
-        functorch = needed(torch._C, "_functorch", purpose, *_TORCH)
-        needed(functorch, "peek_interpreter_stack", purpose, *_TORCH)
+        needed(needed(torch._C, "_functorch", purpose, *_TORCH), "peek_interpreter_stack", purpose, *_TORCH)
         needed(forward_ad, "_current_level", purpose, *_TORCH)
         raise
 

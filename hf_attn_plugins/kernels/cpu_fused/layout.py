@@ -64,7 +64,7 @@ _COMMON = ("query", "key", "value", "out", "lse", "batch", "heads", "kv_heads", 
 # The fields that every call has, in the struct's order; zeros fill the others. One `pack` takes a third of the time of
 # as many attributes.
 _pack_common = struct.Struct(
-    "".join(_CODES[kind] if name in _COMMON else f"{ctypes.sizeof(kind)}x" for name, kind in CallStruct._fields_)
+    "".join(_CODES[kind] if name in _COMMON else f"{ctypes.sizeof(kind)}x" for name, kind, *_ in CallStruct._fields_)
 ).pack
 
 

@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import hf_attn_plugins  # noqa: F401  (registers the plugins)
 from hf_attn_plugins.bench.timing import write_table
 from hf_attn_plugins.hf.calls import interface
+from hf_attn_plugins.hf.compat import cache_keyword
 from hf_attn_plugins.kernels.aten import attend as aten
 from hf_attn_plugins.kernels.cpu_fused import attend as fused
 from hf_attn_plugins.kernels.cpu_fused import call as compiled
@@ -89,7 +90,7 @@ def captured(name: str, dtype: torch.dtype, queries: int, keys: int) -> Callable
         cache = DynamicCache(config=model.config)
         for length in (keys - queries, queries):
             if length:
-                model(torch.zeros(1, length, dtype=torch.long), past_key_values=cache)
+                model(torch.zeros(1, length, dtype=torch.long), **{cache_keyword(model): cache})
     arguments, keywords = seen[-1]
     return lambda: real(*arguments, **keywords)
 

@@ -167,10 +167,13 @@ def version_of(tensor: Tensor) -> int:
 
 def is_transforming() -> bool:
     """Whether torch.func transforms (`peek_interpreter_stack`) or takes forward-mode gradients (`_current_level`)."""
-    purpose = "notice torch.func and forward-mode gradients"
-    functorch = needed(torch._C, "_functorch", purpose, *_TORCH)
-    peek = needed(functorch, "peek_interpreter_stack", purpose, *_TORCH)
-    return peek() is not None or needed(forward_ad, "_current_level", purpose, *_TORCH) >= 0
+    try:
+        return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    except AttributeError:  # every short call asks: `needed` only says what is missing
+        purpose = "notice torch.func and forward-mode gradients"
+        needed(needed(torch._C, "_functorch", purpose, *_TORCH), "peek_interpreter_stack", purpose, *_TORCH)
+        needed(forward_ad, "_current_level", purpose, *_TORCH)
+        raise
 
 
 def modes() -> list[Any]:

@@ -121,9 +121,9 @@ def worth_fusing(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float, is_plan: bool = False
 ) -> bool:
     """Whether `cpu_fused` would pay: a CPU and a dtype for which it was measured, and enough keys."""
-    few, keys = query.shape[2] < fused.SPLIT_ROWS, key.shape[2]
-    if query.dtype not in STORED or query.device.type != "cpu":
+    if not query.is_cpu or query.dtype not in STORED:
         return False
+    few, keys = query.shape[2] < fused.SPLIT_ROWS, key.shape[2]
     altered = softcap is not None or dropout > 0 or mask.bias is not None
     if not altered and keys < (LEAST_FEW if few else LEAST_ROWS):
         return False
@@ -220,7 +220,8 @@ def choose(
         name = kernel_for(*call)
         return Choice(name, _flex_or_next if name == "flex" else load(name))
     if worth_fusing(*call):
-        if fused.reason_against(*call) is None:
+        # Here the library is known to be there: `fused_from` has asked.
+        if fused.misfit(query, key, value, mask, softcap) is None:
             return FUSED
     elif aten.is_short(*call):
         return SHORT

@@ -11,7 +11,14 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel, masking_utils
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    LlamaConfig,
+    PreTrainedModel,
+    masking_utils,
+)
 
 from hf_attn_plugins.hf import compat
 from hf_attn_plugins.hf.masks import compat as mask_compat
@@ -367,3 +374,24 @@ def test_a_block_mask_passes_through_unchanged():
         full = torch.ones(3, 1, 13, 13, dtype=torch.bool)
         expected = model(ids, attention_mask=full, use_cache=False).logits
     torch.testing.assert_close(seen, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_config_field_is_what_getattr_says():
+    class Named(LlamaConfig):
+        attribute_map = {"kept": "vocab_size"}
+        shared = 3
+
+    class Answering(LlamaConfig):
+        def __getattr__(self, name):
+            if name == "kept":
+                return 4
+            raise AttributeError(name)
+
+    config = LlamaConfig(vocab_size=7)
+    assert compat.config_field(config, "kept") is None
+    config.kept = {"tiled_attention": {}}
+    assert compat.config_field(config, "kept") is config.kept
+    named = Named(vocab_size=7)
+    assert (compat.config_field(named, "kept"), compat.config_field(named, "shared")) == (7, 3)
+    assert compat.config_field(Answering(), "kept") == 4
+    assert compat.config_field(SimpleNamespace(kept=5), "kept") == 5 and compat.config_field(None, "kept") is None

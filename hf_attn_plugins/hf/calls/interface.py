@@ -109,16 +109,20 @@ def forward(
         NotImplementedError: a keyword that would change the result and that the plugin cannot honour.
         ValueError: a mask of another dtype or shape.
     """
-    call_arguments.refuse_unknown(method.name, module, kwargs)
+    if kwargs:
+        call_arguments.refuse_unknown(method.name, module, kwargs)
     if kwargs.get("output_attentions") and not torch.compiler.is_compiling():
         warn_once(
             f"{method.name} never forms attention weights: output_attentions gives (). Use 'eager' to inspect them."
         )
     query, key, value = call_arguments.one_dtype(query, key, value)
     seen = call_arguments.seen_by(module, query, key, attention_mask, is_causal, sliding_window)
-    seen = call_arguments.packed(seen, query, key, cu_seq_lens_q, seq_idx)
-    seen = call_arguments.biased(seen, position_bias)
-    sink = call_arguments.sink_of(s_aux, sinks, query, method.name)
+    if cu_seq_lens_q is not None or seq_idx is not None:
+        seen = call_arguments.packed(seen, query, key, cu_seq_lens_q, seq_idx)
+    if position_bias is not None:
+        seen = call_arguments.biased(seen, position_bias)
+    learned = s_aux is not None or sinks is not None
+    sink = call_arguments.sink_of(s_aux, sinks, query, method.name) if learned else None
     if not seen.is_causal and not seen.recognised and not method.exact and query.shape[2] > 1:
         warn_once(
             f"{method.name}: the attention mask is a tensor, which no plan can be read from; these calls run dense. "
@@ -126,19 +130,11 @@ def forward(
         )
     # Bidirectional encoders, cross-attention and vision towers take the exact path under every name.
     chosen = method if seen.is_causal else exact
-    partial = run(
-        method,
-        chosen,
-        module,
-        query,
-        key,
-        value,
-        seen,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap=softcap,
-        dropout=dropout,
-    )
-    return with_sinks(partial, sink).out.transpose(1, 2).contiguous(), None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    partial = run(method, chosen, module, query, key, value, seen, scale, softcap, dropout)
+    if sink is not None:
+        partial = with_sinks(partial, sink)
+    return partial.out.transpose(1, 2).contiguous(), None
 
 
 def run(
@@ -149,17 +145,22 @@ def run(
     key: Tensor,
     value: Tensor,
     seen: call_arguments.Seen,
-    **numbers: Any,
+    scale: float,
+    softcap: float | None,
+    dropout: float,
 ) -> Partial:
     """The method's attention, and a word to the trace that is open on this module, if there is one."""
     config = getattr(module, "config", None)
     trace = recorder.on(module)
-    hidden = chosen.has_own_plan or torch.compiler.is_exporting()  # an exported graph may be for any length
-    if torch.compiler.is_compiling() and hidden and chosen.name in PLUGINS:
+    # An exported graph may be for any length.
+    hidden = torch.compiler.is_compiling() and (chosen.has_own_plan or torch.compiler.is_exporting())
+    if hidden and chosen.name in PLUGINS:
         stored = families.stored_options(config, chosen.name)
         layer = _layer(module, chosen.options_type.by_layer, stored)
         tag = recorder.tag(trace, module, seen)
-        return planned(chosen.name, stored, layer, query, key, value, seen.mask, tag, **numbers)
+        return planned(
+            chosen.name, stored, layer, query, key, value, seen.mask, tag, scale=scale, softcap=softcap, dropout=dropout
+        )
     options = chosen.options(config)
     if options.by_layer:
         options = options.for_layer(getattr(module, "layer_idx", None))
@@ -171,7 +172,9 @@ def run(
         recorder.note(trace, module, method, chosen, facts, options, seen)
     if query.is_meta:
         return Partial.unfilled(query, value.shape[-1])
-    return chosen.attention(query, key, value, seen.mask, options=options, **numbers)
+    return chosen.attention(
+        query, key, value, seen.mask, scale=scale, softcap=softcap, dropout=dropout, options=options
+    )
 
 
 def _layer(module: nn.Module, by_layer: tuple[str, ...], stored: Mapping[str, Any]) -> int | None:

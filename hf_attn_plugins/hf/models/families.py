@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from hf_attn_plugins.core.options import shown
-from hf_attn_plugins.hf.compat import supports_sdpa
+from hf_attn_plugins.hf.compat import config_field, supports_sdpa
 
 
 def own_backend(module: Any) -> str:
@@ -156,7 +156,7 @@ def stored_options(config: Any, name: str) -> Any:
     Raises:
         ValueError: `hf_attn_plugins` is no mapping.
     """
-    stored = getattr(config, "hf_attn_plugins", None)
+    stored = config_field(config, "hf_attn_plugins")
     if stored is None:
         return {}
     if not isinstance(stored, Mapping):

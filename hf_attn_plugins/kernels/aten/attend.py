@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,8 +43,8 @@ def run_one_operator(
 ) -> Partial:
     """One call of PyTorch's CPU operator, for calls that `is_short`."""
     is_causal = mask.causal and query.shape[2] > 1
-    if not is_causal and query.shape[1] != key.shape[1]:
-        return _full(query, key, value, scale)
+    if not is_causal and folding_pays(query, key):
+        return _folded(query, key, value, scale, flash_cpu)
     return Partial(*flash_cpu(query, key, value, is_causal, scale, None))
 
 
@@ -151,7 +154,7 @@ def _few_rows(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: floa
 
     Heads that share keys become rows of one head, so that no key is repeated.
     """
-    batch, heads, rows, head_dim = query.shape
+    heads, rows = query.shape[1:3]
     t, s = torch.arange(rows, device=query.device), torch.arange(key.shape[2], device=query.device)
     if mask.causal:
         offset = key.shape[2] - rows if mask.offset is None else mask.offset
@@ -163,23 +166,31 @@ def _few_rows(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: floa
     group_size = heads // key.shape[1]
     if seen.shape[2] > 1:
         seen = seen.repeat(1, 1, group_size, 1)
-    folded = query.reshape(batch, key.shape[1], group_size * rows, head_dim)
-    part = _biased(folded, key, value, seen, scale)
-    return Partial(part.out.reshape(batch, heads, rows, -1), part.lse.reshape(batch, heads, rows))
+    return _folded(query, key, value, scale, lambda q, k, v, *_: _biased(q, k, v, seen, scale))
 
 
 def _full(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Partial:
+    pays = folding_pays(query, key)
+    return _folded(query, key, value, scale, _flash) if pays else _flash(query, key, value, False, scale)
+
+
+def folding_pays(query: Tensor, key: Tensor) -> bool:
+    """Whether heads that share keys should become rows of one head, where every row sees every key."""
+    (batch, heads, rows, _), kv_heads = query.shape, key.shape[1]
+    if heads == kv_heads or not 0 < rows <= FOLDED_ROWS:
+        return False
+    if query.dtype == torch.bfloat16:
+        return not (heads // kv_heads * rows < FOLDED_FROM and query.is_cpu and _multiplies_by_amx())
+    # Each thread gets whole heads. Folded heads may leave threads idle: then a float32 row per head is faster.
+    return not (rows == 1 and query.dtype == torch.float32 and batch * kv_heads % _threads() and not on_gpu(query))
+
+
+def _folded(query: Tensor, key: Tensor, value: Tensor, scale: float, operator: Callable[..., Any]) -> Partial:
+    """Heads that share keys as rows of one head: (B, Hkv, group_size * T, D). Only a full mask allows that."""
     batch, heads, rows, head_dim = query.shape
-    group_size = heads // key.shape[1]
-    # The operator gives each thread whole heads. Folded heads are fewer, and may leave threads idle: then a single
-    # float32 row per head is faster.
-    idle = rows == 1 and query.dtype == torch.float32 and not on_gpu(query) and batch * key.shape[1] % _threads()
-    few = group_size * rows < FOLDED_FROM and query.dtype == torch.bfloat16 and query.is_cpu and _multiplies_by_amx()
-    if group_size == 1 or not 0 < rows <= FOLDED_ROWS or idle or few:
-        return _flash(query, key, value, False, scale)
-    # Heads that share keys become rows of one head: (B, Hkv, group_size * T, D). Only a full mask allows that.
-    folded = _flash(query.reshape(batch, key.shape[1], group_size * rows, head_dim), key, value, False, scale)
-    return Partial(folded.out.reshape(batch, heads, rows, -1), folded.lse.reshape(batch, heads, rows))
+    shape = (batch, key.shape[1], heads // key.shape[1] * rows, head_dim)
+    out, lse = operator(query.reshape(shape), key, value, False, scale, None)
+    return Partial(out.reshape(batch, heads, rows, -1), lse.reshape(batch, heads, rows))
 
 
 @torch.compiler.assume_constant_result

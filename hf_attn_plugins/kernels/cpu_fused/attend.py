@@ -52,7 +52,7 @@ def unasked(
     places = tuple(flat(plan)) if plan else ()
     learned = needs_gradient(query, key, value) or (mask.bias is not None and needs_gradient(mask.bias))
     if not (learned or is_transforming()):  # an `autograd.Function` takes as long as everything else in Python
-        return Partial(*forward(query, key, value, mask, scale, softcap, places, None, dropout))
+        return forward(query, key, value, mask, scale, softcap, places, None, dropout)
     return Partial(*_Fused.apply(query, key, value, mask.bias, mask, scale, softcap, places, dropout))
 
 

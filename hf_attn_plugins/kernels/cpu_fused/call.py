@@ -57,18 +57,21 @@ def reason_against(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None, dropout: float
 ) -> str | None:
     """Why `cpu_fused` cannot do this call; None when it can."""
-    if query.device.type != "cpu" or query.dtype not in STORED:
+    if not query.is_cpu or query.dtype not in STORED:
         return f"{query.dtype} on {query.device.type}: they are for float32, bfloat16 and float16 on CPUs"
+    return misfit(query, key, value, mask, softcap) or unavailable(query.dtype)
+
+
+def misfit(query: Tensor, key: Tensor, value: Tensor, mask: Mask, softcap: float | None) -> str | None:
+    """What `cpu_fused` cannot do of a call whose dtype and device it serves; None where it can do all."""
     dim, dim_v = query.shape[3], value.shape[3]
     if dim % 16 or dim_v % 16 or not (0 < dim <= MAX_DIM and 0 < dim_v <= MAX_DIM):
         return f"head_dim {dim} and {dim_v}: multiples of 16 up to {MAX_DIM} are needed"
     if mask.predicate is not None:
         return "a predicate in the mask"
     if mask.bias is not None:
-        reason = _reason_against_bias(query, key, mask.bias, softcap)
-        if reason is not None:
-            return reason
-    return unavailable(query.dtype)
+        return _reason_against_bias(query, key, mask.bias, softcap)
+    return None
 
 
 def _reason_against_bias(query: Tensor, key: Tensor, bias: Tensor, softcap: float | None) -> str | None:
@@ -93,7 +96,7 @@ def forward(
     plan: tuple[int, ...] = (),
     lse_rest: Tensor | None = None,
     dropout: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+) -> Partial:
     """out (B, Hq, T, Dv), laid out token by token as models want it next, and lse (B, Hq, T).
 
     Args:
@@ -104,30 +107,33 @@ def forward(
         dropout: the weights that are dropped follow from `mask.drops`.
     """
     (batch, heads, rows, _), (kv_heads, keys), dim_v = query.shape, key.shape[1:3], value.shape[3]
-    out, lse = Partial.unfilled(query, dim_v)
+    out, lse = result = Partial.unfilled(query, dim_v)
     if not keys:
-        return out.zero_(), lse.fill_(-torch.inf)
+        return Partial(out.zero_(), lse.fill_(-torch.inf))
     if not (batch and heads and rows):
-        return out, lse
+        return result
     chosen, compiled = checked_library(query.dtype)
-    query, key, value = _rows(query), _rows(key), _rows(value)
+    if not query.stride()[3] == key.stride()[3] == value.stride()[3] == 1:
+        query, key, value = _rows(query), _rows(key), _rows(value)
     few = rows < SPLIT_ROWS and rows * (heads // kv_heads) <= MAX_ROWS and not plan
     few = few and lse_rest is None and not dropout
-    call, _kept = make_call(query, key, value, mask, scale, softcap, plan, chosen.lanes, out=out, bounds=not few)
+    call, _kept = make_call(
+        query, key, value, mask, scale, softcap, plan, chosen.lanes, out=out, lse=lse, bounds=not few
+    )
     _hashes = set_dropout(call, dropout, mask.drops) if dropout else None
-    call.lse = lse.data_ptr()
-    call.lse_rest = None if lse_rest is None else lse_rest.data_ptr()
+    if lse_rest is not None:
+        call.lse_rest = lse_rest.data_ptr()
     if few:
         chunks = -(-keys // chosen.split_keys)
-        partials = lse.new_empty(batch * heads * rows * chunks * (dim_v + 2) + batch * kv_heads)
+        partials = lse.new_empty_strided((batch * heads * rows * chunks * (dim_v + 2) + batch * kv_heads,), (1,))
         call.partials = partials.data_ptr()
         compiled.hap_decode(ctypes.byref(call))
-        return out, lse
+        return result
     if chosen.walked and chosen.pairs_first and rows > chosen.lanes:  # fewer rows read each value once
         pairs = query.new_empty(batch * kv_heads * (_padded(keys, *chosen.walked) * dim_v + 2))
         call.pairs = pairs.data_ptr()
     compiled.hap_forward(ctypes.byref(call))
-    return out, lse
+    return result
 
 
 def backward(
@@ -163,14 +169,14 @@ def backward(
     chosen, compiled = checked_library(query.dtype)
     delta = torch.empty_like(lse)
     call, _kept = make_call(
-        query, key, value, mask, scale, softcap, plan, chosen.lanes, out=out, grad_out=grad_out, keys_too=True
+        query, key, value, mask, scale, softcap, plan, chosen.lanes, out=out, lse=lse, grad_out=grad_out, keys_too=True
     )
     _hashes = set_dropout(call, dropout, mask.drops)
     call.grad_query, call.grad_key, call.grad_value = (point_to(x) for x in grads)
     of_bias = None if bias is None else set_grad_bias(call, bias)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     call.grad_lse = None if grad_lse is None else grad_lse.data_ptr()
-    call.lse, call.delta = lse.data_ptr(), delta.data_ptr()
+    call.delta = delta.data_ptr()
     call.lse_rest = None if lse_rest is None else lse_rest.data_ptr()
     if chosen.walked:
         pairs = query.new_empty(_pairs_of_backward(query, key, value, *chosen.walked))

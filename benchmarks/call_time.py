@@ -24,6 +24,7 @@ import hf_attn_plugins  # noqa: F401  (registers the plugins)
 from hf_attn_plugins.bench.timing import write_table
 from hf_attn_plugins.hf.calls import interface
 from hf_attn_plugins.hf.compat import cache_keyword
+from hf_attn_plugins.kernels import choose
 from hf_attn_plugins.kernels.aten import attend as aten
 from hf_attn_plugins.kernels.cpu_fused import attend as fused
 from hf_attn_plugins.kernels.cpu_fused import call as compiled
@@ -64,11 +65,12 @@ def row(dtype: torch.dtype, queries: int, keys: int) -> dict[str, Any]:
     out = torch.empty(1, 9, queries, 64, dtype=dtype)
     with without_kernels(out):
         inner = spied(entry, "attend", whole)
-        name = "fused" if spied(fused, "forward", whole) else "aten"
-        own = spied(fused, "forward", whole) or spied(aten, "_full", whole) or spied(aten, "_flash", whole)
+        own = spied(fused, "forward", whole)
+        kernel = "cpu_fused" if own else "aten"
+        own = own or spied(choose, "SHORT", whole) or spied(choose, "ATEN", whole)
         found = {
             "dtype": str(dtype).removeprefix("torch."), "queries": queries, "keys": keys,
-            "kernel": "cpu_fused" if name == "fused" else "aten", "whole, us": fastest(whole),
+            "kernel": kernel, "whole, us": fastest(whole),
             "from the mask on, us": fastest(inner), "kernel's own, us": fastest(own), "sdpa, us": fastest(sdpa),
         }  # fmt: skip
     print(found, flush=True)
@@ -96,12 +98,15 @@ def captured(name: str, dtype: torch.dtype, queries: int, keys: int) -> Callable
 
 
 def spied(module: Any, name: str, call: Callable[[], Any]) -> Callable[[], Any] | None:
-    """The call of one function that `call` makes, to be made again; None where it makes none."""
-    with mock.patch.object(module, name, wraps=getattr(module, name)) as spy:
+    """The call of one function, or of a `Choice`'s, that `call` makes, to be made again; None where it makes none."""
+    found = getattr(module, name)
+    real = found.run if isinstance(found, choose.Choice) else found
+    spy = mock.Mock(wraps=real)
+    with mock.patch.object(module, name, spy if real is found else choose.Choice(found.name, spy)):
         call()
     if not spy.called:
         return None
-    real, arguments = getattr(module, name), spy.call_args
+    arguments = spy.call_args
     return lambda: real(*arguments.args, **arguments.kwargs)
 
 

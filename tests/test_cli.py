@@ -116,6 +116,8 @@ def test_bench_writes_its_table(capsys, tmp_path):
         capsys,
         "bench",
         "tiled",
+        "--dtypes",
+        "float32",
         "--lengths",
         640,
         "--short",

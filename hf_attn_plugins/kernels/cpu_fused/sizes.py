@@ -44,7 +44,7 @@ FUSED_FROM = {
     ("amx", torch.bfloat16): FusedFrom(256, 512, 256, least=2, scores=2048),
     ("avx512_bf16", torch.bfloat16): FusedFrom(96, 96, 256),
     ("avx512", torch.float32): FusedFrom(192, NEVER, 256, most=12, scores=NEVER),
-    ("avx2", torch.float32): FusedFrom(192, 1024, 128, most=64, most_full=6, scores=2048),
+    ("avx2", torch.float32): FusedFrom(192, 256, 128, most=64, most_full=6, scores=2048),
     ("avx2", torch.bfloat16): FusedFrom(192, 512, 128, most_full=16),
     ("avx512", torch.float16): FusedFrom(128, 512, 1024),
     ("avx2", torch.float16): FusedFrom(128, 512, 128),

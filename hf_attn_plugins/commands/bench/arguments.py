@@ -103,22 +103,24 @@ def indexed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="folder for indexed.md and indexed.json (default: print only)")
 
 
+def _dtypes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["bfloat16", "float32"], help="(default: both)"
+    )
+
+
 def memory(parser: argparse.ArgumentParser) -> None:
     """The options of `hf-attn bench memory`."""
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384], help="numbers of keys")
     parser.add_argument("--rows", type=int, default=512, help="query rows (default: 512)")
-    parser.add_argument(
-        "--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["bfloat16", "float32"], help="(default: both)"
-    )
+    _dtypes(parser)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for memory.md and memory.json")
 
 
 def decode(parser: argparse.ArgumentParser) -> None:
     """The options of `hf-attn bench decode`."""
     parser.add_argument("--keys", type=int, nargs="+", default=[512, 2048, 8192], help="keys in the cache")
-    parser.add_argument(
-        "--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["bfloat16", "float32"], help="(default: both)"
-    )
+    _dtypes(parser)
     parser.add_argument("--repeats", type=int, default=100, help="rounds; the median counts (default: 100)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for decode.md and decode.json")
 
@@ -189,9 +191,7 @@ def tiled(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--short", type=int, nargs="*", default=[128, 512, 1024, 2048], help="tokens of the short cases"
     )
-    parser.add_argument(
-        "--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["bfloat16", "float32"], help="(default: both)"
-    )
+    _dtypes(parser)
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128], help="elements per head")
     parser.add_argument(
         "--backward-up-to", type=int, default=8192, help="tokens of the longest case that is timed with backward, too"

@@ -158,8 +158,6 @@ def _checked(mask: Any, query: Tensor, keys: int) -> Tensor:
 
 def packed(seen: Seen, query: Tensor, key: Tensor, cu_seq_lens: Any, seq_idx: Tensor | None) -> Seen:
     """`seen` with the boundaries (n + 1,) or segment ids (B, Q) of packed sequences that the call names."""
-    if cu_seq_lens is None and seq_idx is None:
-        return seen
     mask, rows = seen.mask, query.shape[2]
     if mask.query_segments is not None or rows != key.shape[2] or not mask.causal:
         return seen
@@ -174,10 +172,8 @@ def packed(seen: Seen, query: Tensor, key: Tensor, cu_seq_lens: Any, seq_idx: Te
     return seen._replace(mask=mask, recognised=(*seen.recognised, "packed"))
 
 
-def biased(seen: Seen, extra: Tensor | None) -> Seen:
+def biased(seen: Seen, extra: Tensor) -> Seen:
     """`seen` with a position bias (1 or B, Hq, Q, K), added to the scaled scores."""
-    if extra is None:
-        return seen
     bias = seen.mask.bias
     if bias is None:
         bias = extra

@@ -109,8 +109,7 @@ def forward(
         NotImplementedError: a keyword that would change the result and that the plugin cannot honour.
         ValueError: a mask of another dtype or shape.
     """
-    if kwargs:
-        call_arguments.refuse_unknown(method.name, module, kwargs)
+    call_arguments.refuse_unknown(method.name, module, kwargs)
     if kwargs.get("output_attentions") and not torch.compiler.is_compiling():
         warn_once(
             f"{method.name} never forms attention weights: output_attentions gives (). Use 'eager' to inspect them."
@@ -121,8 +120,7 @@ def forward(
         seen = call_arguments.packed(seen, query, key, cu_seq_lens_q, seq_idx)
     if position_bias is not None:
         seen = call_arguments.biased(seen, position_bias)
-    learned = s_aux is not None or sinks is not None
-    sink = call_arguments.sink_of(s_aux, sinks, query, method.name) if learned else None
+    sink = call_arguments.sink_of(s_aux, sinks, query, method.name)
     if not seen.is_causal and not seen.recognised and not method.exact and query.shape[2] > 1:
         warn_once(
             f"{method.name}: the attention mask is a tensor, which no plan can be read from; these calls run dense. "
@@ -132,9 +130,7 @@ def forward(
     chosen = method if seen.is_causal else exact
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     partial = run(method, chosen, module, query, key, value, seen, scale, softcap, dropout)
-    if sink is not None:
-        partial = with_sinks(partial, sink)
-    return partial.out.transpose(1, 2).contiguous(), None
+    return with_sinks(partial, sink).out.transpose(1, 2).contiguous(), None
 
 
 def run(

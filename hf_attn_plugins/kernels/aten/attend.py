@@ -186,7 +186,7 @@ def folding_pays(query: Tensor, key: Tensor) -> bool:
 
 
 def _folded(query: Tensor, key: Tensor, value: Tensor, scale: float, operator: Callable[..., Any]) -> Partial:
-    """Heads that share keys as rows of one head: (B, Hkv, group_size * T, D). Only a full mask allows that."""
+    """Heads that share keys as rows of one head: (B, Hkv, group_size * T, D). They must see the same keys."""
     batch, heads, rows, head_dim = query.shape
     shape = (batch, key.shape[1], heads // key.shape[1] * rows, head_dim)
     out, lse = operator(query.reshape(shape), key, value, False, scale, None)

@@ -183,9 +183,11 @@ def _cache() -> Path:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if _ours(folder, stat.S_ISDIR) and os.access(folder, os.W_OK):
             return folder
-        why = "it is a link, belongs to another user, or others may write to it"
-        if sys.platform == "win32":
-            why = f"it is a link, or not in {Path.home()}"
+        why = (
+            f"it is a link, or not in {Path.home()}"
+            if sys.platform == "win32"
+            else "it is a link, belongs to another user, or others may write to it"
+        )
     except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home
         why = str(error)
     return _private(why)

@@ -44,7 +44,7 @@ INLINE void prefetch(const char *row, int64_t stride, int64_t bytes) {
  * once, and the last few, which end within a vector. */
 INLINE void score_keys(Block *block, Rows keys, int64_t first, int64_t key, int64_t rows, int64_t dim, float scale,
                        const int dtype) {
-    const int size = dtype == FLOAT32 ? 4 : 2;
+    const int64_t size = size_of(dtype);
     const char *from = keys.data + key * keys.stride;
     for (int i = 0; i < WIDTH; i++)
         prefetch(from + i * keys.stride, keys.stride, dim * size);
@@ -123,7 +123,7 @@ INLINE void weigh(const Call *call, const int altered, Block *block, Found found
  * vectors of columns. */
 INLINE void add_some(const Call *call, Block *block, Found found, Rows values, int64_t first, int64_t count,
                      int64_t row, int64_t column, const int rows, const int columns, const int dtype) {
-    const int size = dtype == FLOAT32 ? 4 : 2;
+    const int64_t size = size_of(dtype);
     Vec sum[8][8];
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < columns; c++)

@@ -52,7 +52,7 @@ INLINE Vec score_row(const float *query, const char *keys, const int64_t stride,
     Vec sum[WIDTH];
     for (int i = 0; i < WIDTH; i++)
         sum[i] = (Vec){0};
-    for (int64_t column = 0; column < dim; column += WIDTH, keys += WIDTH * (dtype == FLOAT32 ? 4 : 2)) {
+    for (int64_t column = 0; column < dim; column += WIDTH, keys += WIDTH * size_of(dtype)) {
         const Vec held = load(query + column);
         for (int i = 0; i < WIDTH; i++)
             sum[i] += held * load_stored(keys + i * stride, dtype);

@@ -88,16 +88,13 @@ static void forward_block(const Call *call, Block *block, int64_t b, int64_t h, 
             queries->row_max[i] = -INFINITY;
             queries->row_sum[i] = 0;
         }
-        if (!call->row_pieces)
-            set_keys_seen(&queries->sight, call, b, first, NULL);
     }
-    if (!call->row_pieces)
+    const Piece *pieces =
+        pieces_of(call->row_pieces, call->row_pieces_most, call->row_pieces_batch, b, block->queries->first);
+    for (int64_t i = 0; i < (pieces ? call->row_pieces_most : 1); i++) { /* with pieces, count is 1 */
+        for (Queries *queries = block->queries; queries < block->queries + count; queries++)
+            set_keys_seen(&queries->sight, call, b, queries->first, pieces ? pieces + i : NULL);
         walk(block, count, keys, values);
-    for (int64_t i = 0; call->row_pieces && i < call->row_pieces_most; i++) { /* together is 1 */
-        const Queries *queries = block->queries;
-        const Piece *pieces = pieces_of(call->row_pieces, call->row_pieces_most, call->row_pieces_batch, b, queries->first);
-        set_keys_seen(&block->queries->sight, call, b, queries->first, pieces + i);
-        walk(block, 1, keys, values);
     }
     for (int i = 0; i < count; i++)
         store_results(call, block, block->queries + i, b, h);
@@ -121,7 +118,8 @@ int64_t hf_call_size(void) { return sizeof(Call); }
 
 /* out and lse of a call. */
 void hap_forward(const Call *call) {
-    const int64_t group_size = call->heads / call->kv_heads, lanes = LANES * together_of(call);
+    const int together = together_of(call);
+    const int64_t group_size = call->heads / call->kv_heads, lanes = LANES * together;
     const int64_t blocks = (call->num_rows + lanes - 1) / lanes;
 #pragma omp parallel num_threads(call->threads)
     {
@@ -142,7 +140,7 @@ void hap_forward(const Call *call) {
             const int64_t pair_head = item / group_size / blocks, b = pair_head / call->kv_heads;
             const int64_t kv_head = pair_head % call->kv_heads;
             forward_block(call, &block, b, kv_head * group_size + member, block_index * lanes,
-                          lanes / LANES, rows_of(call, &call->key, b, kv_head, call->num_keys),
+                          together, rows_of(call, &call->key, b, kv_head, call->num_keys),
                           rows_of(call, &call->value, b, kv_head, call->num_keys));
         }
     }

@@ -104,8 +104,8 @@ static void raise_max(const Block *block, Queries *queries, int group, int64_t f
 }
 
 /* Turn the scores of rows lo .. hi of the tile into weights, and add those of a query to `total`. */
-INLINE void weigh_tile(Block *block, const Queries *queries, const int altered, int group, int64_t first, int64_t lo, int64_t hi,
-                       Vec total[VECTORS]) {
+INLINE void weigh_tile(Block *block, const Queries *queries, const int altered, int group, int64_t first, int64_t lo,
+                       int64_t hi, Vec total[VECTORS]) {
     Vec shift[VECTORS], sum[VECTORS];
     for (int v = 0; v < VECTORS; v++) {
         const Vec row_max = load(queries->row_max + group * GROUP + v * WIDTH);
@@ -128,7 +128,8 @@ INLINE void weigh_tile(Block *block, const Queries *queries, const int altered, 
         total[v] = sum[v];
 }
 
-static void weigh(Block *block, const Queries *queries, int group, int64_t first, int64_t lo, int64_t hi, Vec total[VECTORS]) {
+static void weigh(Block *block, const Queries *queries, int group, int64_t first, int64_t lo, int64_t hi,
+                  Vec total[VECTORS]) {
     if (block->altered)
         weigh_tile(block, queries, 1, group, first, lo, hi, total);
     else
